@@ -1,0 +1,21 @@
+"""The errors that mean bad input rather than a bug: the command line prints their sentence, without a traceback."""
+
+from sdjax.checkpoint import CheckpointError
+from sdjax.fit import RunError
+from sdjax.models.configs import ModelError
+from sdjax.options import OptionError
+from sdjax.rollouts import RolloutError
+from sdjax.tasks.errors import TaskError
+from sdjax.tokens import LengthError
+from sdjax.train import ExperimentError
+
+INPUT_ERRORS = (
+    CheckpointError,
+    ExperimentError,
+    LengthError,
+    ModelError,
+    OptionError,
+    RolloutError,
+    RunError,
+    TaskError,
+)

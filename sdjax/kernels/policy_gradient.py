@@ -1,0 +1,158 @@
+"""Losses whose gradient is a policy gradient.  Everything is per token, `[B, T]`; a loss is to be minimised.
+
+Advantages, behaviour log-probabilities and importance weights are constants here: their gradient is stopped.  An
+advantage has the rank of the log-probabilities: `[B, T]`, or `[B, 1]` where a row has one for all its tokens.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.kernels.advantages import group_maximum
+from sdjax.kernels.reductions import masked_mean, masked_sum
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20, as in verl, so that exp() is finite."""
+
+
+def _constant(advantage: Array, like: Array) -> Array:
+    chex.assert_rank(advantage, like.ndim)
+    return jax.lax.stop_gradient(advantage)
+
+
+def token_ratio(logprobs: Array, behavior_logprobs: Array) -> Array:
+    """Likelihood ratio of every token, `exp(clip(log p - log b, +-20))`: `[B, T] x2 -> [B, T]`."""
+    chex.assert_equal_shape([logprobs, behavior_logprobs])
+    difference = logprobs - jax.lax.stop_gradient(behavior_logprobs)
+    return jnp.exp(jnp.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def sequence_ratio(logprobs: Array, behavior_logprobs: Array, over: Array) -> Array:
+    """GSPO's ratio, the geometric mean of a row's token ratios, at every token: `[B, T] x2, [B, T] bool -> [B, T]`.
+
+    `s_it = stop(s_i) * p(y_t) / stop(p(y_t))`,  `s_i = exp(mean_t (log p - log b))`: the value is the row's, the
+    gradient the token's own.  To be averaged by `sequence_mean`; the logarithm is bounded by 10 from above, as in verl.
+
+    Source: Zheng et al. 2025 (GSPO), arXiv:2507.18071 (GSPO-token).
+    """
+    chex.assert_equal_shape([logprobs, behavior_logprobs, over])
+    stopped = jax.lax.stop_gradient(logprobs)
+    row = masked_mean(stopped - jax.lax.stop_gradient(behavior_logprobs), over, axis=-1)[:, None]
+    return jnp.exp(jnp.minimum(logprobs - stopped + row, 10.0))
+
+
+def reinforce(logprobs: Array, advantage: Array) -> Array:
+    """The score-function loss `-stop(A) * log p(y_t)`: `[B, T] -> [B, T]`.
+
+    Source: Williams 1992.  The whole advantage is stopped: a live `log q - log p` in it would add a baseline of +1,
+    the leak in the OPD baseline of vOPD's official code (Oh et al. 2026, arXiv:2605.07865).
+    """
+    return -_constant(advantage, logprobs) * logprobs
+
+
+def _pessimistic(ratio: Array, advantage: Array, clip: tuple[float, float], dual_clip: float | None) -> Array:
+    clipped = jnp.clip(ratio, 1.0 - clip[0], 1.0 + clip[1])
+    loss = jnp.maximum(-ratio * advantage, -clipped * advantage)
+    if dual_clip is None:
+        return loss
+    return jnp.where(advantage < 0.0, jnp.minimum(loss, -dual_clip * advantage), loss)
+
+
+def clipped_surrogate(
+    logprobs: Array,
+    behavior_logprobs: Array,
+    advantage: Array,
+    clip: tuple[float, float] = (0.2, 0.28),
+    dual_clip: float | None = None,
+) -> Array:
+    """PPO's pessimistic surrogate `max(-r A, -clip(r, 1 - lo, 1 + hi) A)`, `r = p/b`: `[B, T] x3 -> [B, T]`.
+
+    `clip` is `(lo, hi)`, widths below and above 1.  `dual_clip` c (verl: 3) bounds the loss by `-c A` where `A < 0`.
+    Sources: Schulman et al. 2017 (PPO), arXiv:1707.06347, Eq. 7; unequal widths, Yu et al. 2025 (DAPO),
+    arXiv:2503.14476; dual clip, Ye et al. 2020, arXiv:1912.09729.  No KL term: it is another `Term`.
+    """
+    ratio = token_ratio(logprobs, behavior_logprobs)
+    return _pessimistic(ratio, _constant(advantage, logprobs), clip, dual_clip)
+
+
+def sequence_clipped_surrogate(
+    logprobs: Array,
+    behavior_logprobs: Array,
+    advantage: Array,
+    over: Array,
+    clip: tuple[float, float] = (3e-4, 4e-4),
+) -> Array:
+    """`clipped_surrogate` on the ratio of whole sequences: `[B, T] x3, over [B, T] bool -> [B, T]`.
+
+    Clip widths are orders of magnitude below GRPO's, because a mean of log-ratios is.  Average by `sequence_mean`.
+    Source: Zheng et al. 2025 (GSPO), arXiv:2507.18071.
+    """
+    ratio = sequence_ratio(logprobs, behavior_logprobs, over)
+    return _pessimistic(ratio, _constant(advantage, logprobs), clip, None)
+
+
+def cispo(
+    logprobs: Array, behavior_logprobs: Array, advantage: Array, clip: tuple[float, float] = (0.2, 0.28)
+) -> Array:
+    """Policy gradient with a clipped weight, `-stop(clip(r, 1 - lo, 1 + hi)) * A * log p`: `[B, T] x3 -> [B, T]`.
+
+    Clipping limits a token's weight and never drops its gradient.  `clip` is relative to 1, as in verl; TRL clips from
+    above only and by an absolute cap: its `epsilon_high=5.0` is `clip=(1.0, 4.0)` here.
+    Source: MiniMax 2025 (MiniMax-M1, CISPO), arXiv:2506.13585.
+    """
+    weight = jnp.clip(token_ratio(logprobs, behavior_logprobs), 1.0 - clip[0], 1.0 + clip[1])
+    return -jax.lax.stop_gradient(weight) * _constant(advantage, logprobs) * logprobs
+
+
+def importance_weight(logprobs: Array, behavior_logprobs: Array, *, cap: float | None = None) -> Array:
+    """A constant weight per token, `min(p/b, cap)`: `[B, T] x2 -> [B, T]`.
+
+    Corrects for a sampler `b` that is not quite the policy.  Its mean over tokens of the sampler is 1 without a cap.
+    Source: Yao et al. 2025 (truncated importance sampling, TIS), cap 2.
+    """
+    ratio = token_ratio(jax.lax.stop_gradient(logprobs), behavior_logprobs)
+    return ratio if cap is None else jnp.minimum(ratio, cap)
+
+
+def sequence_importance_weight(
+    logprobs: Array, behavior_logprobs: Array, over: Array, *, cap: float | None = None
+) -> Array:
+    """A constant weight per row, `min(prod_t p/b, cap)` over its tokens in `over`: `[B, T] x3 -> [B]`.
+
+    The product is taken before the cap, and its logarithm clamped to +-20.  Source: as `importance_weight`.
+    """
+    difference = masked_sum(jax.lax.stop_gradient(logprobs - behavior_logprobs), over, axis=-1)
+    ratio = jnp.exp(jnp.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return ratio if cap is None else jnp.minimum(ratio, cap)
+
+
+def icepop(weight: Array, bounds: tuple[float, float] = (0.5, 2.0)) -> Array:
+    """A weight kept where it lies within `bounds`, and 0 outside: any shape.
+
+    Drops, instead of truncating, tokens (or rows) on which sampler and policy disagree.
+    Source: IcePop, as in verl's rollout correction; TRL's `sequence_mask` is this on a row's weight, bounds (0, 3).
+    """
+    inside = (weight >= bounds[0]) & (weight <= bounds[1])
+    return jnp.where(inside, weight, 0.0)
+
+
+def overlong_penalty(length: Array, limit: int, buffer: int, factor: float = 1.0) -> Array:
+    """What is added to the reward of a long completion: `min(0, -factor * (length - (limit - buffer)) / buffer)`.
+
+    `length` in tokens, any shape.  0 up to `limit - buffer`, then falling linearly to `-factor` at `limit`.
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476 (limit 20480, buffer 4096).
+    """
+    return jnp.minimum(0.0, -factor * (length - (limit - buffer)) / buffer)
+
+
+def informative_groups(reward: Array, group: Array, valid: Array) -> Array:
+    """True for the valid rows of groups whose rewards are not all equal: `[B] x3 -> [B]` bool.
+
+    The others have no group advantage.  Source: dynamic sampling, Yu et al. 2025 (DAPO), arXiv:2503.14476, which drops
+    them and samples anew until the batch is full.
+    """
+    highest = group_maximum(reward, group, valid)
+    return valid & (highest > -group_maximum(-reward, group, valid))

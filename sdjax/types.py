@@ -1,0 +1,197 @@
+"""The types that flow through every method: what is sampled, who reads it, what is learnt from it.
+
+Sizes: `B` rows, `C` contexts (`C` divides `B`), `P` context tokens, `T` completion tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+from jax import Array
+
+Messages = tuple[Mapping[str, str], ...]
+"""A chat: turns with `role` ("system", "user" or "assistant") and `content`."""
+
+STUDENT, TEACHER, REFERENCE, SYNTHETIC = range(4)
+"""Who wrote a completion (`Rollout.source`, `Batch.source`)."""
+
+
+# ---- host ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One problem.  `prompt` is a chat that ends with a user turn; `answer` is what the verifier compares with.
+
+    `solution` is a worked reference, `feedback` a fixed remark for wrong answers; both are privileged: the student
+    never reads them.  `meta` is whatever the task's verifier needs.
+    """
+
+    id: str
+    prompt: Messages
+    answer: str = ""
+    solution: str | None = None
+    feedback: str | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Verdict(NamedTuple):
+    """What a verifier says of a completion: a reward (1 is solved) and, if it can, why not."""
+
+    reward: float
+    feedback: str | None = None
+
+
+class Task(NamedTuple):
+    """Problems and how to judge answers to them.
+
+    `train` and `test` are disjoint; `verify(example, text)` is deterministic and safe on any text.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    verify: Callable[[Example, str], Verdict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One completion of one example, with what each view reads before it.
+
+    `logprobs` has one float per token, under whatever wrote the completion, at temperature 1.  `group` is the same for
+    all rollouts of one prompt.  `trained` is False for tokens the policy did not produce (tool output) or that are
+    kept out of the loss.  `contexts` maps a view's name to a chat, or to `None`: nothing to say about this row.
+    `finished` is False when the completion was cut by the length limit.
+    """
+
+    example: Example
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    group: int
+    source: int = STUDENT
+    reward: float = 0.0
+    feedback: str | None = None
+    finished: bool = True
+    contexts: Mapping[str, Messages | None] = dataclasses.field(default_factory=dict)
+    trained: tuple[bool, ...] | None = None
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def read_by(self, **contexts: Messages | None) -> Rollout:
+        """The same rollout with these views' contexts added."""
+        return dataclasses.replace(self, contexts={**self.contexts, **contexts})
+
+    def with_extras(self, **extras: Any) -> Rollout:
+        """The same rollout with these extras added: a float per row, or one per token."""
+        return dataclasses.replace(self, extras={**self.extras, **extras})
+
+
+# ---- device -------------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Context:
+    """What one view reads before the completions.  Row `r` of the batch reads context `r // (B / C)`.
+
+    Left-padded, so that in every view the completion starts at column `P`.  `valid` is per *row* `[B]`: False where
+    this view has nothing to say about the row.
+    """
+
+    tokens: Array  # [C, P] int32
+    mask: Array  # [C, P] bool
+    valid: Array  # [B] bool
+
+
+@flax.struct.dataclass
+class Batch:
+    """Completions and everything a loss may read about them."""
+
+    completion: Array  # [B, T] int32, right-padded
+    present: Array  # [B, T] bool: real tokens
+    mask: Array  # [B, T] bool: tokens to train on, a subset of `present`
+    behavior_logprobs: Array  # [B, T] float32: under whatever generated the row, at temperature 1; 0 where unknown
+    contexts: dict[str, Context]
+    reward: Array  # [B] float32
+    group: Array  # [B] int32: rows of one prompt share it
+    source: Array  # [B] int32: STUDENT, TEACHER, REFERENCE or SYNTHETIC
+    finished: Array  # [B] bool: ended by itself, not by the length limit
+    valid: Array  # [B] bool: False for padding rows
+    extras: dict[str, Array]  # [B, T] or [B]: whatever `collect` adds
+
+
+# ---- methods ------------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """One named reader of the completion; its context goes by the view's own name.
+
+    `policy` is "live", a snapshot's name or an external policy's name; gradients flow through trainable views only.
+    A view's context is the same for all rollouts of a prompt, and is read once for all of them, unless `per_rollout`.
+    """
+
+    policy: str = "live"
+    trainable: bool = False
+    per_rollout: bool = False
+
+
+class Term(NamedTuple):
+    """One addend of the loss: how much, of what, over whom, averaged how.
+
+    `coef * reduce(value * stop_gradient(weight), over)`; `value` is `[B, T]` or `[B]`, `weight` broadcasts to it,
+    `over` is the boolean population (default: all trained tokens of valid rows), `reduce` one of
+    `sdjax.kernels.reductions` (default: the experiment's).
+    """
+
+    value: Array
+    weight: Array | float = 1.0
+    over: Array | None = None
+    reduce: Callable[[Array, Array], Array] | None = None
+    coef: Array | float = 1.0
+
+
+class Objective(NamedTuple):
+    """The device half of a method.
+
+    `signals({view: log-probabilities [..., V]}, token [...]) -> {name: [...]}` sees one position at a time: the
+    vocabulary axis lives here.  `terms(batch, {name: [B, T]}, step) -> {name: Term}` sees the whole batch: the time
+    axis lives here.  The objective is applied on every `every`-th batch.
+    """
+
+    views: Mapping[str, View]
+    signals: Callable[[dict[str, Array], Array], dict[str, Array]]
+    terms: Callable[[Batch, dict[str, Array], Array], dict[str, Term]]
+    every: int = 1
+
+
+class Method(NamedTuple):
+    """A training method: a host half, a device half, and what they remember.
+
+    `collect(environment, examples, key, memory) -> (rollouts, memory)` samples, judges and writes contexts.
+    `objectives` are applied in order to the same batch.  `snapshots` maps a name to a rule
+    `(live, old, step) -> new`, applied after every batch.  `memory` is the initial host state, JSON-able.
+    """
+
+    collect: Callable[..., tuple[list[Rollout], Any]]
+    objectives: tuple[Objective, ...]
+    snapshots: Mapping[str, Callable] = {}
+    memory: Any = None
+
+
+class Card(NamedTuple):
+    """What a method is, for people: `sdjax methods` and the README's table show it.
+
+    `student` and `teacher` say what each reads; `differences` where paper and official code disagree and which of them
+    is the default here; `status` is "paper" where the source is complete, else what it is (a reconstruction, say).
+    """
+
+    paper: str
+    arxiv: str
+    equation: str
+    student: str
+    teacher: str
+    reduction: str
+    differences: tuple[str, ...] = ()
+    status: str = "paper"
