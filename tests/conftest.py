@@ -1,0 +1,34 @@
+"""Fixtures that several test files share."""
+
+import importlib.metadata
+import os
+
+import pytest
+
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # This release compiles tiny programs four times faster without its newer code generator; 0.12 has no such switch.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+import whole_runs
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A folder of compiled programs that all whole runs share: each is compiled once."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def cached(programs):
+    """This process uses that folder too."""
+    with whole_runs.compiled_into(programs):
+        yield
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, programs):
+    """The folder of a run that nothing interrupted, its programs compiled there and then."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    with whole_runs.compiled_into(programs):
+        assert whole_runs.run_here(*whole_runs.arguments(folder)) == 0
+    return folder

@@ -1,0 +1,108 @@
+"""Makes the tiny random models in this folder and the logits that transformers gives them.
+
+Run once, where torch is installed: `python tests/golden/make_models.py`.  Each model becomes a folder of the
+transformers library with one more file, `logits.npz`: `tokens [2, 20]`, `lengths [2]`, `logits [20, 128]` of the first row, and
+`padded [2, 20, 128]` of both rows when row `r` keeps only its last `lengths[r]` tokens, the rest being left padding
+(where `padded` is zero).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+LENGTH, VOCABULARY = 20, 128
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dtype]]:
+    """One model per family; between them every rope type, window, norm, bias, tied head and float type."""
+    llama = transformers.LlamaConfig(
+        **SIZES,
+        tie_word_embeddings=True,
+        rope_parameters={**LLAMA3, "rope_theta": 10_000.0, "original_max_position_embeddings": 16},
+    )
+    qwen2 = transformers.Qwen2Config(
+        **SIZES,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
+        rope_parameters={**YARN, "rope_theta": 1_000.0},
+    )
+    qwen3 = transformers.Qwen3Config(
+        **SIZES, head_dim=12, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
+    )
+    olmo3 = transformers.Olmo3Config(
+        **{**SIZES, "num_hidden_layers": 3},
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {**YARN, "rope_theta": 500.0, "attention_factor": 1.2},
+        },
+    )
+    return {
+        "llama": (llama, torch.float32),
+        "qwen2": (qwen2, torch.bfloat16),
+        "qwen3": (qwen3, torch.bfloat16),
+        "olmo3": (olmo3, torch.float16),
+    }
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Weights large enough that attention is far from uniform, norms and biases far from their initial values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.4 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.5 if name.endswith("bias") else 0.25))
+
+
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Float32 logits, zero at padding."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    return (logits * mask[..., None]).numpy()
+
+
+def make(name: str, config: transformers.PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Writes one model's folder."""
+    torch.manual_seed(sum(name.encode()))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    randomise(model)
+    model.to(dtype).save_pretrained(HERE / name)
+    (HERE / name / "generation_config.json").unlink()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        HERE / name, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens, lengths = torch.randint(VOCABULARY, (2, LENGTH)), torch.tensor([14, LENGTH - 1])
+    mask = (torch.arange(LENGTH) >= LENGTH - lengths[:, None]).long()
+    np.savez_compressed(
+        HERE / name / "logits.npz",
+        tokens=tokens.numpy().astype(np.int32),
+        lengths=lengths.numpy().astype(np.int32),
+        logits=logits_of(model, tokens, torch.ones_like(tokens))[0],
+        padded=logits_of(model, tokens, mask),
+    )
+
+
+if __name__ == "__main__":
+    for name, (config, dtype) in configurations().items():
+        make(name, config, dtype)
