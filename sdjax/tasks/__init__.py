@@ -1,0 +1,1 @@
+"""Problems and how to judge answers to them: every factory returns a `sdjax.types.Task`."""

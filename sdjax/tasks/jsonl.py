@@ -1,0 +1,181 @@
+"""Tasks from files: one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sdjax.tasks import maths
+from sdjax.tasks.errors import TaskError
+from sdjax.tasks.splits import question_key, split_by_question
+from sdjax.types import Example, Messages, Task, Verdict
+
+ROLES = ("system", "user", "assistant")
+FIELDS = ("prompt", "messages", "answer", "solution", "feedback", "id")
+
+Path = str | os.PathLike[str]
+
+
+def jsonl(
+    path: Path,
+    *,
+    test_path: Path | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    verify: Callable[[Example, str], Verdict] = maths.verify,
+    skip_bad_rows: bool = False,
+) -> Task:
+    """A task from a file of problems, and another file or a fraction of the questions (default 0.1) to test on.
+
+    A line is an object with `prompt` (a text) or `messages` (turns with role and content, the last one the user's),
+    `answer`, and optionally `solution`, `feedback` and `id`; other fields go to `Example.meta`.  The split is by
+    question text and depends on texts, fraction and `seed` only.  With `skip_bad_rows` bad rows are left out with one
+    warning (`read_jsonl` lists them), and so are train rows whose question is in the test file.
+
+    Raises: `TaskError` naming file, line and field.
+    """
+    if test_path is not None and test_fraction is not None:
+        raise TaskError("Give either test_path or test_fraction, not both.")
+    train, bad = read_jsonl(path, skip_bad_rows=skip_bad_rows)
+    if test_path is None:
+        _warn_of(bad)
+        train, test = split_by_question(train, 0.1 if test_fraction is None else test_fraction, seed)
+    else:
+        test, bad_test = read_jsonl(test_path, skip_bad_rows=skip_bad_rows)
+        train, shared = _without_test_questions(train, test, path, test_path, skip_bad_rows)
+        _warn_of((*bad, *bad_test, *shared))
+    return Task(pathlib.Path(path).stem, tuple(train), tuple(test), verify)
+
+
+def read_jsonl(path: Path, *, skip_bad_rows: bool = False) -> tuple[tuple[Example, ...], list[str]]:
+    """All examples of a file, and one sentence for each bad row that was left out (none unless `skip_bad_rows`).
+
+    Blank lines are ignored.  Raises: `TaskError` at the first bad row, for a file that is missing, or without examples.
+    """
+    examples, bad, ids = [], [], {}
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            example = _example(_parsed(line, where), where, default_id=f"{pathlib.Path(path).stem}:{number}")
+            if example.id in ids:
+                expected = f"is {example.id!r}, which line {ids[example.id]} has already"
+                raise _bad(where, "id", f"{expected}; give each row its own id or none")
+        except TaskError as error:
+            if not skip_bad_rows:
+                raise
+            bad.append(str(error))
+        else:
+            ids[example.id] = number
+            examples.append(example)
+    if not examples:
+        reason = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "the file is empty."
+        raise TaskError(f"{path} has no examples: {reason}")
+    return tuple(examples), bad
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return pathlib.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        raise TaskError(f"{path} does not exist; give the path of a file with one JSON object per line.") from None
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read ({error.strerror}); give the path of a readable file.") from None
+
+
+def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
+        raise TaskError(f"{where}: {reason}, or skip bad rows.") from None
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise TaskError(f"{where}: this is not JSON ({reason}); each line must be one JSON object.") from None
+    if not isinstance(row, dict):
+        raise TaskError(f"{where}: expected a JSON object with `prompt` and `answer`, found {_kind(row)}.")
+    return row
+
+
+def _example(row: Mapping[str, Any], where: str, default_id: str) -> Example:
+    optional = {name: _text(row, name, where) for name in ("solution", "feedback") if row.get(name) is not None}
+    return Example(
+        id=_text(row, "id", where, numbers=True) if row.get("id") is not None else default_id,
+        prompt=_prompt(row, where),
+        answer=_text(row, "answer", where, numbers=True),
+        meta={name: value for name, value in row.items() if name not in FIELDS},
+        **optional,
+    )
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Messages:
+    if ("prompt" in row) == ("messages" in row):
+        found = "both are there" if "prompt" in row else f"found only {', '.join(sorted(row)) or 'an empty object'}"
+        raise _bad(where, "prompt", f"or `messages` must be given, one of the two; {found}")
+    if "prompt" in row:
+        return ({"role": "user", "content": _text(row, "prompt", where)},)
+    turns = row["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise _bad(where, "messages", f"must be a list of turns, each with `role` and `content`; found {_kind(turns)}")
+    for position, turn in enumerate(turns, start=1):
+        field = f"messages, turn {position}"
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+            found = f"the fields {', '.join(sorted(turn)) or '(none)'}" if isinstance(turn, dict) else _kind(turn)
+            raise _bad(where, field, f"must be an object with `role` and `content`; found {found}")
+        if turn["role"] not in ROLES:
+            raise _bad(where, field, f"has the role {turn['role']!r}; expected one of {', '.join(ROLES)}")
+        _text(turn, "content", f"{where}, turn {position}")
+    if turns[-1]["role"] != "user":
+        raise _bad(where, "messages", f"must end with a user turn; the last turn is the {turns[-1]['role']}'s")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+
+
+def _text(row: Mapping[str, Any], name: str, where: str, numbers: bool = False) -> str:
+    """A field that must be a text with something in it, or a number where that is as good."""
+    if name not in row:
+        raise _bad(where, name, f"is missing; found {', '.join(sorted(row)) or 'an empty object'}")
+    value = row[name]
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise _bad(where, name, f"must be a text{' or a number' if numbers else ''}; found {_kind(value)}")
+    if not value.strip():
+        raise _bad(where, name, "is empty; expected some text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _bad(where, name, "holds half a surrogate pair, which no tokenizer can read; remove it") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", str: "a text", dict: "an object", type(None): "null", int: "a number"}
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return names.get(type(value), "a number")
+
+
+def _bad(where: str, field: str, what: str) -> TaskError:
+    return TaskError(f"{where}: `{field}` {what}.")
+
+
+def _without_test_questions(train, test, path: Path, test_path: Path, skip: bool) -> tuple[list[Example], list[str]]:
+    held_out = {question_key(example.prompt) for example in test}
+    kept = [example for example in train if question_key(example.prompt) not in held_out]
+    if len(kept) == len(train):
+        return kept, []
+    shared = [example for example in train if question_key(example.prompt) in held_out]
+    sentence = f"{path}: the question of row {shared[0].id!r} is in {test_path} too ({len(shared)} such rows)"
+    if not skip or not kept:
+        raise TaskError(f"{sentence}; remove them from one of the files.")
+    return kept, [f"{path}: the question of row {example.id!r} is in {test_path} too." for example in shared]
+
+
+def _warn_of(bad) -> None:
+    if bad:
+        warnings.warn(f"{len(bad)} rows were left out; the first: {bad[0]}", stacklevel=3)
