@@ -1,0 +1,95 @@
+"""AtManRL: a reward for reasoning that the answer attends to, measured by relearning a suppressed attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from sdjax.generate import Sampling
+from sdjax.kernels.policy_gradient import clipped_surrogate
+from sdjax.kernels.reductions import Reducer, masked_sum, sequence_mean
+from sdjax.methods.grpo import grpo
+from sdjax.rollouts import attempts
+from sdjax.saliency import saliency
+from sdjax.types import Card, Method
+
+CARD = Card(
+    paper="Höth et al. 2026, AtManRL: Towards Faithful Reasoning via Differentiable Attention Saliency",
+    arxiv="2604.16158",
+    equation="GRPO without deviation on R = (0 if correct else -1) + mean restored attention to the reasoning",
+    student="question",
+    teacher="none",
+    reduction="sequence mean",
+    differences=(
+        "the printed reward pays for reasoning that is not needed (printed_sign=True); its complement is the default",
+        "the paper's causal mask is a product; -inf after the addition is meant and done",
+        "the printed ratio is the sequence's (ratio='sequence'); the token's, as in GRPO, is the default",
+        "one mask for all layers and heads; rows without reasoning, delimiter or answer get saliency 0: both ours",
+    ),
+    status="reconstruction",
+)
+
+
+def whole_sequence(clip: tuple[float, float]):
+    """The printed surrogate: one ratio per row, the product of its tokens'."""
+
+    def surrogate(now, old, advantage, over):
+        row = masked_sum(now - old, over, axis=-1)[:, None]
+        return clipped_surrogate(jnp.broadcast_to(row, now.shape), jnp.zeros_like(now), advantage, clip)
+
+    return surrogate
+
+
+def atmanrl(
+    *,
+    group_size: int = 8,
+    coef: float = 1.0,
+    delimiter: str = "####",
+    steps: int = 200,
+    mask_loss: Literal["nll", "kl_to_unmasked"] = "nll",
+    target: Literal["own", "gold"] = "own",
+    combine: Literal["add", "correct_only"] = "add",
+    printed_sign: bool = False,
+    ratio: Literal["token", "sequence"] = "token",
+    clip: tuple[float, float] = (0.2, 0.2),
+    temperature: float = 1.0,
+    reduce: Reducer = sequence_mean,
+) -> Method:
+    """Attention-manipulation RL (Höth et al. 2026, arXiv:2604.16158, Eq. 1-5).  Sequence mean; no deviation, no KL.
+
+    `R = (0 if correct else -1) + coef * saliency`, the saliency of `sdjax.saliency` with the live policy's parameters.
+    The paper takes two passes over a batch: the experiment's `epochs=2`.
+
+    Args:
+      group_size: rollouts per prompt.
+      coef: weight of the saliency; 0 is the paper's baseline, and computes none.
+      delimiter: what separates reasoning and answer in a completion.
+      steps: of the mask's optimisation, per rollout and batch; this is the method's cost.
+      mask_loss: the answer's negative log-likelihood, or the divergence from the unmasked model.
+      target: the mask restores the rollout's own answer, or the example's.
+      combine: add the saliency to every reward, or to correct rollouts only (a wrong one then never ties a correct one).
+      printed_sign: the reward as printed, highest where nothing needs to be restored.
+      ratio: clip every token's likelihood ratio, or the row's product as printed.
+      clip: widths of the ratio's clip below and above 1.
+      temperature: of sampling.
+      reduce: how tokens are averaged.
+    """
+
+    def collect(environment, examples, key, memory):
+        rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
+        how = {"delimiter": delimiter, "steps": steps, "mask_loss": mask_loss, "target": target}
+        found = saliency(environment.live, rollouts, **how) if coef else [None] * len(rollouts)
+        return [rewarded(r, share) for r, share in zip(rollouts, found, strict=True)], memory
+
+    def rewarded(rollout, share):
+        share = 0.0 if share is None else 1.0 - share if printed_sign else share
+        correct = rollout.reward >= 0.5
+        bonus = coef * share if correct or combine == "add" else 0.0
+        reward = (0.0 if correct else -1.0) + bonus
+        return dataclasses.replace(rollout, reward=reward).with_extras(saliency=share)
+
+    surrogate = whole_sequence(clip) if ratio == "sequence" else None
+    how = {"normalised": False, "clip": clip, "reduce": reduce}
+    return grpo(group_size=group_size, surrogate=surrogate, collect=collect, **how)

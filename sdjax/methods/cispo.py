@@ -1,0 +1,52 @@
+"""CISPO: a policy gradient whose importance weight is clipped, so that no token loses its gradient."""
+
+from __future__ import annotations
+
+from sdjax.kernels import policy_gradient
+from sdjax.kernels.reductions import token_mean
+from sdjax.methods.grpo import grpo
+from sdjax.types import Card, Method
+
+CARD = Card(
+    paper="MiniMax 2025, MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+    arxiv="2506.13585",
+    equation="-stop(clip(r, 1-lo, 1+hi)) A log p, r = p/b, A = (R - mean R) / std R",
+    student="question",
+    teacher="none",
+    reduction="token mean",
+    differences=(
+        "the default is TRL's with ScaleRL's cap of 5: no lower bound (the paper has none in effect), 1 + hi = 5",
+        "verl clips to (1 - 0.2, 1 + 0.28): clip=(0.2, 0.28)",
+    ),
+)
+
+
+def cispo(
+    *,
+    group_size: int = 16,
+    normalised: bool = True,
+    clip: tuple[float, float] = (1.0, 4.0),
+    tis_cap: float | None = None,
+    temperature: float = 1.0,
+) -> Method:
+    """Clipped importance-sampling policy optimisation (MiniMax 2025, arXiv:2506.13585).  Token mean.
+
+    Args:
+      group_size: rollouts per prompt.
+      normalised: divide the advantage by the group's standard deviation.
+      clip: how far the weight may fall below and rise above 1: (1, 4) is between 0 and 5, verl's is (0.2, 0.28).
+      tis_cap: as in `grpo`.
+      temperature: of sampling.
+    """
+
+    def surrogate(logprobs, old_logprobs, advantage, trained):
+        return policy_gradient.cispo(logprobs, old_logprobs, advantage, clip)
+
+    return grpo(
+        group_size=group_size,
+        normalised=normalised,
+        tis_cap=tis_cap,
+        temperature=temperature,
+        reduce=token_mean,
+        surrogate=surrogate,
+    )

@@ -1,0 +1,46 @@
+"""Dr. GRPO: GRPO without the two divisions that favour long wrong answers and one-sided groups."""
+
+from __future__ import annotations
+
+from sdjax.kernels.reductions import constant_mean
+from sdjax.methods.grpo import grpo
+from sdjax.types import Card, Method
+
+CARD = Card(
+    paper="Liu et al. 2025, Understanding R1-Zero-Like Training: A Critical Perspective",
+    arxiv="2503.20783",
+    equation="max(-r A, -clip(r, 1-lo, 1+hi) A), r = p/b, A = R - mean R",
+    student="question",
+    teacher="none",
+    reduction="sum / (rows * length), length a constant",
+    differences=("rows without a trained token are not counted; TRL counts them",),
+)
+
+
+def dr_grpo(
+    *,
+    group_size: int = 8,
+    clip: tuple[float, float] = (0.2, 0.2),
+    length: int = 1024,
+    tis_cap: float | None = None,
+    temperature: float = 1.0,
+) -> Method:
+    """GRPO done right (Liu et al. 2025, arXiv:2503.20783, section 3.2): `A = R - mean R`, and a constant divisor.
+
+    A token's gradient depends neither on its row's length nor on the spread of its group's rewards.
+
+    Args:
+      group_size: rollouts per prompt.
+      clip: widths of the ratio's clip below and above 1.
+      length: the constant divisor, usually the completion limit: only the loss's scale depends on it.
+      tis_cap: as in `grpo`.
+      temperature: of sampling.
+    """
+    return grpo(
+        group_size=group_size,
+        normalised=False,
+        clip=clip,
+        tis_cap=tis_cap,
+        temperature=temperature,
+        reduce=constant_mean(length),
+    )

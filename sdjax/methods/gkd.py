@@ -1,0 +1,84 @@
+"""GKD: a teacher's whole distributions, on a mixture of the student's own texts and given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from sdjax.contexts import question
+from sdjax.generate import Sampling
+from sdjax.kernels.distributions import entropy
+from sdjax.kernels.divergences import jsd
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.policies import frozen, teacher_name
+from sdjax.rollouts import attempts, judge, references, sample
+from sdjax.types import TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
+
+CARD = Card(
+    paper="Agarwal et al. 2024, On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    arxiv="2306.13649",
+    equation="JSD_beta(student || teacher), beta 0: KL(teacher||student), 1: KL(student||teacher)",
+    student="question",
+    teacher="question; an external policy, or the initial one with a lesson",
+    reduction="token mean",
+    differences=(
+        "the paper's XSum runs sample at temperature 1; TRL's default, 0.9, is the default here",
+        "one coin per batch, as in TRL",
+        "the paper's mixture with a reward is not included: see opd's rl_weight",
+    ),
+)
+
+
+def gkd(
+    *,
+    teacher: str | None = None,
+    lmbda: float = 0.5,
+    beta: float = 0.5,
+    seq_kd: bool = False,
+    group_size: int = 1,
+    temperature: float = 0.9,
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """Generalised knowledge distillation (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1).
+
+    `loss_t = JSD_beta(student || teacher)` on the student's own texts with probability `lmbda`, a coin per batch, else
+    on the examples' solutions.  Token mean.
+
+    Args:
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
+      lmbda: probability that the student writes the batch: 0 is supervised distillation, 1 is on-policy.
+      beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon; the scale jumps at both ends.
+      seq_kd: when the student does not write the batch, the teacher does, instead of the dataset.
+      group_size: rollouts per prompt.
+      temperature: of sampling; the loss is at temperature 1.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
+      reduce: how tokens are averaged.
+    """
+    teacher = teacher_name(teacher, lesson)
+
+    def collect(environment, examples, key, memory):
+        rollouts = write(environment, examples, *jax.random.split(key))
+        told = lambda r: lesson(r, rollouts) if lesson else question(r.example)
+        return [r.read_by(student=question(r.example), teacher=told(r)) for r in rollouts], memory
+
+    def write(environment, examples, coin, key):
+        how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
+        if jax.random.uniform(coin) < lmbda:
+            return attempts(environment, examples, key, **how)
+        if seq_kd:
+            return judge(environment, sample(environment.policies[teacher], examples, key, source=TEACHER, **how))
+        return references(environment, examples)
+
+    def signals(dist, token):
+        return {"divergence": jsd(dist["student"], dist["teacher"], beta), "entropy": entropy(dist["student"])}
+
+    def terms(batch, sig, step):
+        return {
+            "divergence": Term(sig["divergence"], 1.0, batch.contexts["teacher"].valid, reduce),
+            "entropy": Term(sig["entropy"], coef=0.0),
+        }
+
+    views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None)}
+    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if teacher == "initial" else {})

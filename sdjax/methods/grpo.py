@@ -1,0 +1,101 @@
+"""GRPO: policy gradient on verifier rewards, compared within the group of answers to one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax import Array
+
+from sdjax.generate import Sampling
+from sdjax.kernels.advantages import group_advantage
+from sdjax.kernels.distributions import entropy, logprob
+from sdjax.kernels.estimators import sampled_kl
+from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
+from sdjax.kernels.reductions import Reducer, sequence_mean
+from sdjax.policies import frozen, score
+from sdjax.rollouts import attempts
+from sdjax.types import Card, Method, Objective, Term, View
+
+CARD = Card(
+    paper="Shao et al. 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    arxiv="2402.03300",
+    equation="max(-r A, -clip(r, 1-lo, 1+hi) A), r = p/b, A = (R - mean R) / std R",
+    student="question",
+    teacher="none",
+    reduction="sequence mean",
+    differences=(
+        "the paper averages per sequence (default); verl and TRL default to the token mean (reduce=token_mean)",
+        "the deviation is the unbiased one, as in verl and TRL",
+    ),
+)
+
+STUDENT = {"student": View(trainable=True)}
+
+
+def grpo(
+    *,
+    group_size: int = 8,
+    normalised: bool = True,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    tis_cap: float | None = None,
+    temperature: float = 1.0,
+    reduce: Reducer = sequence_mean,
+    surrogate: Callable[[Array, Array, Array, Array], Array] | None = None,
+    collect: Callable | None = None,
+) -> Method:
+    """Group-relative policy optimisation (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300, Eq. 3).
+
+    `A_i = (R_i - mean R) / (std R + eps)`,  `loss_t = max(-r_t A, -clip(r_t) A) + kl_coef * k3(student, reference)`,
+    `r_t = p / b`.  Sequence mean (the paper; verl and TRL default to the token mean: `reduce=token_mean`).
+
+    Args:
+      group_size: rollouts per prompt.
+      normalised: divide by the group's standard deviation; without, Dr. GRPO's advantage.
+      clip: widths of the ratio's clip below and above 1.  It acts from the second update on a batch on.
+      dual_clip: bound of the loss where the advantage is negative (verl: 3).
+      kl_coef: weight of the penalty towards the initial policy; k3 is differentiated directly, as in the paper's code,
+        so its expected gradient is the *forward* KL's.
+      tis_cap: truncated importance weight for a sampler whose numerics differ from the scorer's (2 in the literature);
+        scores every rollout once more.
+      temperature: of sampling; ratios are taken at temperature 1.
+      surrogate: another loss per token, `(logprobs, old logprobs, advantage [B, 1], trained [B, T]) -> [B, T]`; `clip`
+        and `dual_clip` then have no effect.
+      collect: another host half that gives judged rollouts with a "student" context.
+    """
+    surrogate = surrogate or (lambda now, old, advantage, _: clipped_surrogate(now, old, advantage, clip, dual_clip))
+
+    def sample_and_judge(environment, examples, key, memory):
+        sampling = Sampling(temperature=temperature)
+        return attempts(environment, examples, key, n=group_size, sampling=sampling), memory
+
+    def collect_and_score(environment, examples, key, memory):
+        rollouts, memory = (collect or sample_and_judge)(environment, examples, key, memory)
+        if kl_coef:
+            rollouts = [r.read_by(reference=r.contexts["student"]) for r in rollouts]
+        return (score(environment, rollouts, STUDENT, scored) if tis_cap is not None else rollouts), memory
+
+    def scored(dist, token):
+        return {"old_logprobs": logprob(dist["student"], token)}
+
+    def signals(dist, token):
+        found = {"logprobs": logprob(dist["student"], token), "entropy": entropy(dist["student"])}
+        if kl_coef:
+            found["reference_logprobs"] = logprob(dist["reference"], token)
+        return found
+
+    def terms(batch, sig, step):
+        advantage = group_advantage(batch.reward, batch.group, batch.valid, normalised=normalised)[:, None]
+        old = batch.behavior_logprobs if tis_cap is None else batch.extras["old_logprobs"]
+        weight = 1.0 if tis_cap is None else importance_weight(old, batch.behavior_logprobs, cap=tis_cap)
+        value = surrogate(sig["logprobs"], old, advantage, batch.mask & batch.valid[:, None])
+        found = {"pg": Term(value, weight, reduce=reduce), "entropy": Term(sig["entropy"], coef=0.0)}
+        if kl_coef:
+            penalty = sampled_kl(sig["logprobs"], sig["reference_logprobs"], "k3")
+            found["reference_kl"] = Term(penalty, reduce=reduce, coef=kl_coef)
+        return found
+
+    views = {**STUDENT, "reference": View("reference")} if kl_coef else STUDENT
+    snapshots = {"reference": frozen()} if kl_coef else {}
+    return Method(collect_and_score, (Objective(views, signals, terms),), snapshots)

@@ -1,0 +1,114 @@
+"""MiniLLM: sequence-level reverse KL by policy gradient, its first step exact, on texts that the teacher helps to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from sdjax.contexts import question
+from sdjax.generate import mixture
+from sdjax.kernels.advantages import reward_to_go
+from sdjax.kernels.distributions import entropy, logprob
+from sdjax.kernels.divergences import reverse_kl
+from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.policies import frozen, score, teacher_name
+from sdjax.rollouts import judge
+from sdjax.synthesis import together
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
+
+CARD = Card(
+    paper="Gu et al. 2024, MiniLLM: Knowledge Distillation of Large Language Models",
+    arxiv="2306.08543",
+    equation="w KL(p||q) + max(-w R, -clip(w) R), R = mean of later log q - log p, w = p / (mix q + (1-mix) p)",
+    student="question",
+    teacher="question; an external policy, or the initial one with a lesson",
+    reduction="token mean",
+    differences=(
+        "TRL samples from the student alone and counts the present token twice: mix=0, discount=0, count_present=True",
+        "TRL leaves the advantage live and weighs later tokens once more by their position; neither is done here",
+        "the language-modelling loss on pre-training text is left out",
+    ),
+    status="reconstruction",
+)
+
+
+def minillm(
+    *,
+    teacher: str | None = None,
+    mix: float = 0.2,
+    single_step: bool = True,
+    discount: float = 1.0,
+    length_normalised: bool = True,
+    count_present: bool = False,
+    clip: tuple[float, float] = (0.2, 0.2),
+    group_size: int = 4,
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """MiniLLM (Gu et al. 2024, arXiv:2306.08543): `KL(p||q)` of whole sequences.  Token mean.
+
+    `loss_t = w_t KL(p_t||q_t) + max(-w_t R_t, -clip(w_t) R_t)`: the exact single step and the return of later tokens,
+    a constant.  `w = p / b` with `b` what the tokens were drawn from; the first of them is a constant, the second live.
+
+    Args:
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
+      mix: share of the teacher in what tokens are drawn from, below 1; the weights are then at most `1 / (1 - mix)`.
+      single_step: the immediate part as the full reverse KL; without, it is the present token's log-ratio.
+      discount: of later log-ratios (1: the sequence's KL; 0: none).
+      length_normalised: the return is a mean instead of a sum.
+      count_present: the return includes the present token although `single_step` has counted it (TRL).
+      clip: widths of the ratio's clip below and above 1, in the return's part.
+      group_size: rollouts per prompt.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`, asked before anything is written, about an
+        empty rollout; by default the question.
+      reduce: how tokens are averaged.
+    """
+    name = teacher_name(teacher, lesson)
+    views = {"student": View(trainable=True), "teacher": View(name)}
+    coin = mixture(mix)
+
+    def collect(environment, examples, key, memory):
+        told = [lesson(Rollout(e, (), (), "", 0), []) if lesson else question(e) for e in examples]
+        # Without a lesson there is nothing to mix with: the teacher reads the question, and the row is not trained.
+        contexts = [[question(e) for e in examples], [t or question(e) for t, e in zip(told, examples, strict=True)]]
+        policies = (environment.live, environment.policies[name])
+        rollouts = judge(environment, together(policies, examples, contexts, key, n=group_size, choose=coin))
+        rollouts = [r.read_by(student=question(r.example), teacher=told[r.group]) for r in rollouts]
+        return [mixed(r) for r in score(environment, rollouts, views, drawn_from)] if mix else rollouts, memory
+
+    def drawn_from(dist, token):
+        student, teacher = logprob(dist["student"], token), logprob(dist["teacher"], token)
+        return {"drawn": jnp.logaddexp(jnp.log1p(-mix) + student, jnp.log(mix) + teacher)}
+
+    def mixed(rollout):
+        return dataclasses.replace(rollout, logprobs=tuple(map(float, rollout.extras["drawn"])), extras={})
+
+    def signals(dist, token):
+        student, teacher = dist["student"], dist["teacher"]
+        found = {"logprobs": logprob(student, token), "teacher_logprobs": logprob(teacher, token)}
+        return {**found, "reverse_kl": reverse_kl(student, teacher), "entropy": entropy(student)}
+
+    def returns(gap, over):
+        """Of every token, without the token itself where the single step has it."""
+        if not single_step or count_present:
+            return reward_to_go(gap, over, discount, normalised=length_normalised)
+        later = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+        total = reward_to_go(later(gap), later(over), discount, normalised=length_normalised)
+        return total if length_normalised and discount else discount * total
+
+    def terms(batch, sig, step):
+        taught, behavior = batch.contexts["teacher"].valid, batch.behavior_logprobs
+        gap = sig["teacher_logprobs"] - sig["logprobs"]
+        advantage = returns(gap, batch.mask & taught[:, None])
+        weight = importance_weight(sig["logprobs"], behavior)
+        surrogate = clipped_surrogate(sig["logprobs"], behavior, advantage, clip)
+        return {
+            "reverse_kl": Term(sig["reverse_kl"], weight, taught, reduce, 1.0 if single_step else 0.0),
+            "returns": Term(surrogate, 1.0, taught, reduce),
+            "entropy": Term(sig["entropy"], coef=0.0),
+        }
+
+    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if name == "initial" else {})

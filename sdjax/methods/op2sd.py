@@ -1,0 +1,89 @@
+"""OP2SD: OPSD whose teacher reads *another* problem and its solution: a control of what privileged context is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+
+from sdjax.contexts import question, with_reference
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.methods.opsd import opsd
+from sdjax.types import Card, Example, Messages, Method
+
+CARD = Card(
+    paper="Ichihara et al. 2026, OP2SD",
+    arxiv="2608.09228",
+    equation="sum_v min(q_v log(q_v/p_v), clip), q reading another problem and its solution",
+    student="question",
+    teacher="question + another problem with its solution; parameters: the initial ones",
+    reduction="token mean",
+    differences=(
+        "prompt and choice of the other problem were not available: OPSD's template, a problem met before, at random",
+    ),
+    status="reconstruction",
+)
+
+
+def shown(example: Example, other: Mapping[str, str] | None) -> Messages | None:
+    """The question and another problem's solution, with that problem unless it is this one."""
+    if other is None:
+        return None
+    reference = other["solution"] if other["id"] == example.id else f"{other['problem']}\n\n{other['solution']}"
+    return with_reference(question(example), reference)
+
+
+def op2sd(
+    *,
+    context: Literal["mismatched", "matched", "none"] = "mismatched",
+    remembered: int = 256,
+    group_size: int = 1,
+    beta: float = 0.0,
+    clip: float | None = 0.05,
+    temperature: float = 1.1,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    ema_rate: float = 0.0,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """On-policy self-distillation from another problem (Ichihara et al. 2026, arXiv:2608.09228): `opsd`, another context.
+
+    Every rollout has its own other problem, uniform over those met so far (`memory`) and in this batch.  Token mean.
+
+    Args:
+      context: another problem; this one, which is OPSD; or the question alone.
+      remembered: problems kept in memory, the latest.
+      group_size: rollouts per prompt.
+      beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon.
+      clip: bound of every vocabulary entry's addend; `None` is no bound.
+      temperature: of sampling and of both distributions in the loss.
+      top_p, top_k: of sampling (1 and 0: no filter).
+      ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live.
+      reduce: how tokens are averaged.
+    """
+    how = {"beta": beta, "clip": clip, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    own = lambda rollout, rollouts: question(rollout.example)
+    base = opsd(**how, ema_rate=ema_rate, group_size=group_size, lesson=own, reduce=reduce)
+
+    def collect(environment, examples, key, memory):
+        sampling, choosing = key, jax.random.fold_in(key, 1)
+        rollouts, _ = base.collect(environment, examples, sampling, None)
+        met = {problem["id"]: problem for problem in [*memory, *map(solved, examples)] if problem["solution"]}
+        rows = [r.read_by(teacher=told(r, i, met, choosing)) for i, r in enumerate(rollouts)]
+        return rows, list(met.values())[-remembered:]
+
+    def solved(example):
+        return {"id": example.id, "problem": question(example)[-1]["content"], "solution": example.solution}
+
+    def told(rollout, row, met, key):
+        example = rollout.example
+        if context == "none":
+            return question(example)
+        if context == "matched":
+            return shown(example, met.get(example.id))
+        others = [problem for id, problem in met.items() if id != example.id]
+        place = int(jax.random.randint(jax.random.fold_in(key, row), (), 0, max(1, len(others))))
+        return shown(example, others[place] if others else None)
+
+    return base._replace(collect=collect, memory=[])

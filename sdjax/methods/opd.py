@@ -1,0 +1,92 @@
+"""OPD: on-policy distillation; a teacher's log-probabilities of the student's own tokens are its rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax import lax
+
+from sdjax.contexts import question
+from sdjax.generate import Sampling
+from sdjax.kernels.advantages import group_advantage, reward_to_go
+from sdjax.kernels.distributions import entropy, logprob
+from sdjax.kernels.divergences import reverse_kl
+from sdjax.kernels.policy_gradient import token_ratio
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.policies import frozen, teacher_name
+from sdjax.rollouts import attempts
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
+
+CARD = Card(
+    paper="Lu 2025, On-Policy Distillation (Thinking Machines)",
+    arxiv="",
+    equation="-(p/b) A, A = rl_weight (R - mean R) - coef (log b - log q), A constant",
+    student="question",
+    teacher="question; an external policy, or the initial one with a lesson",
+    reduction="token mean",
+    differences=(
+        "Tinker's loss is a sum over tokens (reduce=token_sum): the scale matters to gradient clipping only",
+        "full_vocabulary, the exact reverse KL per position, is not in Tinker's recipe",
+    ),
+)
+
+
+def opd(
+    *,
+    teacher: str | None = None,
+    group_size: int = 4,
+    coef: float = 1.0,
+    discount: float = 0.0,
+    full_vocabulary: bool = False,
+    rl_weight: float = 0.0,
+    temperature: float = 1.0,
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """On-policy distillation (Lu 2025, Thinking Machines; code: tinker-cookbook, distillation).
+
+    `loss_t = -(p/b) * stop(A_t)`,  `A_t = rl_weight * (R - mean R) - coef * (log b - log q)`, `b` the sampler: without
+    discount its expected gradient is that of KL(student||teacher) at fixed prefixes.  Token mean.
+
+    Args:
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
+      group_size: rollouts per prompt.
+      coef: weight of the teacher's part.
+      discount: of the log-ratios of later tokens (1: the sequence's reverse KL); sampled form only.
+      full_vocabulary: the exact reverse KL of every position instead of the sampled token's estimate.
+      rl_weight: weight of the group-centred reward, without deviation; 0 is distillation alone.
+      temperature: of sampling; all log-probabilities are taken at temperature 1.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
+      reduce: how tokens are averaged.
+    """
+    teacher = teacher_name(teacher, lesson)
+
+    def collect(environment, examples, key, memory):
+        rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
+        told = lambda r: lesson(r, rollouts) if lesson else question(r.example)
+        return [r.read_by(teacher=told(r)) for r in rollouts], memory
+
+    def signals(dist, token):
+        student, teacher = dist["student"], dist["teacher"]
+        found = {"logprobs": logprob(student, token), "entropy": entropy(student)}
+        if full_vocabulary:
+            return {**found, "reverse_kl": reverse_kl(student, teacher)}
+        return {**found, "teacher_logprobs": logprob(teacher, token)}
+
+    def terms(batch, sig, step):
+        found, old = {"entropy": Term(sig["entropy"], coef=0.0)}, batch.behavior_logprobs
+        taught = batch.contexts["teacher"].valid
+        advantage = rl_weight * group_advantage(batch.reward, batch.group, batch.valid, normalised=False)[:, None]
+        if full_vocabulary:
+            found["reverse_kl"] = Term(sig["reverse_kl"], 1.0, taught, reduce, coef)
+        else:
+            gap = sig["teacher_logprobs"] - old
+            found["log_ratio"] = Term(-gap, 1.0, taught, coef=0.0)
+            advantage = advantage + reward_to_go(coef * gap, batch.mask & taught[:, None], discount)
+        if rl_weight or not full_vocabulary:
+            policy_gradient = -token_ratio(sig["logprobs"], old) * lax.stop_gradient(advantage)
+            found["pg"] = Term(policy_gradient, 1.0, None if rl_weight else taught, reduce)
+        return found
+
+    views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None)}
+    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if teacher == "initial" else {})

@@ -1,0 +1,108 @@
+"""OPSD: the initial model, reading the reference solution, grades every token of the student's attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sdjax.contexts import question, with_reference
+from sdjax.generate import Sampling
+from sdjax.kernels.distributions import entropy, logprob, temper, top_k_renormalised
+from sdjax.kernels.divergences import clip_entries, jsd_entries
+from sdjax.kernels.estimators import sampled_reverse_kl
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.policies import ema
+from sdjax.rollouts import attempts
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
+
+CARD = Card(
+    paper="Zhao et al. 2026, Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
+    arxiv="2601.18734",
+    equation="sum_v min(q_v log(q_v/p_v), clip), p and q at the sampling temperature",
+    student="question",
+    teacher="question + reference solution; parameters: the initial ones",
+    reduction="token mean",
+    differences=(
+        "the default is version 3; opsd_v1 is version 1: JSD 0.5, no clip, temperature 1.2",
+        "the paper averages per sequence, its code over the tokens of a micro-batch (default)",
+        "clipped entries push the student away from what the teacher wants more of: as published, not a bounded pull",
+        "version 3's templates (student's thinking off, teacher's on) are the lesson's business",
+        "the code's reason_first (the teacher analyses the solution before it grades) is left out; off there too",
+    ),
+)
+
+V1 = {"beta": 0.5, "clip": None, "temperature": 1.2, "top_p": 1.0, "top_k": 0}
+"""What version 1 of the paper does differently."""
+
+
+def reference_solution(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
+    """OPSD's lesson: the question and the example's reference solution, or `None` without one."""
+    example = rollout.example
+    return None if example.solution is None else with_reference(question(example), example.solution)
+
+
+def opsd(
+    *,
+    beta: float = 0.0,
+    clip: float | None = 0.05,
+    temperature: float = 1.1,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    teacher_top_k: int | None = None,
+    sampled_token: bool = False,
+    ema_rate: float = 0.0,
+    group_size: int = 1,
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """On-policy self-distillation (Zhao et al. 2026, arXiv:2601.18734 v3, Eq. 6-8).
+
+    `loss_t = sum_v min(JSD_beta's addend v, clip)`, both distributions at the sampling temperature.  The clip acts before
+    the sum over the vocabulary and from above only: the loss may be negative.  Token mean over rows with a lesson.
+
+    Args:
+      beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon (version 1: 0.5).
+      clip: bound of every vocabulary entry's addend; `None` is no bound (version 1).
+      temperature: of sampling *and* of both distributions in the loss, above 0 (version 1: 1.2).
+      top_p, top_k: of sampling (1 and 0: no filter).
+      teacher_top_k: entries of the teacher's distribution that are kept, both sides renormalised; `None` is all.
+      sampled_token: Eq. 9 instead: reverse KL by the sampled token alone, a policy gradient without clip.
+      ema_rate: the teacher's parameters follow the student's: 0 is frozen (paper), 1 is live.
+      group_size: rollouts per prompt.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default `reference_solution`.
+      reduce: how tokens are averaged.
+    """
+    told = lesson or reference_solution
+
+    def collect(environment, examples, key, memory):
+        sampling = Sampling(temperature, top_p, top_k)
+        rollouts = attempts(environment, examples, key, n=group_size, sampling=sampling)
+        return [r.read_by(teacher=told(r, rollouts)) for r in rollouts], memory
+
+    def divergence(student, teacher, token):
+        if sampled_token:
+            return sampled_reverse_kl(logprob(student, token), logprob(teacher, token))
+        if teacher_top_k is not None:
+            student, teacher = top_k_renormalised(student, teacher, by=teacher, k=teacher_top_k)
+        entries = jsd_entries(student, teacher, beta)
+        return entries.sum(-1) if clip is None else clip_entries(entries, clip)
+
+    def signals(dist, token):
+        student, teacher = temper(dist["student"], temperature), temper(dist["teacher"], temperature)
+        return {"divergence": divergence(student, teacher, token), "entropy": entropy(dist["student"])}
+
+    def terms(batch, sig, step):
+        return {
+            "divergence": Term(sig["divergence"], 1.0, batch.contexts["teacher"].valid, reduce),
+            "entropy": Term(sig["entropy"], coef=0.0),
+        }
+
+    live = ema_rate == 1.0
+    teacher = View("live" if live else "teacher", per_rollout=lesson is not None)
+    objective = Objective({"student": View(trainable=True), "teacher": teacher}, signals, terms)
+    return Method(collect, (objective,), {} if live else {"teacher": ema(ema_rate)})
+
+
+def opsd_v1(**options: Any) -> Method:
+    """`opsd` as in version 1 of the paper: JSD 0.5, no clip, temperature 1.2, no sampling filters.  `options` override."""
+    return opsd(**{**V1, **options})

@@ -1,0 +1,93 @@
+"""RLRT: on correct answers, the tokens that the informed teacher did not expect get more of the credit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from sdjax.generate import Sampling
+from sdjax.kernels.advantages import group_advantage
+from sdjax.kernels.distributions import entropy, logprob
+from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.kernels.weights import likelihood_ratio
+from sdjax.methods.sdpo import peer_or_feedback
+from sdjax.policies import score
+from sdjax.rollouts import attempts
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
+
+CARD = Card(
+    paper="Kim et al. 2026, Rebellious Student: Reversing Teacher Signals for Reasoning Exploration",
+    arxiv="2605.10781",
+    equation="GRPO with A * (1 - mix + mix * clip(p/q, 1-eps, 1+eps)) on correct rows",
+    student="question",
+    teacher="question + another correct answer of the group; parameters: those that sampled",
+    reduction="token mean",
+    differences=(
+        "which correct answer the teacher reads is not said: never the answer itself, so a lone success is plain GRPO",
+        "the shape of the decay is not said: linear to 0",
+        "the deviation is the unbiased one; the paper compares with a GRPO without deviation, a smaller step",
+    ),
+)
+
+VIEWS = {"student": View(), "teacher": View(per_rollout=True)}
+
+
+def rlrt(
+    *,
+    group_size: int = 8,
+    mix: float = 0.5,
+    ratio_eps: float = 1.0,
+    mix_decay: int = 0,
+    success: float = 0.5,
+    clip: tuple[float, float] = (0.2, 0.28),
+    tis_cap: float | None = 2.0,
+    temperature: float = 1.0,
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """Reinforcement learning with a reversed teacher (Kim et al. 2026, arXiv:2605.10781, Algorithm 1).
+
+    `A_t = A * (1 - mix + mix * clip((p/q)^sign(A), 1 -+ ratio_eps))` on correct rows with a lesson, else `A`; token mean.
+
+    Args:
+      group_size: rollouts per prompt.
+      mix: share of the ratio in the credit; 0 is GRPO.
+      ratio_eps: width of the ratio's clip around 1 (paper: 1 base, 0.5 instruct, 0.2 thinking models).
+      mix_decay: batches in which `mix` falls linearly to 0; 0: it stays (paper: 30 for instruct and thinking models).
+      success: least reward of a correct answer.
+      clip: widths of the surrogate's clip below and above 1.
+      tis_cap: cap of the importance weight of the sampler's numerics; `None`: no weight.
+      temperature: of sampling.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default another correct answer.
+      reduce: how tokens are averaged.
+    """
+    told = lesson or peer_or_feedback(success=success, use_feedback=False)
+
+    def collect(environment, examples, key, memory):
+        rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
+        rollouts = [r.read_by(teacher=told(r, rollouts)) for r in rollouts]
+        credited = lambda r: r.reward >= success and r.contexts["teacher"] is not None
+        return [r.with_extras(credited=credited(r)) for r in score(environment, rollouts, VIEWS, scored)], memory
+
+    def scored(dist, token):
+        return {"old_logprobs": logprob(dist["student"], token), "old_teacher": logprob(dist["teacher"], token)}
+
+    def signals(dist, token):
+        return {"logprobs": logprob(dist["student"], token), "entropy": entropy(dist["student"])}
+
+    def terms(batch, sig, step):
+        old, informed = batch.extras["old_logprobs"], batch.extras["old_teacher"]
+        advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
+        share = mix * jnp.maximum(1.0 - step / mix_decay, 0.0) if mix_decay else mix
+        ratio = likelihood_ratio(old, informed, eps=ratio_eps, sign=jnp.sign(advantage))
+        credit = jnp.where(batch.extras["credited"][:, None], 1.0 - share + share * ratio, 1.0)
+        behavior, weight = batch.behavior_logprobs, 1.0
+        if tis_cap is not None:
+            behavior, weight = old, importance_weight(old, behavior, cap=tis_cap)
+        surrogate = clipped_surrogate(sig["logprobs"], behavior, advantage * credit, clip)
+        measured = {"credit": Term(credit, over=batch.extras["credited"], coef=0.0)}
+        return {"pg": Term(surrogate, weight, reduce=reduce), **measured, "entropy": Term(sig["entropy"], coef=0.0)}
+
+    return Method(collect, (Objective({"student": View(trainable=True)}, signals, terms),))

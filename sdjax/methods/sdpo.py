@@ -1,0 +1,128 @@
+"""SDPO: the same model, told a peer's success or feedback, grades every token of the attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sdjax.contexts import question, with_feedback, without_thinking
+from sdjax.generate import Sampling
+from sdjax.kernels.advantages import group_advantage
+from sdjax.kernels.distributions import entropy, interpolate, logprob, top_k_renormalised, top_k_with_rest
+from sdjax.kernels.divergences import jsd
+from sdjax.kernels.estimators import sampled_jsd
+from sdjax.kernels.policy_gradient import importance_weight, reinforce
+from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.policies import ema, frozen
+from sdjax.rollouts import attempts, solved_peer
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
+
+CARD = Card(
+    paper="Hübotter et al. 2026, Reinforcement Learning via Self-Distillation",
+    arxiv="2601.20802",
+    equation="w * JSD_alpha(student || teacher), alpha 0: KL(teacher||student), 1: KL(student||teacher)",
+    student="question",
+    teacher="question + a peer's success, else feedback on the attempt; parameters: EMA of the student",
+    reduction="token mean over rows with a lesson",
+    differences=(
+        "a success is not shown to itself (released configurations); the paper's Table 2 shows it",
+        "the code's token mean over micro-batches of one sequence is sequence_mean_of(all rows), not the default",
+        "the mixture with GRPO (Eq. 3, rl_weight) is in the paper and not in the code",
+    ),
+)
+
+
+def peer_or_feedback(
+    *, success: float = 0.5, use_feedback: bool = True, feedback_beside_solution: bool = False, thinking: bool = False
+) -> Callable[[Rollout, list[Rollout]], Messages | None]:
+    """SDPO's lesson: the first other success of the group; feedback only where there is none, unless `..._beside_...`.
+
+    Neither: `None`, the row is not trained.  A success is never shown itself (the released configurations; the paper's
+    Table 2 says otherwise).  `thinking=False` strips the peer's thinking.
+    """
+
+    def lesson(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
+        peer = solved_peer(rollout, rollouts, success)
+        solution = None if peer is None else (peer.text if thinking else without_thinking(peer.text))
+        heard = use_feedback and rollout.reward < success and (peer is None or feedback_beside_solution)
+        feedback = rollout.feedback if heard else None
+        if solution is None and not feedback:
+            return None
+        return with_feedback(question(rollout.example), solution=solution, feedback=feedback)
+
+    return lesson
+
+
+def sdpo(
+    *,
+    group_size: int = 8,
+    alpha: float = 0.5,
+    top_k: int | None = 100,
+    rest: bool = True,
+    sampled_token: bool = False,
+    ema_rate: float = 0.05,
+    trust: float | None = None,
+    is_cap: float | None = 2.0,
+    rl_weight: float = 0.0,
+    temperature: float = 1.0,
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
+    reduce: Reducer = token_mean,
+) -> Method:
+    """Self-distillation policy optimisation (Hübotter et al. 2026, arXiv:2601.20802, Eq. 1).
+
+    `loss_t = w_t * JSD_alpha(student || teacher)`, the teacher being the same model reading the question *and* a lesson.
+    Token mean over rows with a lesson (the official code's micro-batch of one makes it
+    `sdjax.kernels.reductions.sequence_mean_of`).
+
+    Args:
+      alpha: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon (paper: 0.5, or 1 with feedback).
+      top_k: entries of the student's distribution that are kept, the others in one `rest` bucket, or dropped and
+        renormalised without `rest`; `None` is the full vocabulary (paper: 100, or 20 with feedback).
+      sampled_token: use the sampled token's log-probabilities only: unbiased for every alpha, of higher variance.
+      ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live (paper: 0.05, 0.01 with feedback).
+      trust: instead, the teacher is the geometric mixture `initial^(1-trust) * live^trust`, both reading the lesson.
+      is_cap: cap of the importance weight `w` (no effect in the first update on a batch); `None`: no weight.
+      rl_weight: lambda of Eq. 3: `lambda * policy gradient + (1 - lambda) * distillation`; not in the released code.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default `peer_or_feedback()`.
+    """
+    lesson = lesson or peer_or_feedback()
+
+    def collect(environment, examples, key, memory):
+        rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
+        return [r.read_by(teacher=(told := lesson(r, rollouts)), initial=told) for r in rollouts], memory
+
+    def divergence(student, teacher, token):
+        if sampled_token:
+            return sampled_jsd(logprob(student, token), logprob(teacher, token), alpha)
+        if top_k is not None:
+            narrow = top_k_with_rest if rest else top_k_renormalised
+            student, teacher = narrow(student, teacher, by=student, k=top_k)
+        return jsd(student, teacher, alpha)
+
+    def signals(dist, token):
+        student, teacher = dist["student"], dist["teacher"]
+        if trust is not None:
+            teacher = interpolate(dist["initial"], teacher, trust)
+        return {
+            "divergence": divergence(student, teacher, token),
+            "logprobs": logprob(student, token),
+            "entropy": entropy(student),
+        }
+
+    def terms(batch, sig, step):
+        taught = batch.contexts["teacher"].valid
+        weight = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
+        found = {
+            "divergence": Term(sig["divergence"], weight, taught, reduce, coef=1.0 - rl_weight),
+            "entropy": Term(sig["entropy"], coef=0.0),
+        }
+        if rl_weight:
+            advantage = group_advantage(batch.reward, batch.group, batch.valid, normalised=False)[:, None]
+            found["pg"] = Term(reinforce(sig["logprobs"], advantage), weight, None, reduce, coef=rl_weight)
+        return found
+
+    live = trust is not None or ema_rate == 1.0
+    views = {"student": View(trainable=True), "teacher": View("live" if live else "teacher", per_rollout=True)}
+    if trust is not None:
+        views["initial"] = View("initial", per_rollout=True)
+    snapshots = {"initial": frozen()} if trust is not None else {} if live else {"teacher": ema(ema_rate)}
+    return Method(collect, (Objective(views, signals, terms),), snapshots)
