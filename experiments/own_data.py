@@ -1,0 +1,93 @@
+"""Your model on your problems: a file of JSON lines, any method.
+
+    sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method grpo
+
+A line has `prompt` (text) or `messages` (a chat that ends with a user turn) and `answer`; `solution` (a worked
+reference, which only teachers read) and `feedback` (a fixed remark for wrong answers) are optional.  Answers are compared
+as mathematics.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from sdjax.models import pretrained
+from sdjax.options import Choice
+from sdjax.tasks.jsonl import jsonl
+from sdjax.tokens import Shapes, refuse, shorten
+from sdjax.train import Experiment
+
+METHOD = "sdpo"
+
+
+def experiment(
+    *,
+    method: Choice,
+    data: str,
+    test_data: str | None = None,
+    test_fraction: float | None = None,
+    skip_bad_rows: bool = False,
+    model: str = "smollm2",
+    steps: int = 100,
+    prompts: int = 8,
+    minibatches: int = 1,
+    lr: float = 1e-6,
+    warmup: int = 10,
+    weight_decay: float = 0.01,
+    clip_norm: float = 1.0,
+    context: int = 1024,
+    completion: int = 512,
+    shorten_prompts: bool = False,
+    rows: int = 64,
+    rows_per_chunk: int | None = None,
+    tokens_per_chunk: int | None = 512,
+    remat: bool = False,
+    bf16: bool = False,
+    evaluation: int = 200,
+    evaluate_every: int = 25,
+    save_every: int = 25,
+    seed: int = 0,
+    smoke: bool = False,
+) -> Experiment:
+    """Any method on a file of problems.
+
+    Args:
+      data: JSON lines to train on; `test_data` is held out, or else `test_fraction` of `data` (0.1), split by question.
+      skip_bad_rows: count and list bad lines instead of refusing the file.
+      model: a hub name, a folder in the transformers format, or "smollm2" (embedded).
+      steps: batches of `prompts` problems; the method's group size is attempts per problem.
+      minibatches: updates per batch, of whole groups.
+      lr: peak learning rate of AdamW, after `warmup` steps of linear rise.
+      clip_norm: the gradient's largest norm.
+      context: most tokens of a prompt; a longer one is refused, or with `shorten_prompts` loses its oldest turns, then
+        the end of its privileged text, never the question.
+      completion: most tokens of an attempt.
+      rows: attempts sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits.
+      remat: recompute blocks in the backward pass, for memory.
+      bf16: compute in bfloat16 (parameters stay float32).
+      evaluation: held-out problems, read greedily before, after and every `evaluate_every` steps.
+      smoke: two steps on a few problems.
+    """
+    if smoke:
+        steps, prompts, evaluation, evaluate_every, save_every = 2, 2, 4, 0, 0
+    task = jsonl(data, test_path=test_data, test_fraction=test_fraction, skip_bad_rows=skip_bad_rows)
+    schedule = optax.schedules.warmup_constant_schedule(lr / max(warmup, 1), lr, warmup)
+    return Experiment(
+        method=method(),
+        task=task,
+        student=pretrained.load(model),
+        optimizer=optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)),
+        shapes=Shapes(
+            context, completion, rows, rows_per_chunk, tokens_per_chunk, shorten if shorten_prompts else refuse
+        ),
+        steps=steps,
+        prompts=prompts,
+        minibatches=minibatches,
+        seed=seed,
+        dtype=jnp.bfloat16 if bf16 else jnp.float32,
+        remat=remat,
+        evaluation=evaluation,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+    )

@@ -1,0 +1,79 @@
+"""Accuracy of a policy on examples: greedy with an interval, and pass@k from several samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from sdjax.contexts import question
+from sdjax.generate import GREEDY, Sampling
+from sdjax.policies import Policy
+from sdjax.rollouts import sample
+from sdjax.types import Example, Messages, Rollout, Verdict
+
+
+class Accuracy(NamedTuple):
+    """A share of solved examples with its 95 % interval, and the completions behind it."""
+
+    solved: float
+    low: float
+    high: float
+    examples: int
+    rollouts: tuple[Rollout, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{100 * self.solved:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.examples}"
+
+
+def wilson(solved: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927), within [0, 1] for every count; `(0, 1)` for none."""
+    if total == 0:
+        return 0.0, 1.0
+    share, spread = solved / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / total / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy(
+    policy: Policy,
+    examples: Sequence[Example],
+    verify: Callable[[Example, str], Verdict],
+    *,
+    context: Callable[[Example], Messages] = question,
+    success: float = 0.5,
+    limit: int | None = None,
+) -> Accuracy:
+    """The share of examples whose greedy answer earns a reward of at least `success`.
+
+    `context` is what the policy reads: give a teacher's context to measure the teacher.  `limit` caps the completion.
+    """
+    rollouts = sample(policy, examples, jax.random.key(0), context=context, sampling=GREEDY, limit=limit)
+    good = sum(verify(r.example, r.text).reward >= success for r in rollouts)
+    return Accuracy(good / max(len(rollouts), 1), *wilson(good, len(rollouts)), len(rollouts), tuple(rollouts))
+
+
+def pass_at_k(
+    policy: Policy,
+    examples: Sequence[Example],
+    verify: Callable[[Example, str], Verdict],
+    key: Array,
+    *,
+    n: int,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    sampling: Sampling | None = None,
+    success: float = 0.5,
+) -> dict[int, float]:
+    """The chance that one of `k` samples solves an example, `1 - C(n-c, k) / C(n, k)` averaged over examples.
+
+    Unbiased for `k <= n`; larger `k` are left out.  Source: Chen et al. 2021, arXiv:2107.03374, Eq. 1.
+    """
+    rollouts = sample(policy, examples, key, n=n, sampling=sampling)
+    right = np.asarray([verify(r.example, r.text).reward >= success for r in rollouts]).reshape(-1, n).sum(1)
+    miss = lambda c, k: math.comb(n - int(c), k) / math.comb(n, k)
+    return {k: float(np.mean([1.0 - miss(c, k) for c in right])) for k in ks if k <= n}

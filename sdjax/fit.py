@@ -1,0 +1,416 @@
+"""The whole loop of a run, on the host: collect, update, record, evaluate, save, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from sdjax import checkpoint, train
+from sdjax.contexts import question
+from sdjax.evaluate import Accuracy, accuracy
+from sdjax.interrupts import Interrupted, Interrupts
+from sdjax.log import RunLog, replace_text
+from sdjax.models import pretrained
+from sdjax.options import nearest
+from sdjax.policies import Environment, Policy
+from sdjax.tokens import collate, encode_context
+from sdjax.train import Experiment, ExperimentError, Outcome, State
+from sdjax.types import STUDENT, Batch, Example, Rollout, Verdict
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: `before` and `after` are held-out accuracies, `interrupted` is the signal that ended it, if any.
+
+    An accuracy that was not measured is `None`.
+    """
+
+    state: State
+    before: Accuracy | None
+    after: Accuracy | None
+    interrupted: Signals | None = None
+
+
+class Prompts:
+    """Examples in shuffled order, epoch after epoch, `size` at a time; its position is part of the saved state."""
+
+    def __init__(self, examples: Sequence[Example], size: int, seed: int):
+        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
+        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # indices need no threads
+        self.examples, self.iterator = examples, iter(order.to_iter_dataset(reading))
+
+    def take(self) -> list[Example]:
+        return [self.examples[int(i)] for i in next(self.iterator)]
+
+    def position(self) -> Any:
+        return self.iterator.get_state()
+
+    def go_to(self, position: Any) -> None:
+        self.iterator.set_state(position)
+
+
+def fit(
+    experiment: Experiment, folder: str | Path, *, resume: bool = False, arguments: Mapping[str, Any] | None = None
+) -> Result:
+    """Runs an experiment in a folder and returns its final state and accuracies.
+
+    The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `checkpoints/` and, when the run
+    is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return; `resume=True` goes
+    on from the newest checkpoint, bit for bit as if nothing had happened.
+
+    Raises:
+      RunError: the folder cannot be used, holds another run or none to resume, the arguments of a resumed run differ,
+        or too many updates were skipped.
+      LengthError, ExperimentError: a prompt or the model's context is too short for the experiment's shapes.
+      CheckpointError: a checkpoint cannot be written or read.
+      Interrupted: a signal came before the run had begun.
+    """
+    folder, arguments = Path(folder), dict(arguments or {})
+    with Interrupts() as interrupts:
+        check_folder(folder, resume, arguments)
+        check_lengths(experiment)
+        try:
+            claim(folder, arguments)
+            run = Run(experiment, folder, interrupts)
+            del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
+            step = run.restore() if checkpoint.steps(folder / "checkpoints") else 0
+            run.log = RunLog(folder, run.experiment.steps, step)
+            if resume:
+                run.log.say(f"going on after step {step}" if step else "no checkpoint yet: from the beginning")
+            try:
+                return run.go(step)
+            finally:
+                run.log.close()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise RunError(f"{folder}: {error.strerror}: free some space and go on with --resume") from error
+            raise
+
+
+# ---- before a run ---------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> None:
+    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing."""
+    file, arguments = folder / "arguments.json", as_json(arguments, "the arguments")
+    try:
+        used = folder.is_dir() and any(path.suffix != ".unfinished" for path in folder.iterdir())
+        old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error}): name another folder with --out") from error
+    if old is None and used:
+        raise RunError(
+            f"{folder} is not empty and holds no run ({file.name} is missing): name another folder with --out"
+        )
+    if old is None and resume:
+        others = [str(p.parent) for p in folder.parent.glob("*/arguments.json")]
+        raise RunError(f"{folder} holds no run to resume{nearest(str(folder), others)}: start it without --resume")
+    if old is not None and not resume:
+        raise RunError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
+    if old is not None and old != arguments:
+        changed = [
+            f"{name} was {old.get(name)!r} and is {arguments.get(name)!r}"
+            for name in sorted({*old, *arguments})
+            if old.get(name) != arguments.get(name)
+        ]
+        raise RunError(
+            f"{folder} was started with other arguments: {'; '.join(changed)}: resume with the old values, or start a "
+            "new run with --out"
+        )
+
+
+def claim(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Makes the run folder and writes `arguments.json`.  Raises `RunError` if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "arguments.json", json.dumps(as_json(arguments, "the arguments"), indent=1))
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
+
+
+def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
+    """Raises before the first step what would end the run at some later one: a question that does not fit.
+
+    Only the `most` longest texts are tokenised, so that millions of examples take no minutes.
+
+    Raises:
+      LengthError: a question exceeds `shapes.context`, and `shapes.too_long` cannot help.
+      ExperimentError: the shapes exceed what a model was made for.
+    """
+    shapes, student = experiment.shapes, experiment.student
+    for name, model in {"the student": student, **experiment.teachers}.items():
+        if shapes.context + shapes.completion > model.config.max_context:
+            raise ExperimentError(
+                f"context={shapes.context} and completion={shapes.completion} exceed the {model.config.max_context} "
+                f"tokens that {name} was made for"
+            )
+    examples = [*experiment.task.train, *experiment.task.test[: experiment.evaluation]]
+    length = lambda example: sum(len(turn["content"]) for turn in example.prompt)
+    for example in sorted(examples, key=length, reverse=True)[:most]:
+        encode_context(student.tokenizer, question(example), shapes)
+
+
+def as_json(value: Any, what: str) -> Any:
+    """A value as it comes back from a JSON file.  Raises `RunError` if it cannot."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{what} cannot be saved as JSON: {error}") from error
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run under way: the state, the host's memory, and the compiled programs."""
+
+    def __init__(self, experiment: Experiment, folder: Path, interrupts: Interrupts):
+        self.folder, self.interrupts = folder, interrupts
+        self.memory = as_json(experiment.method.memory, "the method's memory")
+        self.models = train.models(experiment)
+        self.state = train.initial_state(experiment, experiment.student.params)
+        self.experiment = dataclasses.replace(experiment, student=experiment.student._replace(params=None))
+        checkpoint.check_space(folder, checkpoint.arrays_of(self.state))
+        # Once, not in every step: published parameters lie on the host.
+        self.teachers = {name: jax.device_put(teacher.params) for name, teacher in experiment.teachers.items()}
+        self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed)
+        self.updates = [
+            train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
+            for o in experiment.method.objectives
+        ]
+        self.refresh = train.refresh_snapshots(experiment.method)
+        self.skipped_in_a_row, self.skipped = 0, 0
+        self.before: Accuracy | None = None
+        self.saved = 0
+        self.log: RunLog
+
+    # ---- policies -----------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of every policy but the live one."""
+        return {**self.teachers, **self.state.snapshots}
+
+    def environment(self) -> Environment:
+        """What `collect` may use now."""
+        student, shapes = self.experiment.student, self.experiment.shapes
+        params = {**self.parameters(), "live": self.state.params}
+        tokenizers = {name: teacher.tokenizer for name, teacher in self.experiment.teachers.items()}
+        policies = {
+            name: Policy(self.models[name], params[name], tokenizers.get(name, student.tokenizer), shapes)
+            for name in params
+        }
+        return Environment(policies, self.experiment.task.verify, self.prompts.take)
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def go(self, start: int) -> Result:
+        """All steps from `start` on; a signal ends the run with everything saved."""
+        after = None
+        try:
+            self.steps(start)
+            after = self.evaluate(self.experiment.steps)
+            with self.interrupts.held():
+                self.close(after)
+        except Interrupted as interrupted:
+            with self.interrupts.held():
+                self.leave(interrupted.number)
+            return Result(self.state, self.before, after, interrupted.number)
+        return Result(self.state, self.before, after)
+
+    def steps(self, start: int) -> None:
+        """Steps, the evaluations between them, and checkpoints."""
+        e = self.experiment
+        for step in range(start, e.steps):
+            # Before the step, not after the last one: a resumed run then measures what it had not yet recorded.
+            if step == 0:
+                self.before = self.evaluate(0)
+            elif e.evaluate_every and step % e.evaluate_every == 0:
+                self.evaluate(step)
+            with self.interrupts.held():
+                self.step(step)
+                due = e.save_every and (step + 1) % e.save_every == 0
+                if due or step + 1 == e.steps or self.interrupts.asked:
+                    self.save()
+            self.interrupts.check()
+
+    def leave(self, number: Signals) -> None:
+        """Saves what is not yet saved, and says how to go on."""
+        step = int(self.state.step)
+        if step == 0:
+            self.log.say(f"{number.name} before the first step: nothing to save; start again with --resume")
+            return
+        if self.saved < step:
+            self.save()
+        self.log.say(f"{number.name} after step {step}: saved; go on with --resume")
+
+    def step(self, step: int) -> None:
+        """One batch: collect, update with every objective that is due, refresh the snapshots, record."""
+        started = time.perf_counter()
+        key = jax.random.fold_in(self.state.key, step)
+        method = self.experiment.method
+        rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
+        # Through JSON in every step: what a method remembers is then the same in a run that was never interrupted.
+        self.memory = as_json(memory, "the method's memory")
+        collected = time.perf_counter()
+        values = self.train_on(step, self.batch(rollouts)) if rollouts else {}
+        # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
+        self.state = self.state.replace(step=self.state.step + 1)
+        snapshots = self.refresh(self.state.params, self.state.snapshots, self.state.step)
+        self.state = self.state.replace(snapshots=snapshots)
+        jax.block_until_ready(self.state.params)
+        tokens = sum(len(r.tokens) for r in rollouts)
+        values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
+        self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
+        if not rollouts:
+            self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
+        if step % 10 == 0 or step + 1 == self.experiment.steps:
+            self.log.rollouts(step + 1, rollouts)
+
+    def batch(self, rollouts: Sequence[Rollout]) -> Batch:
+        """The padded batch of a step."""
+        e = self.experiment
+        return collate(rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.prompts)
+
+    def train_on(self, step: int, batch: Batch) -> dict[str, float]:
+        """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
+        e, outcomes = self.experiment, []
+        due = [(o, u) for o, u in zip(e.method.objectives, self.updates, strict=True) if step % o.every == 0]
+        for (_, update), _ in itertools.product(due, range(e.epochs)):
+            for part in train.minibatches(batch, e.minibatches):
+                outcomes.append(self.update(update, part))
+                self.guard(step, outcomes[-1], part)
+        silent = sum(bool(o.finite) and not o.useful for o in outcomes)
+        if silent:
+            many = f"{silent} of {len(outcomes)} updates had " if silent < len(outcomes) else ""
+            self.log.say(f"step {step + 1}: {many}no signal (equal rewards, or no lesson for any row): not trained")
+        seen = describe(batch)
+        # A term that goes by the name of a fact about the batch does not hide it.
+        return {**seen, **{f"term_{n}" if n in seen else n: v for n, v in summary(outcomes).items()}}
+
+    def update(self, update: Any, part: Batch) -> Outcome:
+        """One update; its outcome on the host."""
+        state = self.state
+        params, opt_state, outcome = update(
+            state.params, state.opt_state, self.parameters(), jax.device_put(part), state.step
+        )
+        self.state = state.replace(params=params, opt_state=opt_state)
+        return jax.device_get(outcome)
+
+    def guard(self, step: int, outcome: Outcome, batch: Batch) -> None:
+        """Counts updates that were skipped; ends the run after too many in a row, with the batch saved."""
+        if outcome.finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.log.say(f"step {step + 1}: loss {outcome.loss:g}, gradient norm {outcome.grad_norm:g}: update skipped")
+        if self.skipped_in_a_row >= self.experiment.most_skipped:
+            path = self.folder / f"skipped-batch-{step + 1}.npz"
+            leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+            np.savez(path, **{jax.tree_util.keystr(name, simple=True, separator="/"): x for name, x in leaves})
+            raise RunError(
+                f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step + 1}; its batch is "
+                f"in {path}: lower the learning rate or look at that batch"
+            )
+
+    def evaluate(self, step: int) -> Accuracy | None:
+        """Greedy accuracy on held-out examples; a signal ends it at once."""
+        self.interrupts.check()
+        examples = self.experiment.task.test[: self.experiment.evaluation]
+        if not examples:
+            return None
+        found = accuracy(self.environment().live, examples, self.verify)
+        self.interrupts.check()
+        self.log.evaluation(step, {"accuracy": found.solved, "low": found.low, "high": found.high})
+        self.log.say(f"held-out accuracy after {step} steps: {found}")
+        return found
+
+    def verify(self, example: Example, text: str) -> Verdict:
+        """The task's verdict.  Notices signals whose exception was lost, as it is in a callback of the collector's."""
+        self.interrupts.check()
+        return self.experiment.task.verify(example, text)
+
+    def close(self, after: Accuracy | None) -> None:
+        """Writes `result.json` and `model/`, and prints the closing table."""
+        rows = [("before", self.before), ("after", after)]
+        numbers = {name: None if a is None else dict(zip(a._fields[:4], a[:4], strict=True)) for name, a in rows}
+        result = {**numbers, "steps": self.experiment.steps, "skipped_updates": self.skipped}
+        replace_text(self.folder / "result.json", json.dumps(result, indent=1))
+        if self.experiment.export:
+            student, target = self.experiment.student, self.folder / "model"
+            pretrained.save(target, student.config, jax.device_get(self.state.params), student.tokenizer)
+            self.log.say(f"model written to {target}")
+        self.log.table(
+            f"{self.experiment.task.name}: held-out greedy accuracy, 95 % interval",
+            ("", "accuracy", "interval", "examples"),
+            [
+                (name, f"{100 * a.solved:.1f} %", f"{100 * a.low:.1f} to {100 * a.high:.1f} %", str(a.examples))
+                for name, a in rows
+                if a is not None
+            ],
+        )
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Saves everything the next step depends on."""
+        host = {
+            "memory": self.memory,
+            "position": self.prompts.position(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "before": None if self.before is None else list(self.before[:4]),
+        }
+        checkpoint.save(self.folder / "checkpoints", self.state, host)
+        self.saved = int(self.state.step)
+
+    def restore(self) -> int:
+        """Goes back to the newest checkpoint; returns its step."""
+        self.state, host = checkpoint.restore(self.folder / "checkpoints", self.state)
+        self.memory = host["memory"]
+        self.prompts.go_to(host["position"])
+        self.skipped, self.skipped_in_a_row = host["skipped"]
+        self.before = None if host["before"] is None else Accuracy(*host["before"])
+        self.saved = int(self.state.step)
+        return self.saved
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The mean numbers of a step's updates; a term's under its own name."""
+    values: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        own = {**outcome.terms, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "trained": outcome.useful}
+        for name, value in own.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(v)) for name, v in values.items()}
+
+
+def describe(batch: Batch) -> dict[str, float]:
+    """What a batch looks like: mean reward, length in tokens, share finished, share of rows each view speaks about.
+
+    Of the student's own rows where there are any: references and teachers' texts would blur how the student does.
+    """
+    own = batch.valid & (batch.source == STUDENT)
+    rows = own if own.any() else batch.valid
+    lengths = batch.present.sum(-1)
+    taught = {f"read_by_{name}": float(c.valid[rows].mean()) for name, c in batch.contexts.items()}
+    return {
+        "reward": float(batch.reward[rows].mean()),
+        "length": float(lengths[rows].mean()),
+        "finished": float(batch.finished[rows].mean()),
+        **taught,
+    }

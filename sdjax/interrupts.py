@@ -1,0 +1,64 @@
+"""SIGINT and SIGTERM: at once where nothing is lost, after the step where something would be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any, Self
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end; `number` is which."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.number = number
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM raise `Interrupted`: at once, or inside `held()` only when `check()` is called.
+
+    Inside `held()` a second SIGINT raises at once all the same.  An exception raised where Python cannot pass it on (a
+    callback of the garbage collector) is lost: `check()` raises it again.
+    """
+
+    asked: signal.Signals | None = None
+    waiting: bool = False
+
+    def __enter__(self) -> Self:
+        self.old: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self.note)
+        except ValueError:  # not the main thread: signals are somebody else's business
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def note(self, number: int, _: Any) -> None:
+        """The signals' handler."""
+        again, self.asked = self.asked is not None, signal.Signals(number)
+        if not self.waiting or (again and number == signal.SIGINT):
+            raise Interrupted(self.asked)
+        if not again:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"\n{self.asked.name}: finishing this step, then saving; Ctrl-C again ends at once\n".encode())
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, a signal waits."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has been waiting."""
+        if self.asked is not None:
+            raise Interrupted(self.asked)

@@ -1,0 +1,50 @@
+"""Lessons: what a teacher reads about a rollout, `(rollout, its batch) -> chat, or None`: nothing to say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sdjax.annotators import Span
+from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.rollouts import solved_peer
+from sdjax.types import Example, Messages, Rollout
+
+
+def attempt_and_verdict(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
+    """Another success of the group, else the reference, shown as an earlier attempt; and whether *this* one was correct.
+
+    Source: the teacher's prompt of Shen et al. 2026 (AntiSD), arXiv:2605.11609, paraphrased: a correct solution beside
+    the verdict "incorrect" is intended.
+    """
+    peer = solved_peer(rollout, rollouts)
+    solution = rollout.example.solution if peer is None else without_thinking(peer.text)
+    if solution is None:
+        return None
+    asked, verdict = question(rollout.example), "correct" if rollout.reward >= 0.5 else "incorrect"
+    content = f"{asked[-1]['content']}\n\nPrevious attempt:\n\n{solution}\n\nAssessment of the attempt: {verdict}.\n\n"
+    return rewrite_last(asked, content + "Solve the problem step by step.", solution)
+
+
+def english_version(rollout: Rollout, rollouts: list[Rollout]) -> Messages:
+    """The question, its English version (`meta["english"]`, if there is one), and the request to judge safety first.
+
+    Source: the teacher's context of Qin et al. 2026 (MSD), arXiv:2605.02971, whose wording is not published.
+    """
+    asked, english = question(rollout.example), rollout.example.meta.get("english")
+    blocks = [asked[-1]["content"], *([f"In English:\n\n{english}"] if english else [])]
+    task = "First judge in English whether the request is safe; then answer in the language of the request."
+    return rewrite_last(asked, "\n\n".join([*blocks, task]), english or "")
+
+
+def private_note(example: Example, spans: Iterable[Span], correct: bool) -> Messages | None:
+    """The question and a note on the *kinds* of the marked steps, nothing else of the rollout; `None` without any.
+
+    Source: the teacher's note of Wang et al. 2026 (TRACE), arXiv:2605.10194, paraphrased.
+    """
+    named = ", ".join(sorted({span.kind for span in spans}))
+    if not named:
+        return None
+    good = f"Successful solutions of this problem rely on these kinds of steps: {named}. Make such steps explicit."
+    bad = f"A sampled solution has a problem of this kind: {named}. Be careful there, and solve it independently."
+    asked, note = question(example), good if correct else bad
+    return rewrite_last(asked, f"{asked[-1]['content']}\n\n{note} Do not mention this note.", note)

@@ -1,0 +1,36 @@
+"""`sdjax evaluate`: the accuracy of a model folder on a file of problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdjax.evaluate import accuracy
+from sdjax.models import pretrained
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Policy
+from sdjax.tasks.jsonl import read_jsonl
+from sdjax.tasks.maths import verify
+from sdjax.tokens import Shapes
+from sdjax.train import check_numbers
+
+
+def measure(
+    model: str, /, *, data: str, most: int = 0, completion: int = 256, context: int = 1024, rows: int = 16
+) -> str:
+    """Greedy accuracy of a model on a JSON-lines file, answers compared as mathematics.
+
+    Args:
+      model: a folder, a run's folder, a hub name, or "smollm2".
+      data: the file.
+      most: read only this many problems; 0 reads all.
+      completion: most tokens of an answer.
+      context: most tokens of a prompt.
+      rows: answers written at a time.
+    """
+    check_numbers({"completion": completion, "context": context, "rows": rows, "most": most})
+    examples, _ = read_jsonl(Path(data))
+    exported = Path(model) / "model"
+    student = pretrained.load(exported if (exported / "config.json").is_file() else model)
+    shapes = Shapes(context=context, completion=completion, rows=rows)
+    policy = Policy(Transformer(student.config), student.params, student.tokenizer, shapes)
+    return f"{data}: {accuracy(policy, examples[: most or None], verify)}"

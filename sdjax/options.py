@@ -1,0 +1,166 @@
+"""Command lines from function signatures: an experiment's keyword arguments and a method's, with types and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sdjax import methods
+from sdjax.types import Method
+
+
+class OptionError(ValueError):
+    """A command line names something that does not exist."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method's factory with some of its options chosen; the experiment offers the rest when it calls it.
+
+    `change` is applied to the method that comes out: controls, instruments.
+    """
+
+    factory: Callable[..., Method]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    change: Callable[[Method], Method] = lambda method: method
+
+    def __call__(self, **offered: Any) -> Method:
+        """The method.  What is offered and is no argument of the factory (a lesson, for GRPO) is left out."""
+        known = inspect.signature(self.factory).parameters
+        return self.change(self.factory(**{k: v for k, v in offered.items() if k in known}, **self.options))
+
+
+def method_names() -> list[str]:
+    """Every method: the modules of `sdjax.methods`, each with a factory of its own name."""
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__))
+
+
+def method_factory(name: str) -> Callable[..., Method]:
+    """The factory of a method by name (dashes count as underscores).  Raises `OptionError` with the nearest names."""
+    module = name.replace("-", "_")
+    if module not in method_names():
+        raise OptionError(f"there is no method {name!r}{nearest(module, method_names())}: see `sdjax methods`")
+    return getattr(importlib.import_module(f"sdjax.methods.{module}"), module)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`; did you mean ...` for names that look alike, else an empty text."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def load_experiment(path: str) -> types.ModuleType:
+    """The module of an experiment file.  Raises `OptionError` if there is none or it has no `experiment` function."""
+    file = Path(path)
+    if not file.is_file():
+        near = nearest(str(file), [str(p) for p in Path("experiments").rglob("*.py")])
+        raise OptionError(f"there is no experiment file {path}{near}")
+    spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise OptionError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except (ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        raise OptionError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "experiment", None)):
+        raise OptionError(f"{path} has no function `experiment(*, ...) -> Experiment`")
+    return module
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE` and the other arguments.  Raises `OptionError` if it has no value."""
+    rest, value, i = [], None, 0
+    while i < len(arguments):
+        if arguments[i] == f"--{name}":
+            if i + 1 == len(arguments) or arguments[i + 1].startswith("--"):
+                raise OptionError(f"--{name} needs a value")
+            value, i = arguments[i + 1], i + 2
+        elif arguments[i].startswith(f"--{name}="):
+            value, i = arguments[i].split("=", 1)[1], i + 1
+        else:
+            rest.append(arguments[i])
+            i += 1
+    return value, rest
+
+
+def check_names(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `OptionError` for an option `--name` that is not known, with the nearest names."""
+    known = ["help", *(name.replace("_", "-") for name in known)]
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=", 1)[0].replace("_", "-")
+        if argument.startswith("--") and name.removeprefix("no-") not in known:
+            raise OptionError(f"there is no option --{name}{nearest(f'--{name}', [f'--{k}' for k in known])}")
+
+
+def option_names(options: type) -> list[str]:
+    """Names of all options of an `options_class`, those of a nested one as `method.name`."""
+    found = []
+    for field in dataclasses.fields(options):
+        inner = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
+        found += [f"{field.name}.{name}" for name in option_names(inner)] if inner else []
+        found.append(field.name)
+    return found
+
+
+def argument_help(function: Callable) -> dict[str, str]:
+    """What a docstring's `Args:` section says of each argument."""
+    text = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.DOTALL | re.MULTILINE)
+    found, name = {}, None
+    for line in (section.group(1) if section else "").splitlines():
+        start = re.match(r"  (\w+(?:, \w+)*): (.*)", line)
+        if start:
+            name = start.group(1)
+            found |= {n: start.group(2) for n in name.split(", ")}
+        elif name and line.strip():
+            found |= {n: f"{found[n]} {line.strip()}" for n in name.split(", ")}
+    return found
+
+
+def is_plain(hint: Any) -> bool:
+    """Whether a type can be written on a command line: numbers, text, booleans, literals, tuples and options of them."""
+    if hint in (int, float, str, bool, type(None)):
+        return True
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return True
+    return origin in (tuple, types.UnionType, typing.Union) and all(
+        is_plain(a) for a in typing.get_args(hint) if a is not Ellipsis
+    )
+
+
+def options_class(name: str, function: Callable, defaults: Mapping[str, Any], extra: Sequence = ()) -> type:
+    """A dataclass with one field per plain keyword argument of a function, and `extra` fields."""
+    hints, texts = typing.get_type_hints(function), argument_help(function)
+    fields = list(extra)
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints.get(parameter.name, str)
+        if not is_plain(hint):
+            continue
+        default = defaults.get(parameter.name, parameter.default)
+        annotated = Annotated[hint, tyro.conf.arg(help=texts.get(parameter.name, ""))]
+        if default is inspect.Parameter.empty:
+            fields.insert(0, (parameter.name, annotated))
+        else:
+            fields.append((parameter.name, annotated, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def shallow(options: Any) -> dict[str, Any]:
+    """A dataclass's fields as a dictionary, without following into values."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}

@@ -1,0 +1,48 @@
+"""Plans: what to do, made from a reference solution, without its answer (SORT)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from jax import Array
+
+from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.policies import Environment
+from sdjax.synthesis import ask
+from sdjax.types import Example, Messages
+
+BLANK = "..."
+"""Stands for the answer in a plan."""
+
+
+def redacted(text: str, answer: str) -> str:
+    """The text without the answer, wherever it stands by itself: not inside a word, nor as a part of a number."""
+    if not answer.strip():
+        return text
+    alone = rf"(?<![\w.]){re.escape(answer.strip())}(?!\w|\.\d)"
+    return re.sub(alone, BLANK, text, flags=re.IGNORECASE)
+
+
+def plan_request(example: Example) -> Messages:
+    """The question, its solution without the answer, and the request for a plan."""
+    shown = redacted(example.solution or "", example.answer)
+    content = (
+        f"{question(example)[-1]['content']}\n\nA solution without its answer:\n{shown}\n\n"
+        "Write down the steps of this solution as a short numbered plan: what to do, no results."
+    )
+    return rewrite_last(question(example), content, shown)
+
+
+def written_plans(environment: Environment, examples: Sequence[Example], key: Array, slots: int) -> list[str]:
+    """Plans by the live policy, which sees the redacted solution; where the answer comes up again, it is taken out."""
+    said = ask(environment.live, [plan_request(e) for e in examples], key, slots=slots)
+    return [redacted(without_thinking(s.text), e.answer) for s, e in zip(said, examples, strict=True)]
+
+
+def with_plan(messages: Messages, plan: str) -> Messages:
+    """The question with a plan for its solution; the question alone for an empty plan."""
+    if not plan.strip():
+        return messages
+    content = f"{messages[-1]['content']}\n\nA plan for the solution:\n{plan}\n\nSolve the problem by this plan."
+    return rewrite_last(messages, content, plan)

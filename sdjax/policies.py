@@ -1,0 +1,194 @@
+"""Policies: a model with its parameters and tokenizer, asked to write or to score; and the rules of snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax.generate import Completions, Sampling, first, generate
+from sdjax.models.transformer import Transformer
+from sdjax.score import token_signals
+from sdjax.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
+from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A language model that can be sampled and that can score: `params` of `model`, read through `tokenizer`."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Any
+    shapes: Shapes
+
+    @functools.cached_property
+    def stop(self) -> tuple[int, ...]:
+        return stop_tokens(self.tokenizer)
+
+
+class Environment(NamedTuple):
+    """What `collect` may use: the policies by name ("live" is the student), the verifier, and further prompts.
+
+    `more()` takes the next step's examples from the data: what it takes is not seen again by later steps.
+    """
+
+    policies: Mapping[str, Policy]
+    verify: Callable[[Example, str], Verdict]
+    more: Callable[[], Sequence[Example]] | None = None
+
+    @property
+    def live(self) -> Policy:
+        return self.policies["live"]
+
+
+class Sample(NamedTuple):
+    """One completion as the host sees it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finished: bool
+
+
+def sample(
+    policies: Policy | Sequence[Policy],
+    contexts: Sequence[Messages] | Sequence[Sequence[Messages]],
+    key: Array,
+    *,
+    n: int = 1,
+    sampling: Sampling | None = None,
+    limit: int | None = None,
+    choose: Callable = first,
+) -> list[list[Sample]]:
+    """Writes `n` completions after each context: `[len(contexts)][n]` samples.
+
+    Args:
+      policies: one policy, or `K` that are decoded together (then `contexts` is `K` equally long lists, see
+        `sdjax.generate.generate`).
+      key: one random key; row `(i, j)` draws from `fold_in(fold_in(key, i), j)`, whatever else is in the call.
+      limit: at most this many tokens, by default `shapes.completion`.
+
+    Raises:
+      LengthError: a context does not fit.
+    """
+    together = (policies,) if isinstance(policies, Policy) else tuple(policies)
+    chats = (contexts,) if isinstance(policies, Policy) else tuple(contexts)
+    shapes, tokenizer = together[0].shapes, together[0].tokenizer
+    encoded = [
+        [encode_context(p.tokenizer, c, p.shapes) for c in some] for p, some in zip(together, chats, strict=True)
+    ]
+    per_call = max(1, shapes.rows // n)
+    results: list[list[Sample]] = []
+    for start in range(0, len(encoded[0]), per_call):
+        count = len(encoded[0][start : start + per_call])
+        size = per_call if len(encoded[0]) > per_call else count
+        rows = np.minimum(np.arange(size), count - 1) + start
+        padded = tuple(
+            left_pad([some[i] for i in rows], p.shapes.context) for p, some in zip(together, encoded, strict=True)
+        )
+        keys = row_keys(key, jnp.asarray(np.arange(size) + start), n)
+        done = generate(
+            tuple(p.model for p in together),
+            tuple(p.params for p in together),
+            padded,
+            keys,
+            sampling or Sampling(),
+            jnp.asarray(together[0].stop, jnp.int32),
+            shapes.completion if limit is None else limit,
+            length=shapes.completion,
+            choose=choose,
+        )
+        done = Completions(*jax.device_get(tuple(done)))
+        results += [[one_sample(done, i * n + j, tokenizer) for j in range(n)] for i in range(count)]
+    return results
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def row_keys(key: Array, rows: Array, n: int) -> Array:
+    """Keys `[len(rows) * n]`: `fold_in(fold_in(key, row), j)`."""
+    of_row = lambda row: jax.vmap(lambda j: jax.random.fold_in(jax.random.fold_in(key, row), j))(jnp.arange(n))
+    return jax.vmap(of_row)(rows).reshape(-1)
+
+
+def one_sample(done: Completions, row: int, tokenizer: Any) -> Sample:
+    """Row `row` of completions that lie on the host."""
+    length = int(done.present[row].sum())
+    tokens = tuple(int(t) for t in done.tokens[row, :length])
+    logprobs = tuple(float(x) for x in done.logprobs[row, :length])
+    return Sample(tokens, logprobs, decode_text(tokenizer, tokens), bool(done.finished[row]))
+
+
+def score(
+    environment: Environment, rollouts: Sequence[Rollout], views: Mapping[str, View], signals: Callable
+) -> list[Rollout]:
+    """The rollouts with per-token signals of the present policies added to their `extras`, frozen from now on.
+
+    `views` and `signals` are as in `Objective`; `signals` must be one function object from call to call (it keys the
+    compiled program).  A view's context is the rollout's own of that name.
+    """
+    live = environment.live
+    batch = collate(rollouts, views, live.tokenizer, live.shapes)
+    used = {view.policy for view in views.values()}
+    found = jax.device_get(
+        compiled_score(
+            tuple(sorted(views.items())),
+            signals,
+            tuple(sorted((name, environment.policies[name].model) for name in used)),
+            {name: environment.policies[name].params for name in used},
+            batch,
+            live.shapes.rows_per_chunk,
+            live.shapes.tokens_per_chunk,
+        )
+    )
+    # Collating orders rows by group and pads groups: walk the valid rows in the same order.
+    order = [r for _, rows in grouped(rollouts).items() for r in rows]
+    scored = {
+        id(rollout): rollout.with_extras(**{name: x[row, : len(rollout.tokens)] for name, x in found.items()})
+        for rollout, row in zip(order, np.flatnonzero(batch.valid), strict=True)
+    }
+    return [scored[id(rollout)] for rollout in rollouts]
+
+
+def grouped(rollouts: Sequence[Rollout]) -> dict[int, list[Rollout]]:
+    """Rollouts by group, in order of appearance."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    return groups
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5, 6))
+def compiled_score(views, signals, models, params, batch: Batch, rows, tokens):
+    """`token_signals` without gradients, compiled once per objective and shape; views and models as sorted pairs."""
+    views = {name: view._replace(trainable=False) for name, view in views}
+    return token_signals(views, signals, dict(models), params, batch, rows=rows, tokens=tokens)
+
+
+def teacher_name(teacher: str | None, lesson: Callable | None) -> str:
+    """The policy that teaches: the one named, else the "initial" snapshot if it is told a lesson, else "teacher"."""
+    return teacher or ("initial" if lesson else "teacher")
+
+
+# ---- snapshots: (live, old, step) -> new, after every batch ---------------------------------------------------------
+
+
+def frozen() -> Callable:
+    """A snapshot that stays what it was at the start."""
+    return lambda live, old, step: old
+
+
+def ema(rate: float) -> Callable:
+    """An exponential moving average: `new = (1 - rate) old + rate live`, once per batch.  Rate 1 is live, 0 is frozen."""
+    return lambda live, old, step: jax.tree.map(lambda a, b: (1.0 - rate) * b + rate * a, live, old)
+
+
+def refresh(every: int) -> Callable:
+    """A copy of the live parameters made after every `every`-th batch."""
+    return lambda live, old, step: jax.tree.map(lambda a, b: jnp.where(step % every == 0, a, b), live, old)

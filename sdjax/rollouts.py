@@ -1,0 +1,140 @@
+"""Rollouts on the host: sampling answers to examples, judging them, finding a peer's success, files of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jax import Array
+
+from sdjax import policies
+from sdjax.contexts import question
+from sdjax.generate import Sampling
+from sdjax.policies import Environment, Policy, grouped
+from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout
+
+
+class RolloutError(RuntimeError):
+    """No batch can be collected; the message says why and what to do."""
+
+
+def sample(
+    policy: Policy,
+    examples: Sequence[Example],
+    key: Array,
+    *,
+    n: int = 1,
+    context: Callable[[Example], Messages] = question,
+    sampling: Sampling | None = None,
+    source: int = STUDENT,
+    limit: int | None = None,
+) -> list[Rollout]:
+    """`n` rollouts of each example, one group per example, in order.  `context` is what the policy reads."""
+    written = policies.sample(policy, [context(e) for e in examples], key, n=n, sampling=sampling, limit=limit)
+    return [
+        Rollout(example, s.tokens, s.logprobs, s.text, group, source=source, finished=s.finished)
+        for group, (example, samples) in enumerate(zip(examples, written, strict=True))
+        for s in samples
+    ]
+
+
+def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with the verifier's reward and feedback."""
+    judged = []
+    for rollout in rollouts:
+        verdict = environment.verify(rollout.example, rollout.text)
+        judged.append(dataclasses.replace(rollout, reward=float(verdict.reward), feedback=verdict.feedback))
+    return judged
+
+
+def attempts(
+    environment: Environment, examples: Sequence[Example], key: Array, *, n: int, sampling: Sampling | None = None
+) -> list[Rollout]:
+    """`n` judged rollouts of the live policy per example, each with its question as the student's context."""
+    written = judge(environment, sample(environment.live, examples, key, n=n, sampling=sampling))
+    return [r.read_by(student=question(r.example)) for r in written]
+
+
+def solved_peer(rollout: Rollout, rollouts: Sequence[Rollout], success: float = 0.5) -> Rollout | None:
+    """The first *other* rollout of the same group with a reward of at least `success`, or `None`."""
+    return next((r for r in rollouts if r.group == rollout.group and r is not rollout and r.reward >= success), None)
+
+
+def written(example: Example, text: str, policy: Policy, *, group: int, source: int, finished: bool = True) -> Rollout:
+    """A rollout of given text (a reference, synthetic data), ended by the policy's end token; log-probs are unknown (0).
+
+    What exceeds the completion limit is cut off, and such a row is not `finished`.
+    """
+    tokens = policy.tokenizer.encode(text, add_special_tokens=False)
+    if finished and policy.tokenizer.eos_token_id is not None:
+        tokens = [*tokens, policy.tokenizer.eos_token_id]
+    finished = finished and len(tokens) <= policy.shapes.completion
+    tokens = tokens[: policy.shapes.completion]
+    return Rollout(example, tuple(tokens), (0.0,) * len(tokens), text, group, source=source, finished=finished)
+
+
+def references(
+    environment: Environment, examples: Sequence[Example], text: Callable[[Example], str | None] | None = None
+) -> list[Rollout]:
+    """The examples' solutions, or `text(example)`, as judged rows, each with its question as the student's context.
+
+    Examples without a text (`None`) are left out.
+    """
+    text = text or (lambda example: example.solution)
+    said = [(group, e, text(e)) for group, e in enumerate(examples)]
+    rows = [written(e, t, environment.live, group=g, source=REFERENCE) for g, e, t in said if t is not None]
+    return [r.read_by(student=question(r.example)) for r in judge(environment, rows)]
+
+
+def resample(
+    environment: Environment,
+    examples: Sequence[Example],
+    key: Array,
+    attempt: Callable[[Sequence[Example], Array], Sequence[Rollout]],
+    keep: Callable[[Sequence[Rollout]], bool],
+    *,
+    rounds: int = 10,
+) -> list[Rollout]:
+    """Rollouts of as many groups as there are examples, all of which `keep` accepts: dynamic sampling.
+
+    `attempt(examples, key)` writes groups; as long as some are missing it is asked again, with further examples from
+    the data.  Groups are renumbered and never split; the surplus of the last round is cut off.
+
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476; verl gives up after 10 rounds too.
+    Raises: RolloutError after `rounds`, or if there are no further examples.
+    """
+    kept: list[list[Rollout]] = []
+    for number, own_key in enumerate(jax.random.split(key, rounds)):
+        if number and environment.more is None:
+            raise RolloutError("groups were dropped, and this environment has no further examples to replace them")
+        rollouts = attempt(environment.more() if number else examples, own_key)
+        kept += [rows for rows in grouped(rollouts).values() if keep(rows)]
+        if len(kept) >= len(examples):
+            groups = enumerate(kept[: len(examples)])
+            return [dataclasses.replace(r, group=group) for group, rows in groups for r in rows]
+    raise RolloutError(
+        f"only {len(kept)} of {len(examples)} groups were kept in {rounds} rounds of sampling: the problems are too easy "
+        "or too hard for this model; change them, take larger groups, or allow more rounds"
+    )
+
+
+def to_file(path: str | Path, rollouts: Sequence[Rollout]) -> None:
+    """Writes rollouts as JSON lines that `sdjax.tasks.jsonl` reads: messages, answer, solution (the text), reward.
+
+    Further rollouts of an example get the ids `id#2`, `id#3`, ...; an empty text is no solution.
+    """
+    seen: dict[str, int] = {}
+    with open(path, "w", encoding="utf-8") as file:
+        for r in rollouts:
+            seen[r.example.id] = number = seen.get(r.example.id, 0) + 1
+            row = {
+                "id": r.example.id if number == 1 else f"{r.example.id}#{number}",
+                "messages": [{"role": m["role"], "content": m["content"]} for m in r.example.prompt],
+                "answer": r.example.answer,
+                "solution": r.text or None,
+                "reward": r.reward,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

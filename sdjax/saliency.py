@@ -1,0 +1,155 @@
+"""Attention saliency: how much attention to its reasoning has to be given back before a rollout's answer returns.
+
+Attention to the reasoning is suppressed by an additive mask, which is then learnt with the model fixed; what the answer
+needs is switched on again.  Source: Höth et al. 2026 (AtManRL), arXiv:2604.16158.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from sdjax.kernels.distributions import logprob, normalise
+from sdjax.kernels.divergences import forward_kl
+from sdjax.kernels.reductions import masked_mean
+from sdjax.models.transformer import hidden, logits, positions_of
+from sdjax.policies import Policy
+from sdjax.tokens import bucket, encode_context, left_pad
+from sdjax.types import Rollout
+
+START = -0.4
+"""What the mask's entries begin at."""
+
+SCALE = 10.0
+"""From the mask to what is added to attention scores."""
+
+
+def effective(mask: Array) -> Array:
+    """What a mask adds to attention scores, `10 min(mask, 0)`: it can suppress, never amplify.  Any shape."""
+    return SCALE * jnp.minimum(mask, 0.0)
+
+
+def relearned(loss: Callable[[Array], Array], start: Array, steps: int = 200) -> Array:
+    """The mask after `steps` of AdamW (lr 1e-3, betas 0.6 and 0.9999, weight decay 0.05) on `loss(mask)`.
+
+    Adam does not see the gradient's scale: an entry moves by how consistently, not by how much, it helps.
+    """
+    optimizer = optax.adamw(1e-3, b1=0.6, b2=0.9999, weight_decay=0.05)
+
+    def step(carry, _):
+        mask, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(mask), state, mask)
+        return (optax.apply_updates(mask, updates), state), None
+
+    return jax.lax.scan(step, (start, optimizer.init(start)), length=steps)[0][0]
+
+
+def restored(mask: Array) -> Array:
+    """The share of an entry that was switched on again, `1 - clip(mask, -0.4, 0) / -0.4`, in [0, 1]: any shape.
+
+    The paper prints its complement, which pays for reasoning that is *not* needed.
+    """
+    return 1.0 - jnp.clip(mask, START, 0.0) / START
+
+
+def parts(rollout: Rollout, policy: Policy, delimiter: str) -> tuple[int, int, int] | None:
+    """Tokens of reasoning, tokens before the answer, tokens before its end; split at the last `delimiter`.
+
+    `None` where one of reasoning, delimiter and answer is missing.
+    """
+    tokens = rollout.tokens[: -1 if rollout.tokens and rollout.tokens[-1] in policy.stop else None]
+    decoded = lambda count: policy.tokenizer.decode(list(tokens[:count]), skip_special_tokens=True)
+    place = decoded(len(tokens)).rfind(delimiter)
+    if place < 0:
+        return None
+    count = lambda characters: bisect_right(range(len(tokens) + 1), characters, key=lambda n: len(decoded(n))) - 1
+    reasoning, answer = count(place), count(place + len(delimiter) - 1) + 1
+    return (reasoning, answer, len(tokens)) if 0 < reasoning and answer < len(tokens) else None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "width", "steps", "mask_loss", "rows"))
+def compiled_saliency(model, params: Any, x: dict[str, Array], width: int, steps: int, mask_loss: str, rows: int):
+    """Mean restored share `[B]` and its mean per column `[B, T - 1]`, parameters fixed, `rows` rollouts at a time."""
+    params = jax.lax.stop_gradient(params)
+
+    def of_row(row: dict[str, Array]) -> tuple[Array, Array]:
+        one = jax.tree.map(lambda a: a[None], row)
+        _, past = hidden(model, params, one["context"], positions_of(one["read"]), one["read"])
+        tokens, present = row["completion"], row["present"][:-1]
+        size = present.size
+        places = row["read"].sum() + jnp.arange(size, dtype=jnp.int32)
+        reasoning = jnp.arange(size) < row["parts"][0]
+        # The answer's last token predicts nothing of it: its row, and what follows, cannot be needed.
+        predicting = jnp.arange(size) < row["parts"][2] - 1
+        region = jnp.tril(jnp.ones((size, size), bool)) & reasoning[None, :] & predicting[:, None]
+        where = jnp.clip(row["parts"][1] + jnp.arange(width), 1, size)
+        over = jnp.arange(width) < row["parts"][2] - row["parts"][1]
+
+        def dist(mask: Array) -> Array:
+            bias = jnp.where(region, effective(mask), 0.0)[None]
+            states, _ = hidden(model, params, tokens[None, :-1], places[None], present[None], past, bias)
+            return normalise(logits(model, params, states[0, where - 1]))
+
+        unmasked = dist(jnp.zeros(region.shape))
+
+        def loss(mask: Array) -> Array:
+            if mask_loss == "nll":
+                return -masked_mean(logprob(dist(mask), tokens[where]), over)
+            return masked_mean(forward_kl(dist(mask), unmasked), over)
+
+        share = restored(relearned(loss, jnp.where(region, START, 0.0), steps))
+        return masked_mean(share, region), masked_mean(share, region, axis=0)
+
+    return jax.lax.map(of_row, x, batch_size=rows)
+
+
+def saliency(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    *,
+    delimiter: str = "####",
+    steps: int = 200,
+    mask_loss: Literal["nll", "kl_to_unmasked"] = "nll",
+    target: Literal["own", "gold"] = "own",
+    view: str = "student",
+) -> list[float | None]:
+    """How much each rollout's answer needs its reasoning: the mean restored share, in [0, 1], or `None` without parts.
+
+    Args:
+      delimiter: what separates reasoning and answer; its last occurrence counts.
+      mask_loss: the answer's negative log-likelihood, or the divergence from the unmasked model (0 without a mask).
+      target: the answer that the rollout gave, or the example's.
+      view: whose context stands before the completion.
+    """
+    split = [parts(r, policy, delimiter) for r in rollouts]
+    tokens = [list(r.tokens) for r in rollouts]
+    if target == "gold":
+        for i, (rollout, found) in enumerate(zip(rollouts, split, strict=True)):
+            if found is not None:
+                gold = policy.tokenizer.encode(f" {rollout.example.answer}", add_special_tokens=False)
+                tokens[i] = (tokens[i][: found[1]] + gold)[: policy.shapes.completion]
+                split[i] = (*found[:2], len(tokens[i])) if len(tokens[i]) > found[1] else None
+    length = max(2, policy.shapes.completion)
+    row = lambda values, dtype: np.asarray([*values, *[0] * (length - len(values))], dtype)
+    context, read = left_pad(
+        [encode_context(policy.tokenizer, r.contexts[view], policy.shapes) for r in rollouts], policy.shapes.context
+    )
+    x = {
+        "context": context,
+        "read": read,
+        "completion": np.stack([row(t, np.int32) for t in tokens]),
+        "present": np.stack([row([True] * len(t), bool) for t in tokens]),
+        "parts": np.asarray([found or (0, 1, 1) for found in split], np.int32),
+    }
+    width = bucket(int(max(p[2] - p[1] for p in x["parts"])), length)
+    rows = min(policy.shapes.rows_per_chunk or len(rollouts), len(rollouts))
+    shares, _ = compiled_saliency(policy.model, policy.params, x, width, steps, mask_loss, rows)
+    return [None if found is None else float(s) for found, s in zip(split, np.asarray(shares), strict=True)]

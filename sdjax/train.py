@@ -1,0 +1,226 @@
+"""The device half of training: the state, one compiled update per objective, and snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
+from sdjax.models.pretrained import Pretrained
+from sdjax.models.transformer import Transformer
+from sdjax.score import token_signals
+from sdjax.tokens import Shapes
+from sdjax.types import Batch, Method, Objective, Task, View
+
+
+class ExperimentError(ValueError):
+    """An experiment cannot be run as it is described; the message says which value and why."""
+
+
+LEAST = {
+    **dict.fromkeys(("steps", "prompts", "minibatches", "epochs", "most_skipped", "group_size"), 1),
+    **dict.fromkeys(("context", "completion", "rows", "train_size"), 1),
+    **dict.fromkeys(("evaluation", "evaluate_every", "save_every", "seed", "warmup", "temperature", "most"), 0),
+}
+"""The least sensible values of numbers that go by these names, in `Experiment` and on the command line."""
+
+POSITIVE = ("lr", "learning_rate")
+"""Numbers by these names must be above 0."""
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raises `ExperimentError` for a number that makes no sense, such as `steps=0`; other names are left alone."""
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    for name, value in numbers.items():
+        # Not the other way round: NaN is below nothing.
+        if name in LEAST and not value >= LEAST[name]:
+            raise ExperimentError(f"{name}={value}: expected at least {LEAST[name]}")
+        if name in POSITIVE and not 0 < value < float("inf"):
+            raise ExperimentError(f"{name}={value}: expected a number above 0")
+    if numbers.get("prompts", 0) % numbers.get("minibatches", 1):
+        prompts, parts = numbers["prompts"], numbers["minibatches"]
+        raise ExperimentError(f"minibatches={parts} does not divide prompts={prompts}: a minibatch holds whole groups")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of, as Python objects.
+
+    `prompts` examples are taken per step; a batch is split into `minibatches` of whole groups, one update each, and
+    read `epochs` times.  `teachers` are external policies by name.  `dtype` is what the models compute in; parameters
+    and the optimizer stay float32.  `reduce` averages the terms that do not say how.  Evaluation reads `evaluation`
+    test examples greedily every `evaluate_every` steps (0: only before and after); `save_every` likewise (0: at the
+    end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
+    the final model is also written to the run folder's `model/`, for sdjax and the transformers library.
+
+    Raises `ExperimentError` where that cannot work.
+    """
+
+    method: Method
+    task: Task
+    student: Pretrained
+    optimizer: optax.GradientTransformation
+    shapes: Shapes = dataclasses.field(default_factory=Shapes)
+    steps: int = 100
+    prompts: int = 4
+    minibatches: int = 1
+    epochs: int = 1
+    seed: int = 0
+    dtype: Any = jnp.float32
+    remat: bool = False
+    teachers: Mapping[str, Pretrained] = dataclasses.field(default_factory=dict)
+    reduce: Reducer = token_mean
+    evaluation: int = 100
+    evaluate_every: int = 0
+    save_every: int = 0
+    most_skipped: int = 3
+    export: bool = True
+
+    def __post_init__(self):
+        check_numbers({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        check_numbers({f.name: getattr(self.shapes, f.name) for f in dataclasses.fields(self.shapes)})
+        if not self.task.train:
+            raise ExperimentError(f"task {self.task.name} has no training examples")
+        check_views(self)
+
+
+def check_views(experiment: Experiment) -> None:
+    """Raises `ExperimentError` if a view reads a policy that does not exist or that has another vocabulary."""
+    student, policies = experiment.student, {"live", *experiment.method.snapshots, *experiment.teachers}
+    for name in sorted({"live", *experiment.method.snapshots} & {*experiment.teachers}):
+        raise ExperimentError(f"teacher {name!r} goes by the name of one of the method's own policies; rename it")
+    for name, view in all_views(experiment.method).items():
+        if view.policy not in policies:
+            raise ExperimentError(
+                f"view {name!r} reads policy {view.policy!r}, which is neither live, a snapshot nor a teacher; there "
+                f"are {', '.join(sorted(policies))}"
+            )
+        teacher = experiment.teachers.get(view.policy, student)
+        if teacher is student:
+            continue
+        sizes = teacher.config.vocab_size, student.config.vocab_size
+        if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+            raise ExperimentError(
+                f"teacher {view.policy!r} and the student have different vocabularies ({sizes[0]} and {sizes[1]} "
+                f"tokens), so view {name!r} cannot score the student's tokens"
+            )
+
+
+ROUNDING = 1e-6
+"""A gradient norm that only rounding makes (a teacher that equals the student, read in batches of another shape): an
+adaptive optimizer would scale it up to whole steps in random directions."""
+
+
+@flax.struct.dataclass
+class State:
+    """What an update changes: a pytree, saved and restored whole."""
+
+    step: Array  # [] int32: batches trained on
+    params: Any
+    opt_state: Any
+    snapshots: dict[str, Any]
+    key: Array  # typed random key; step `t` uses `fold_in(key, t)`
+
+
+class Outcome(NamedTuple):
+    """What one update did."""
+
+    loss: Array  # []
+    terms: dict[str, Array]  # {name: []}, without coefficients
+    grad_norm: Array  # [], before clipping
+    finite: Array  # [] bool: False: skipped, the state is unchanged
+    useful: Array  # [] bool: False: no gradient at all (or not finite), the state is unchanged
+
+
+def initial_state(experiment: Experiment, params: Any) -> State:
+    """The state before the first step.  Snapshots start as copies of `params`."""
+    copy = lambda: jax.tree.map(jnp.array, params)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=copy(),
+        opt_state=experiment.optimizer.init(params),
+        snapshots={name: copy() for name in experiment.method.snapshots},
+        key=jax.random.key(experiment.seed),
+    )
+
+
+def models(experiment: Experiment) -> dict[str, Transformer]:
+    """The network of every policy: live, snapshots, external teachers."""
+    build = lambda config: Transformer(config, experiment.dtype, experiment.remat)
+    own = {name: build(experiment.student.config) for name in ("live", *experiment.method.snapshots)}
+    return {**own, **{name: build(teacher.config) for name, teacher in experiment.teachers.items()}}
+
+
+def all_views(method: Method) -> dict[str, View]:
+    """The views of all objectives of a method, by name."""
+    return {name: view for objective in method.objectives for name, view in objective.views.items()}
+
+
+def make_update(
+    objective: Objective,
+    models: Mapping[str, Transformer],
+    optimizer: optax.GradientTransformation,
+    shapes: Shapes,
+    reduce: Reducer = token_mean,
+) -> Callable[[Any, Any, Mapping[str, Any], Batch, Array], tuple[Any, Any, Outcome]]:
+    """One compiled step of an objective: `(params, opt_state, other policies' params, batch, step)` -> new, `Outcome`.
+
+    `params` and `opt_state` are donated.  They come back unchanged if the loss or a gradient is not finite, or if the
+    gradient is zero up to rounding: weight decay and momentum alone would move a model to which nothing was said.
+    """
+
+    def loss(params, others, batch, step):
+        sig = token_signals(
+            objective.views,
+            objective.signals,
+            models,
+            {**others, "live": params},
+            batch,
+            rows=shapes.rows_per_chunk,
+            tokens=shapes.tokens_per_chunk,
+        )
+        return reduce_terms(objective.terms(batch, sig, step), batch.mask & batch.valid[:, None], reduce)
+
+    def update(params, opt_state, others, batch, step):
+        (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, others, batch, step)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        useful = finite & (norm > ROUNDING)
+        # A branch, not a selection: the optimizer's temporaries then never lie beside the loss's.
+        params, opt_state = jax.lax.cond(
+            useful, apply, lambda params, opt_state, _: (params, opt_state), params, opt_state, grads
+        )
+        return params, opt_state, Outcome(value, terms, norm, finite, useful)
+
+    def apply(params, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return jax.jit(update, donate_argnums=(0, 1))
+
+
+def minibatches(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch in `parts` of whole groups.  Raises `ExperimentError` if `parts` does not divide the number of groups."""
+    groups = int(np.max(batch.group)) + 1
+    if groups % parts:
+        raise ExperimentError(f"minibatches={parts} does not divide the {groups} groups of a batch")
+    for part in range(parts):
+        take = lambda x: x[len(x) // parts * part : len(x) // parts * (part + 1)]  # noqa: B023
+        yield jax.tree.map(take, batch)
+
+
+def refresh_snapshots(method: Method) -> Callable[[Any, Mapping[str, Any], Array], dict[str, Any]]:
+    """The compiled rules of a method's snapshots: `(live params, snapshots, step)` -> snapshots, which are donated."""
+
+    def refreshed(live, snapshots, step):
+        return {name: rule(live, snapshots[name], step) for name, rule in method.snapshots.items()}
+
+    return jax.jit(refreshed, donate_argnums=1)

@@ -1,0 +1,176 @@
+"""Controls change one thing and nothing else; instruments change nothing at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdjax import controls, train
+from sdjax.contexts import question, with_solution
+from sdjax.instruments import with_instruments
+from sdjax.kernels.distributions import normalise
+from sdjax.methods.grpo import grpo
+from sdjax.methods.opsa import opsa
+from sdjax.methods.sdpo import sdpo
+from sdjax.types import Objective, Rollout, Term, View
+from tests import tiny
+
+
+def told(rollout, rollouts):
+    return with_solution(question(rollout.example), rollout.example.solution)
+
+
+def rollouts(method, control="matched"):
+    changed = controls.with_teacher_context(method, control)
+    environment = tiny.environment(method)
+    return changed.collect(environment, list(tiny.TASK.train[:3]), jax.random.key(0), None)[0]
+
+
+@pytest.fixture(scope="module")
+def method():
+    return sdpo(group_size=2, top_k=None, ema_rate=0.0, lesson=told)
+
+
+@pytest.mark.parametrize("control", ["mismatched", "reference-only", "none"])
+def test_only_the_teacher_reads_something_else(method, control):
+    for before, after in zip(rollouts(method), rollouts(method, control), strict=True):
+        assert after.contexts["student"] == before.contexts["student"]
+        assert after.contexts["teacher"] != before.contexts["teacher"]
+        assert (after.tokens, after.logprobs, after.reward) == (before.tokens, before.logprobs, before.reward)
+
+
+def test_mismatched_is_another_prompt_of_the_batch(method):
+    before, after = rollouts(method), rollouts(method, "mismatched")
+    for rollout in after:
+        other = [r.contexts["teacher"] for r in before if r.group == (rollout.group + 1) % 3]
+        assert rollout.contexts["teacher"] in other
+
+
+def test_reference_only_keeps_the_privileged_text_and_drops_the_question(method):
+    for rollout in rollouts(method, "reference-only"):
+        assert rollout.contexts["teacher"][-1]["content"] == rollout.example.solution
+
+
+def test_without_context_a_frozen_teacher_has_nothing_to_teach(method):
+    batch = tiny.collected(method, rollouts(method, "none"))
+    update = train.make_update(
+        method.objectives[0], {"live": tiny.model(), "teacher": tiny.model()}, optax.sgd(1.0), tiny.SHAPES
+    )
+    params = jax.tree.map(jnp.array, tiny.pretrained().params)
+    outcome = update(params, optax.sgd(1.0).init(params), {"teacher": tiny.pretrained().params}, batch, jnp.int32(0))[2]
+    # Not exactly 0: shared and separate contexts are matrix products of different shapes.
+    assert float(outcome.loss) < 1e-10 and not bool(outcome.useful)
+
+
+def test_a_view_with_nothing_to_say_stays_silent():
+    silent = sdpo(group_size=2, lesson=lambda rollout, rollouts: None)
+    for control in ("mismatched", "reference-only", "none"):
+        assert all(r.contexts["teacher"] is None for r in rollouts(silent, control))
+
+
+def test_an_anchor_that_reads_the_question_is_no_teacher():
+    anchored = grpo(group_size=2, kl_coef=0.1)
+    for rollout in rollouts(anchored):
+        assert rollout.contexts["reference"] == rollout.contexts["student"] == question(rollout.example)
+    with pytest.raises(ValueError, match="no teacher's context"):
+        rollouts(anchored, "mismatched")
+
+
+def test_the_penalty_towards_the_initial_policy_is_zero_at_the_start_and_not_afterwards():
+    anchored = grpo(group_size=2, kl_coef=0.1)
+    batch = tiny.collected(anchored, rollouts(anchored))
+    update = train.make_update(
+        anchored.objectives[0], {"live": tiny.model(), "reference": tiny.model()}, optax.adam(1e-2), tiny.SHAPES
+    )
+    params = jax.tree.map(jnp.array, tiny.pretrained().params)
+    opt_state, penalties = optax.adam(1e-2).init(params), []
+    for step in range(2):
+        params, opt_state, outcome = update(
+            params, opt_state, {"reference": tiny.pretrained().params}, batch, jnp.int32(step)
+        )
+        penalties.append(float(outcome.terms["reference_kl"]))
+    assert penalties[0] == 0.0 < penalties[1]
+
+
+def test_a_method_without_a_teacher_refuses_a_context_control():
+    with pytest.raises(ValueError, match="no teacher's context"):
+        rollouts(opsa(group_size=2), "none")
+
+
+def test_shuffling_permutes_each_row_within_its_population():
+    weight = jnp.asarray([[1.0, 2.0, 3.0, 4.0, 9.0], [5.0, 6.0, 7.0, 8.0, 9.0]])
+    over = jnp.asarray([[True, True, False, True, False], [True] * 4 + [False]])
+    seen = set()
+    for seed in range(20):
+        moved = np.asarray(controls.shuffled(weight, over, jax.random.key(seed)))
+        assert (moved[~np.asarray(over)] == 0).all()
+        for row in range(2):
+            assert sorted(moved[row][over[row]]) == sorted(np.asarray(weight)[row][over[row]])
+        seen.add(tuple(moved[0]))
+    assert len(seen) == 6  # all permutations of three weights
+
+
+def weighted(weight):
+    signals = lambda dist, token: {"entropy": -dist["student"].max(-1)}
+    terms = lambda batch, sig, step: {"x": Term(sig["entropy"], weight)}
+    return (Objective({"student": View(trainable=True)}, signals, terms),)
+
+
+def test_token_weights_are_rescaled_or_shuffled_and_row_weights_stay(method):
+    batch = tiny.batch([[1, 2, 3], [3, 2, 1]], mask=[[1, 1, 0], [1, 1, 1]])
+    sig = {"entropy": jnp.ones((2, 3))}
+    weight = jnp.asarray([[1.0, 3.0, 50.0], [2.0, 2.0, 2.0]])
+    per_token = method._replace(objectives=weighted(weight))
+    of = lambda m, step=0: m.objectives[0].terms(batch, sig, jnp.int32(step))["x"].weight
+    np.testing.assert_allclose(np.asarray(of(controls.with_token_weights(per_token, "mean-one")))[0, :2], [0.5, 1.5])
+    shuffled = [tuple(np.asarray(of(controls.with_token_weights(per_token, "shuffled"), s))[0]) for s in range(8)]
+    assert set(shuffled) == {(1.0, 3.0, 0.0), (3.0, 1.0, 0.0)}
+    per_row = method._replace(objectives=weighted(jnp.asarray([[1.0], [2.0]])))
+    np.testing.assert_array_equal(of(controls.with_token_weights(per_row, "shuffled")), [[1.0], [2.0]])
+
+
+def test_the_length_penalty_lowers_rewards_by_the_length(method):
+    plain = rollouts(method)
+    changed = controls.with_length_penalty(method, 6.0)
+    found = changed.collect(tiny.environment(method), list(tiny.TASK.train[:3]), jax.random.key(0), None)[0]
+    for before, after in zip(plain, found, strict=True):
+        assert after.reward == pytest.approx(before.reward - 0.06 * len(before.tokens))
+
+
+def test_instruments_measure_without_changing_loss_or_gradient():
+    own = sdpo(group_size=2, alpha=0.5, top_k=None, ema_rate=0.0)
+    batch = tiny.batch([[1, 2, 3], [2, 1, 0]], reward=[1.0, 0.0], taught=[True, True])
+    logits = jax.random.normal(jax.random.key(1), (2, 2, 3, 40))
+    run = lambda m: jax.value_and_grad(
+        lambda z: tiny.loss(m.objectives[0], batch, student=normalise(z), teacher=normalise(logits[1])), has_aux=True
+    )(logits[0])
+    (loss, _terms), gradient = run(own)
+    (loss_too, measured), gradient_too = run(with_instruments(own))
+    assert float(loss) == float(loss_too)
+    np.testing.assert_array_equal(gradient, gradient_too)
+    extra = {n.removeprefix("diagnostic/"): float(v) for n, v in measured.items() if n.startswith("diagnostic/")}
+    dist = np.asarray(normalise(logits), np.float64)
+    kl = (np.exp(dist[0]) * (dist[0] - dist[1])).sum(-1)
+    assert extra["reverse_kl"] == pytest.approx(kl.mean(), rel=1e-5)
+    thirds = [extra[f"reverse_kl_{name}_third"] for name in ("first", "middle", "last")]
+    np.testing.assert_allclose(thirds, kl.mean(0), rtol=1e-5)
+    ratio = np.take_along_axis(dist[1] - dist[0], np.asarray(batch.completion)[..., None], -1)[..., 0]
+    assert extra["log_ratio_correct"] == pytest.approx(ratio[0].mean(), rel=1e-4)
+    assert extra["log_ratio_wrong"] == pytest.approx(ratio[1].mean(), rel=1e-4)
+    assert 0.0 <= extra["overlap"] <= 1.0 and extra["overlap_advantage"] <= 0.0
+
+
+def test_opsa_pushes_unlikely_tokens_down_and_leaves_the_others():
+    batch = tiny.batch([[0, 1]], behavior=np.log([[0.5, 0.05]]), views=("student",))
+    dist = jnp.log(jnp.broadcast_to(jnp.asarray([0.5, 0.05, 0.45]), (1, 2, 3)))
+    method = opsa(threshold=0.1, penalty=2.0)
+    gradient = tiny.logit_gradient(lambda d: tiny.loss(method.objectives[0], batch, student=d)[0], dist)
+    np.testing.assert_allclose(gradient[0, 0], 0.0, atol=1e-7)
+    # d/dz of -(-2) log p(y) / 2 tokens: one-hot minus p.
+    np.testing.assert_allclose(gradient[0, 1], np.asarray([0, 1, 0]) - [0.5, 0.05, 0.45], atol=1e-6)
+
+
+def test_rollouts_of_one_group_have_no_other_to_be_mismatched_with():
+    alone = Rollout(tiny.TASK.train[0], (1,), (0.0,), "", 0).read_by(student=(), teacher=({"role": "user"},))
+    assert controls.mismatched([alone], {"teacher"})[0].contexts["teacher"] == ({"role": "user"},)

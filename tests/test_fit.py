@@ -1,0 +1,272 @@
+"""The loop: what is skipped, what is said, what ends a run, and that the data come in order."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from whole_runs import lines
+
+from sdjax import fit as loop
+from sdjax import train
+from sdjax.checkpoint import CheckpointError
+from sdjax.fit import Prompts, RunError, fit
+from sdjax.interrupts import Interrupts
+from sdjax.kernels.distributions import logprob
+from sdjax.models.pretrained import Pretrained
+from sdjax.rollouts import attempts
+from sdjax.tokens import LengthError, Shapes, shorten
+from sdjax.train import Experiment, ExperimentError
+from sdjax.types import Method, Objective, Term, Verdict, View
+
+pytestmark = pytest.mark.usefixtures("cached")
+ADAMW = optax.adamw(1e-2, weight_decay=0.1)
+SHAPES = Shapes(context=32, completion=4, rows=8, tokens_per_chunk=None)
+
+
+def method(factor=lambda step, rollout: 1.0, *, snapshots=None, memory=0, remember=lambda memory: memory + 1):
+    """A method whose loss is the rows' negative log-likelihood times `factor(step, rollout)`; its memory counts."""
+
+    def collect(environment, examples, key, memory):
+        rollouts = attempts(environment, examples, key, n=2)
+        step = memory if isinstance(memory, int) else 0
+        return [r.with_extras(factor=factor(step, r)) for r in rollouts], remember(memory)
+
+    signals = lambda dist, token: {"logprobs": logprob(dist["student"], token)}
+    terms = lambda batch, sig, step: {"nll": Term(-sig["logprobs"] * batch.extras["factor"][:, None])}
+    objective = Objective({"student": View(trainable=True)}, signals, terms)
+    return Method(collect, (objective,), snapshots or {}, memory)
+
+
+def experiment(own=None, **changes):
+    values = {"shapes": SHAPES, "steps": 3, "prompts": 2, "evaluation": 0, "export": False, **changes}
+    task = tiny.TASK._replace(verify=tiny.parity)
+    return Experiment(**{"method": own or method(), "task": task, "optimizer": ADAMW, "student": STUDENT} | values)
+
+
+STUDENT = Pretrained(tiny.config(), tiny.pretrained().params, tiny.tokenizer())
+
+
+def leaves(*trees):
+    return [np.asarray(x) for x in jax.tree.leaves(trees)]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- updates that are not applied -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_not_finite_stops_with_its_batch(tmp_path, capsys, monkeypatch):
+    """Steps 2, 4, 5 are not finite, step 3 resets the count; parameters and optimizer move in steps 1 and 3 only."""
+    bad = {1, 3, 4, 5}
+    own = method(lambda step, rollout: float("nan") if step in bad else 1.0)
+    states, step_of = [], loop.Run.step
+
+    def step(run, number):
+        states.append(leaves(run.state.params, run.state.opt_state))
+        step_of(run, number)
+
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(
+        RunError, match=r"3 updates in a row were not finite, the last at step 6; its batch is in \S+npz"
+    ):
+        fit(experiment(own, steps=10, most_skipped=3), tmp_path / "run")
+    assert len(states) == 6
+    moved = [not same(a, b) for a, b in itertools.pairwise(states)]
+    assert moved == [True, False, True, False, False]
+    said = capsys.readouterr().out
+    assert said.count("update skipped") == 4 and "step 2: loss nan, gradient norm nan: update skipped" in said
+    with np.load(tmp_path / "run" / "skipped-batch-6.npz") as found:
+        assert np.isnan(found["extras/factor"]).all()
+        assert found["completion"].shape == found["present"].shape and found["contexts/student/tokens"].ndim == 2
+    assert [line["loss"] for line in lines(tmp_path / "run")][1] is None
+    assert [line["trained"] for line in lines(tmp_path / "run")] == [1.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_skipped_updates_are_counted_in_the_result(tmp_path, capsys):
+    own = method(lambda step, rollout: float("inf") if step == 1 else 1.0)
+    result = fit(experiment(own), tmp_path / "run")
+    assert all(np.isfinite(x).all() for x in leaves(result.state.params))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped_updates"] == 1
+    assert result.interrupted is None and result.before is None and result.after is None
+
+
+def test_a_batch_without_signal_is_said(tmp_path, capsys):
+    own = method(lambda step, rollout: float(step != 1 or rollout.group == 0))
+    fit(experiment(own, minibatches=2), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "step 2: 1 of 2 updates had no signal (equal rewards, or no lesson for any row): not trained" in said
+    assert said.count("no signal") == 1
+    assert [line["trained"] for line in lines(tmp_path / "run")] == [1.0, 0.5, 1.0]
+
+    own = method(lambda step, rollout: 0.0)
+    result = fit(experiment(own), tmp_path / "silent")
+    assert "step 3: no signal" in capsys.readouterr().out
+    assert same(leaves(result.state.params), leaves(tiny.pretrained().params))  # in spite of weight decay
+
+
+def test_a_step_without_rollouts(tmp_path, capsys):
+    own = method()
+
+    def collect(environment, examples, key, memory):
+        rollouts, memory = own.collect(environment, examples, key, memory)
+        return rollouts if memory != 2 else [], memory
+
+    fit(experiment(own._replace(collect=collect)), tmp_path / "run")
+    assert "step 2: no rollouts were kept: not trained" in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+# ---- the loop's parts -----------------------------------------------------------------------------------------------
+
+
+def test_epochs_minibatches_objectives_and_programs(tmp_path, capsys, monkeypatch):
+    """Two epochs of two minibatches; the second objective every other step; one program each for the whole run."""
+    calls, updates = collections.Counter(), []
+    make = train.make_update
+
+    def counted(objective, *rest):
+        update = make(objective, *rest)
+        updates.append(update)
+
+        def call(*arguments):
+            calls[objective.every] += 1
+            return update(*arguments)
+
+        return call
+
+    monkeypatch.setattr(train, "make_update", counted)
+    own = method()
+    own = own._replace(objectives=(own.objectives[0], own.objectives[0]._replace(every=2)))
+    # Long answers all, so that every batch has one shape.
+    task = tiny.TASK._replace(verify=lambda example, text: Verdict(float(len(text))))
+    fit(experiment(own, task=task, steps=4, prompts=4, epochs=2, minibatches=2), tmp_path / "run")
+    assert calls == {1: 4 * 4, 2: 2 * 4}
+    assert [update._cache_size() for update in updates] == [1, 1]
+
+
+def test_nothing_crosses_to_the_device_unasked(tmp_path, capsys):
+    """After compilation, an update takes the batch and gives its outcome: no parameters travel."""
+    run = loop.Run(experiment(teachers={"coach": tiny.pretrained(1)}), tmp_path, Interrupts())
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(run.parameters()))
+    run.log = loop.RunLog(tmp_path, 3)
+    rollouts, _ = run.experiment.method.collect(run.environment(), run.prompts.take(), run.state.key, 0)
+    with jax.transfer_guard("disallow"):
+        for step in range(2):
+            values = run.train_on(step, run.batch(rollouts))
+    assert values["trained"] == 1.0
+    run.log.close()
+
+
+def test_memory_must_be_json_and_is_read_back_in_every_step(tmp_path, capsys):
+    """A run that is never interrupted sees what a resumed one sees: lists, not tuples."""
+    seen = []
+
+    def remember(memory):
+        seen.append(memory)
+        return {"pair": (1, 2), 3: "three"}
+
+    fit(experiment(method(memory=(0,), remember=remember)), tmp_path / "run")
+    assert seen == [[0], *2 * [{"pair": [1, 2], "3": "three"}]]
+    with pytest.raises(RunError, match="the method's memory cannot be saved as JSON: Object of type"):
+        fit(experiment(method(remember=lambda _: {"x": np.ones(2)})), tmp_path / "other")
+
+
+def test_prompts_are_shuffled_and_go_on_from_a_position():
+    examples = list(range(7))
+    prompts = Prompts(examples, 3, seed=5)
+    first = [prompts.take() for _ in range(4)]
+    position = json.loads(json.dumps(prompts.position()))
+    later = [prompts.take() for _ in range(10)]
+    again = Prompts(examples, 3, seed=5)
+    again.go_to(position)
+    assert [again.take() for _ in range(10)] == later
+    stream = [x for taken in first + later for x in taken]
+    epochs = [stream[i : i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == examples for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert Prompts(examples, 3, seed=6).take() != first[0] or Prompts(examples, 3, seed=7).take() != first[0]
+
+
+# ---- refused before the first step ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+    """A step is an error."""
+    monkeypatch.setattr(loop.Run, "step", None)
+
+
+def test_a_question_that_does_not_fit(tmp_path, no_steps):
+    example = tiny.TASK.train[5]
+    long = dataclasses.replace(example, prompt=({"role": "user", "content": "key " * 40},))
+    task = tiny.TASK._replace(train=(*tiny.TASK.train, long))
+    with pytest.raises(LengthError, match="a prompt of 42 tokens exceeds the limit of 32"):
+        fit(experiment(task=task), tmp_path / "run")
+    with pytest.raises(LengthError, match="a prompt of 42 tokens exceeds"):
+        fit(experiment(task=tiny.TASK._replace(test=(long,)), evaluation=1), tmp_path / "run")
+    turns = tuple({"role": role, "content": "key " * 20} for role in ("user", "assistant", "user"))
+    shapes = dataclasses.replace(SHAPES, too_long=shorten)
+    chat = dataclasses.replace(example, prompt=turns)
+    loop.check_lengths(experiment(task=tiny.TASK._replace(train=(chat,)), shapes=shapes))
+    with pytest.raises(LengthError):
+        loop.check_lengths(experiment(task=tiny.TASK._replace(train=(long,)), shapes=shapes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_shapes_beyond_the_model(tmp_path, no_steps):
+    with pytest.raises(ExperimentError, match="context=250 and completion=8 exceed the 256 tokens that the student"):
+        fit(experiment(shapes=Shapes(context=250, completion=8)), tmp_path / "run")
+
+
+def test_no_space_for_a_checkpoint(tmp_path, no_steps, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
+    with pytest.raises(CheckpointError, match="GB are free"):
+        fit(experiment(), tmp_path / "run")
+
+
+def test_disk_full_while_writing_numbers(tmp_path, monkeypatch, capsys):
+    def write(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.RunLog, "write", write)
+    with pytest.raises(RunError, match="No space left on device: free some space and go on with --resume"):
+        fit(experiment(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_whose_exception_is_lost(tmp_path, capsys, number):
+    """As in a callback of the garbage collector: the evaluation ends all the same, before its next verdict."""
+    asked, handler = [], signal.getsignal(signal.SIGINT)
+
+    def verify(example, text):
+        asked.append(example)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        return Verdict(1.0)
+
+    result = fit(experiment(task=tiny.TASK._replace(verify=verify), evaluation=4), tmp_path / "run")
+    assert result.interrupted == number and result.before is None and int(result.state.step) == 0
+    assert len(asked) == 1
+    assert f"{number.name} before the first step: nothing to save" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_in_a_thread_signals_are_left_alone(tmp_path, capsys):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(fit(experiment(steps=1), tmp_path / "run")))
+    thread.start()
+    thread.join(120)
+    assert done and int(done[0].state.step) == 1

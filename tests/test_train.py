@@ -1,0 +1,264 @@
+"""The update: skipped when it must be, the same for every chunk size, one program for many batches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from sdjax import train
+from sdjax.kernels.distributions import logprob
+from sdjax.methods.grpo import grpo
+from sdjax.methods.sdpo import sdpo
+from sdjax.models.transformer import Transformer, initialise
+from sdjax.policies import ema, frozen, refresh
+from sdjax.tokens import Shapes, collate
+from sdjax.train import Experiment, ExperimentError
+from sdjax.types import Method, Objective, Rollout, Task, Term, View
+
+METHOD = sdpo(group_size=2, ema_rate=0.5, top_k=None)
+ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1))
+
+
+def rollouts(seed=0, groups=4, taught=True, reward=lambda i: float(i % 2)):
+    """Two random completions for each of some prompts."""
+    draw, found = np.random.default_rng(seed), []
+    for i in range(2 * groups):
+        tokens = tuple(int(t) for t in draw.integers(6, len(tiny.tokenizer()), draw.integers(5, 9)))
+        example = tiny.TASK.train[i // 2]
+        told = ({"role": "user", "content": f"key 3 -> red {example.prompt[0]['content']}"},) if taught else None
+        contexts = {"student": example.prompt, "teacher": told}
+        found.append(Rollout(example, tokens, (-3.0,) * len(tokens), "", i // 2, reward=reward(i), contexts=contexts))
+    return found
+
+
+def batch(method=METHOD, groups=4, **of):
+    return collate(rollouts(groups=groups, **of), train.all_views(method), tiny.tokenizer(), tiny.SHAPES, groups)
+
+
+TRAP = Method(
+    collect=None,
+    objectives=(
+        Objective(
+            {"student": View(trainable=True)},
+            lambda dist, token: {"logprobs": logprob(dist["student"], token)},
+            # The reward decides what the loss is multiplied by.
+            lambda batch, sig, step: {"nll": Term(-sig["logprobs"] * batch.reward[:, None])},
+        ),
+    ),
+)
+METHODS = {"sdpo": METHOD, "grpo": grpo(group_size=2), "trap": TRAP}
+OPTIMIZERS = {"adamw": ADAMW, "sgd": optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))}
+
+
+@functools.cache
+def model(dtype=jnp.float32):
+    """One layer: these tests are about what surrounds the model."""
+    own = tiny.config()
+    return Transformer(dataclasses.replace(own, layers=1, windows=own.windows[:1], ropes=own.ropes[:1]), dtype)
+
+
+@functools.cache
+def params(seed):
+    return jax.jit(initialise, static_argnums=0)(model(), jax.random.key(seed))
+
+
+@functools.cache
+def compiled(method, optimizer, dtype, **shapes):
+    """One update for all tests that want the same."""
+    models = {name: model(dtype) for name in ("live", "teacher")}
+    shapes = Shapes(context=128, completion=8, **{"tokens_per_chunk": None, **shapes})
+    return train.make_update(METHODS[method].objectives[0], models, OPTIMIZERS[optimizer], shapes)
+
+
+class Learner:
+    """A state under a compiled update."""
+
+    def __init__(self, method="sdpo", optimizer="adamw", dtype=jnp.float32, **shapes):
+        self.update, optimizer = compiled(method, optimizer, dtype, **shapes), OPTIMIZERS[optimizer]
+        self.params = jax.tree.map(jnp.array, params(0))
+        self.opt_state, self.step = optimizer.init(self.params), 0
+        self.others = {"teacher": params(1)}
+
+    def learn(self, *batches):
+        for one in batches:
+            step = jax.device_put(np.int32(self.step))
+            args = (self.params, self.opt_state, self.others, jax.device_put(one), step)
+            self.params, self.opt_state, outcome = self.update(*args)
+            self.step += 1
+        return jax.device_get(outcome)
+
+
+def host(*trees):
+    return jax.tree.map(np.array, jax.device_get(trees))
+
+
+def assert_same(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), a, b)
+
+
+BATCHES = [batch(seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Three updates without chunks."""
+    learner = Learner()
+    learner.learn(*BATCHES)
+    return learner
+
+
+# ---- what changes nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{"rows_per_chunk": 2}, {"rows_per_chunk": 4, "tokens_per_chunk": 16}])
+def test_chunks_change_nothing_but_memory(plain, sizes):
+    learner = Learner(**sizes)
+    outcome = learner.learn(*BATCHES)
+    assert outcome.useful
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+    jax.tree.map(close, *host(learner.params, plain.params))
+
+
+def test_one_program_for_many_batches(plain):
+    """And nothing goes to the device that was not put there, nor comes back that was not asked for."""
+    learner = Learner()
+    learner.others = jax.device_put(learner.others)
+    with jax.transfer_guard("disallow"):
+        for seed in range(6):
+            learner.learn(batch(seed=seed))
+    assert learner.update._cache_size() == 1
+
+
+def test_bf16_computes_and_float32_is_kept():
+    batches = [batch(TRAP, seed=seed) for seed in range(3)]
+    learner, plain = Learner("trap", dtype=jnp.bfloat16), Learner("trap")
+    outcome, expected = learner.learn(*batches), plain.learn(*batches)
+    assert {x.dtype for x in jax.tree.leaves(learner.params)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(learner.opt_state) if x.ndim} == {jnp.dtype("float32")}
+    assert np.isfinite(outcome.loss)
+    np.testing.assert_allclose(outcome.loss, expected.loss, rtol=0.02)
+    # Parameters would not move like this if they were rounded to bfloat16 (3 digits) in every step.
+    flat = lambda tree: np.concatenate([x.ravel() for x in jax.tree.leaves(host(tree))])
+    found, wanted = flat(learner.params) - flat(params(0)), flat(plain.params) - flat(params(0))
+    assert np.dot(found, wanted) > 0.9 * np.linalg.norm(found) * np.linalg.norm(wanted)
+
+
+def test_gradients_are_clipped():
+    learner = Learner("trap", optimizer="sgd")
+    before = host(learner.params)[0]
+    outcome = learner.learn(batch(TRAP))
+    moved = jax.tree.map(np.subtract, before, host(learner.params)[0])
+    assert outcome.grad_norm > 1e-3  # before clipping
+    np.testing.assert_allclose(optax.tree.norm(moved), 1e-3, rtol=1e-3)
+
+
+# ---- what is not applied --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+def test_what_is_not_finite_is_skipped(factor):
+    learner = Learner("trap")
+    learner.learn(batch(TRAP))
+    before = host(learner.params, learner.opt_state)
+    outcome = learner.learn(batch(TRAP, reward=lambda i: factor if i == 3 else 1.0))
+    assert not outcome.finite and not outcome.useful
+    assert_same(host(learner.params, learner.opt_state), before)
+    assert learner.learn(batch(TRAP)).useful
+    assert not np.array_equal(jax.tree.leaves(before[0])[0], jax.tree.leaves(host(learner.params))[0])
+
+
+NO_SIGNAL = {
+    "all right": ("grpo", {"reward": lambda i: 1.0}),
+    "all of a reward without a finite binary fraction": ("grpo", {"reward": lambda i: 0.1}),
+    "no lesson": ("sdpo", {"taught": False}),
+}
+
+
+@pytest.mark.parametrize("case", NO_SIGNAL)
+def test_no_signal_leaves_everything_as_it_is(case):
+    """Weight decay and momentum from an update before it would move the parameters: they do not."""
+    name, of = NO_SIGNAL[case]
+    method, learner = METHODS[name], Learner(name)
+    assert learner.learn(batch(method)).useful
+    before = host(learner.params, learner.opt_state)
+    outcome = learner.learn(batch(method, **of))
+    assert outcome.finite and not outcome.useful and outcome.loss == 0
+    assert_same(host(learner.params, learner.opt_state), before)
+
+
+# ---- parts and snapshots --------------------------------------------------------------------------------------------
+
+
+def test_minibatches_hold_whole_groups():
+    whole = batch(groups=4)
+    parts = list(train.minibatches(whole, 2))
+    assert [sorted({*part.group.tolist()}) for part in parts] == [[0, 1], [2, 3]]
+    for name, context in whole.contexts.items():
+        joined = np.concatenate([part.contexts[name].tokens for part in parts])
+        np.testing.assert_array_equal(joined, context.tokens)
+        assert all(len(part.contexts[name].valid) == 4 for part in parts)
+    np.testing.assert_array_equal(np.concatenate([part.completion for part in parts]), whole.completion)
+    with pytest.raises(ExperimentError, match="minibatches=3 does not divide the 4 groups"):
+        next(train.minibatches(whole, 3))
+
+
+def test_snapshots_follow_their_rules():
+    rules = {"frozen": frozen(), "ema": ema(0.25), "refresh": refresh(2)}
+    run = train.refresh_snapshots(Method(None, (), rules))
+    snapshots = {name: {"w": jnp.full(2, 1.0)} for name in rules}
+    seen = []
+    for step, live in enumerate((2.0, 3.0, 4.0), start=1):
+        snapshots = run({"w": jnp.full(2, live)}, snapshots, jnp.asarray(step))
+        seen.append({name: float(tree["w"][0]) for name, tree in snapshots.items()})
+    assert [s["frozen"] for s in seen] == [1, 1, 1]
+    assert [s["refresh"] for s in seen] == [1, 3, 3]
+    assert [s["ema"] for s in seen] == [1.25, 1.6875, 2.265625]
+
+
+# ---- experiments that cannot work -----------------------------------------------------------------------------------
+
+
+def experiment(**changes):
+    values = {"method": METHOD, "task": tiny.TASK, "student": tiny.pretrained(), "optimizer": ADAMW, **changes}
+    return Experiment(**values)
+
+
+ODD = View("teachr")
+WRONG = {
+    "steps=0: expected at least 1": {"steps": 0},
+    "prompts=-1: expected at least 1": {"prompts": -1},
+    "save_every=-1: expected at least 0": {"save_every": -1},
+    "completion=0: expected at least 1": {"shapes": Shapes(completion=0)},
+    "minibatches=3 does not divide prompts=4": {"minibatches": 3},
+    "task empty has no training examples": {"task": Task("empty", (), (), tiny.parity)},
+    "view 'teacher' reads policy 'teachr', which is neither": {
+        "method": METHOD._replace(objectives=(METHOD.objectives[0]._replace(views={"teacher": ODD}),))
+    },
+    "teacher 'teacher' goes by the name of one of the method's own": {"teachers": {"teacher": tiny.pretrained()}},
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_wrong_experiments_are_refused(sentence):
+    with pytest.raises(ExperimentError, match=sentence):
+        experiment(**WRONG[sentence])
+
+
+def test_a_teacher_with_another_vocabulary_is_refused():
+    own = tiny.pretrained(1)
+    other = own._replace(config=dataclasses.replace(own.config, vocab_size=own.config.vocab_size + 1))
+    with pytest.raises(ExperimentError, match="teacher 'teacher' and the student have different vocabularies"):
+        experiment(method=METHOD._replace(snapshots={}), teachers={"teacher": other})
+    experiment(method=METHOD._replace(snapshots={}), teachers={"teacher": own})
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
+def test_learning_rates(lr):
+    with pytest.raises(ExperimentError, match="lr=.*: expected a number above 0"):
+        train.check_numbers({"lr": lr})
+    train.check_numbers({"lr": 1e-5, "steps": 1, "name": "x", "smoke": True})

@@ -1,0 +1,147 @@
+"""A run of seconds: a random model on the recall task, with a method that replays rollouts from its memory.
+
+For tests of whole runs.  In the environment, `TINY_KILL=PLACE:STEP` ends the process by SIGKILL at one of the places
+below, and `TINY_SLOW=SECONDS` makes every verdict take that long.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from sdjax import checkpoint
+from sdjax.contexts import question, with_solution
+from sdjax.options import Choice
+from sdjax.tokens import Shapes
+from sdjax.train import Experiment
+from sdjax.types import Example, Method, Rollout, Task
+
+METHOD = "sdpo"
+OPTIONS = {"sdpo": {"group_size": 2, "ema_rate": 0.5, "top_k": None}, "grpo": {"group_size": 2, "normalised": False}}
+
+
+def experiment(
+    *,
+    method: Choice,
+    steps: int = 6,
+    prompts: int = 2,
+    lr: float = 1e-2,
+    evaluation: int = 3,
+    evaluate_every: int = 2,
+    save_every: int = 2,
+    context: int = 48,
+    completion: int = 8,
+    minibatches: int = 1,
+    bf16: bool = False,
+    export: bool = False,
+    seed: int = 0,
+    smoke: bool = False,
+) -> Experiment:
+    """Recall by a model that knows nothing.
+
+    Args:
+      steps: batches.
+      lr: learning rate of AdamW.
+      smoke: two steps.
+    """
+    if smoke:
+        steps, evaluation, evaluate_every, save_every = 2, 2, 0, 0
+    return Experiment(
+        method=remembering(method(lesson=lesson)),
+        task=Task("recall", tiny.TASK.train, tiny.TASK.test, verify),
+        student=student(),
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.1)),
+        shapes=Shapes(context=context, completion=completion, rows=8, tokens_per_chunk=None),
+        steps=steps,
+        prompts=prompts,
+        minibatches=minibatches,
+        seed=seed,
+        dtype=jnp.bfloat16 if bf16 else jnp.float32,
+        evaluation=evaluation,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        export=export,
+    )
+
+
+def student():
+    """Loaded late: tests make sure that bad options are refused before."""
+    return tiny.pretrained()
+
+
+def lesson(rollout: Rollout, rollouts: list[Rollout]):
+    return with_solution(question(rollout.example), rollout.example.solution)
+
+
+def verify(example: Example, text: str):
+    time.sleep(float(os.environ.get("TINY_SLOW", "0")))
+    return tiny.parity(example, text)
+
+
+# ---- a method with a memory -----------------------------------------------------------------------------------------
+
+
+def remembering(method: Method) -> Method:
+    """The method with the first rollouts of the batch before added to each batch, and counters, all in its memory."""
+
+    def collect(environment, examples, key, memory):
+        fresh, _ = method.collect(environment, examples, key, None)
+        groups = max(r.group for r in fresh) + 1
+        replayed = [unpacked(r) for r in memory["replay"]] or [r for r in fresh if r.group == 0]
+        old = [dataclasses.replace(r, group=groups) for r in replayed]
+        written = zlib.crc32(repr([(r.tokens, r.logprobs) for r in fresh]).encode())
+        memory = {
+            "batches": memory["batches"] + 1,
+            "written": [*memory["written"], written],
+            "replay": [dataclasses.asdict(r) for r in fresh if r.group == 0],
+        }
+        return [*fresh, *old], memory
+
+    return method._replace(collect=collect, memory={"batches": 0, "written": [], "replay": []})
+
+
+def unpacked(row: dict) -> Rollout:
+    """A rollout from what `dataclasses.asdict` made of it and JSON brought back."""
+    chat = lambda turns: None if turns is None else tuple(turns)
+    example = Example(**{**row["example"], "prompt": chat(row["example"]["prompt"])})
+    lists = {name: tuple(row[name]) for name in ("tokens", "logprobs")}
+    return Rollout(**{**row, **lists, "example": example, "contexts": {k: chat(v) for k, v in row["contexts"].items()}})
+
+
+# ---- sudden death ---------------------------------------------------------------------------------------------------
+
+
+def kill_at(place: str, step: int) -> None:
+    """Ends this process if `TINY_KILL` says so."""
+    if os.environ.get("TINY_KILL") == f"{place}:{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_saving() -> None:
+    """Makes the places `arrays` (written, but still under Orbax's temporary name) and `manifest` (not yet written)."""
+    rename, write_manifest = os.rename, checkpoint.write_manifest
+
+    def dying_rename(source, *rest, **named):
+        name = Path(source).name
+        if "orbax-checkpoint-tmp" in name:
+            kill_at("arrays", int(name.split(".")[0]))
+        return rename(source, *rest, **named)
+
+    def dying_write_manifest(folder, step, manifest):
+        kill_at("manifest", step)
+        return write_manifest(folder, step, manifest)
+
+    os.rename, checkpoint.write_manifest = dying_rename, dying_write_manifest
+
+
+if "TINY_KILL" in os.environ:
+    die_while_saving()
