@@ -203,5 +203,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def program() -> None:
+    """What the shell runs: `main`, whose status ends the process."""
+    status = main()
+    if status >= 128:
+        # The signal may have come while XLA's threads were at work: an interpreter being taken apart would crash them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

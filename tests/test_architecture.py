@@ -22,8 +22,7 @@ FLOORS = (
     ("generate", "score", "tokens"),
     (
         *("rollouts", "contexts", "policies", "tasks/*", "diagnostics"),
-        *("controls", "instruments", "annotators", "corrections", "lessons", "memory", "plans", "playbook"),
-        *("saliency", "selection", "synthesis", "taggers"),
+        *("controls", "instruments", "host/*"),
     ),
     ("methods/*",),
     ("train", "evaluate", "checkpoint", "log", "options", "interrupts", "fit"),

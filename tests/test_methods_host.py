@@ -12,8 +12,8 @@ import pytest
 import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, slopes
 
-from sdjax import corrections, plans, playbook, selection
 from sdjax.contexts import question
+from sdjax.host import corrections, plans, playbook, selection
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.divergences import jsd, reverse_kl

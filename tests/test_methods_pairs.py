@@ -14,9 +14,10 @@ import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient
 from networks import unoptimised
 
-from sdjax import annotators, policies
-from sdjax.annotators import Span
+from sdjax import policies
 from sdjax.contexts import question
+from sdjax.host import annotators
+from sdjax.host.annotators import Span
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.estimators import sampled_kl

@@ -20,15 +20,15 @@ from method_checks import (
 )
 from networks import unoptimised
 
-from sdjax.annotators import Span
+from sdjax.host.annotators import Span
+from sdjax.host.lessons import private_note
+from sdjax.host.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
 from sdjax.kernels import credit
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.divergences import jsd, reverse_kl
 from sdjax.kernels.estimators import score_coefficient
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import entropy_gate, likelihood_ratio, window_minimum
-from sdjax.lessons import private_note
-from sdjax.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
 from sdjax.methods.antisd import antisd
 from sdjax.methods.dasd import dasd
 from sdjax.methods.dash import dash

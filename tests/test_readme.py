@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sdjax import cards, options, train
-from tests import tiny
+import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,13 +11,13 @@ import tiny
 from method_checks import assert_same, close, fixture, slopes
 
 from sdjax.contexts import question
+from sdjax.host.saliency import SCALE, START, effective, parts, relearned, restored, saliency
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
 from sdjax.methods import atmanrl as atmanrl_module
 from sdjax.methods.atmanrl import atmanrl
 from sdjax.methods.grpo import grpo
 from sdjax.models.transformer import attend, hidden, positions_of
-from sdjax.saliency import SCALE, START, effective, parts, relearned, restored, saliency
 from sdjax.tokens import render
 from sdjax.types import Rollout
 

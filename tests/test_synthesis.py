@@ -12,9 +12,10 @@ import pytest
 import tiny
 from method_checks import close, expected_gradient
 
-from sdjax import synthesis, taggers
 from sdjax.contexts import question
 from sdjax.generate import GREEDY, Sampling, draw, mixture
+from sdjax.host import synthesis, taggers
+from sdjax.host.synthesis import Trace, Writer, ask, continued, repetitive, to_dataset, together, until_accepted, weave
 from sdjax.kernels.distributions import entropy
 from sdjax.methods import tessy as tessy_module
 from sdjax.methods.mixsd import mixsd, with_worked_answer
@@ -23,7 +24,6 @@ from sdjax.methods.tessy import tessy
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.policies import Policy, Sample
 from sdjax.rollouts import RolloutError
-from sdjax.synthesis import Trace, Writer, ask, continued, repetitive, to_dataset, together, until_accepted, weave
 from sdjax.tasks.answers import last_boxed
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.tokens import Shapes

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from sdjax.generate import Sampling
+from sdjax.host.lessons import attempt_and_verdict
+from sdjax.host.memory import OPEN_GATE, entropy_gated
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import score_coefficient
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.lessons import attempt_and_verdict
-from sdjax.memory import OPEN_GATE, entropy_gated
 from sdjax.policies import score
 from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View

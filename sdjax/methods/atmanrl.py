@@ -8,11 +8,11 @@ from typing import Literal
 import jax.numpy as jnp
 
 from sdjax.generate import Sampling
+from sdjax.host.saliency import saliency
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, masked_sum, sequence_mean
 from sdjax.methods.grpo import grpo
 from sdjax.rollouts import attempts
-from sdjax.saliency import saliency
 from sdjax.types import Card, Method
 
 CARD = Card(
@@ -59,7 +59,7 @@ def atmanrl(
 ) -> Method:
     """Attention-manipulation RL (Höth et al. 2026, arXiv:2604.16158, Eq. 1-5).  Sequence mean; no deviation, no KL.
 
-    `R = (0 if correct else -1) + coef * saliency`, the saliency of `sdjax.saliency` with the live policy's parameters.
+    `R = (0 if correct else -1) + coef * saliency`, the saliency of `sdjax.host.saliency` with the live policy's parameters.
     The paper takes two passes over a batch: the experiment's `epochs=2`.
 
     Args:

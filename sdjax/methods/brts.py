@@ -11,11 +11,11 @@ from jax import lax
 
 from sdjax.contexts import question
 from sdjax.generate import Sampling
+from sdjax.host.selection import Rule, cut, likeliest_of, selected
 from sdjax.kernels.distributions import entropy, logprob, normalise, top_k_entries
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.policies import frozen, teacher_name
 from sdjax.rollouts import attempts
-from sdjax.selection import Rule, cut, likeliest_of, selected
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.contexts import question
-from sdjax.corrections import anchors, correction, replayed
 from sdjax.generate import Sampling
+from sdjax.host.corrections import anchors, correction, replayed
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import sampled_kl

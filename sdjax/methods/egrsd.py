@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from sdjax.host.memory import NO_REWARDS, whitened
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import entropy_gate, likelihood_ratio, window_minimum
-from sdjax.memory import NO_REWARDS, whitened
 from sdjax.methods.opsd import opsd
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from sdjax.contexts import question
 from sdjax.generate import mixture
+from sdjax.host.synthesis import together
 from sdjax.kernels.advantages import reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
@@ -16,7 +17,6 @@ from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.policies import frozen, score, teacher_name
 from sdjax.rollouts import judge
-from sdjax.synthesis import together
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from sdjax.contexts import question, rewrite_last
 from sdjax.generate import Sampling, mixture
+from sdjax.host.synthesis import until_accepted
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
 from sdjax.policies import frozen
 from sdjax.rollouts import judge, written
-from sdjax.synthesis import until_accepted
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
 
 CARD = Card(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from sdjax.host.lessons import english_version
 from sdjax.kernels.distributions import entropy
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.kernels.weights import confidence, disagreement, mean_one
-from sdjax.lessons import english_version
 from sdjax.methods.sdft import sdft
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 import jax
 
-from sdjax import playbook as book
 from sdjax.contexts import without_thinking
 from sdjax.generate import Sampling
+from sdjax.host import playbook as book
 from sdjax.kernels.distributions import entropy, logprob, top_k_with_rest
 from sdjax.kernels.divergences import clamp_around, jsd
 from sdjax.kernels.policy_gradient import importance_weight

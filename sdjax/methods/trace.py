@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from sdjax.annotators import Span, by_rule, marked
 from sdjax.generate import Sampling
+from sdjax.host.annotators import Span, by_rule, marked
+from sdjax.host.lessons import private_note
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob, top_k_with_rest
 from sdjax.kernels.divergences import clip_entries, clip_entries_straight_through, jsd_entries
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import keep_earliest
-from sdjax.lessons import private_note
 from sdjax.policies import refresh
 from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
@@ -66,7 +66,7 @@ def trace(
       refresh_every: batches after which the teacher's parameters are renewed.
       clip: widths of the surrogate's clip below and above 1.
       temperature: of sampling, as published.
-      annotate: `(environment, rollouts, key) -> spans`; see `sdjax.annotators`.
+      annotate: `(environment, rollouts, key) -> spans`; see `sdjax.host.annotators`.
     """
     weight, hold, decay = schedule
 

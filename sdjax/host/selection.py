@@ -11,9 +11,9 @@ from jax import Array, lax
 
 from sdjax.contexts import question, rewrite_last
 from sdjax.generate import Sampling
+from sdjax.host.synthesis import ask
 from sdjax.policies import Environment, Policy, grouped, score
 from sdjax.rollouts import judge, sample
-from sdjax.synthesis import ask
 from sdjax.types import TEACHER, Messages, Rollout, View
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdjax.annotators import Span
 from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.host.annotators import Span
 from sdjax.rollouts import solved_peer
 from sdjax.types import Example, Messages, Rollout
 

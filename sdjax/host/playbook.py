@@ -16,8 +16,8 @@ import jax
 from jax import Array
 
 from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.host.synthesis import ask
 from sdjax.policies import Environment
-from sdjax.synthesis import ask
 from sdjax.tokens import LengthError, render, shorten
 from sdjax.types import Messages, Rollout
 
