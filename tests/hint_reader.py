@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny
 
 from sdjax import train
 from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution
@@ -18,7 +19,6 @@ from sdjax.rollouts import written
 from sdjax.tasks.recall import ASKERS, WORDS
 from sdjax.tokens import Shapes, collate
 from sdjax.types import REFERENCE, Example
-from tests import tiny
 
 SHAPES = Shapes(context=96, completion=4, rows=64, tokens_per_chunk=None)
 

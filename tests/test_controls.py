@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from sdjax import controls, train
 from sdjax.contexts import question, with_solution
@@ -14,7 +15,6 @@ from sdjax.methods.grpo import grpo
 from sdjax.methods.opsa import opsa
 from sdjax.methods.sdpo import sdpo
 from sdjax.types import Objective, Rollout, Term, View
-from tests import tiny
 
 
 def told(rollout, rollouts):

@@ -8,13 +8,13 @@ import inspect
 
 import optax
 import pytest
+import tiny
+from hint_reader import SHAPES, hint_reader
 
 from sdjax import options
 from sdjax.contexts import question, with_solution
 from sdjax.fit import fit
 from sdjax.train import Experiment
-from tests import tiny
-from tests.hint_reader import SHAPES, hint_reader
 
 pytestmark = pytest.mark.slow
 
