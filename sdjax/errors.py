@@ -2,8 +2,9 @@
 
 from sdjax.checkpoint import CheckpointError
 from sdjax.fit import RunError
-from sdjax.models.configs import ModelError
+from sdjax.models.fields import ModelError
 from sdjax.options import OptionError
+from sdjax.report.runs import ReportError
 from sdjax.rollouts import RolloutError
 from sdjax.tasks.errors import TaskError
 from sdjax.tokens import LengthError
@@ -15,6 +16,7 @@ INPUT_ERRORS = (
     LengthError,
     ModelError,
     OptionError,
+    ReportError,
     RolloutError,
     RunError,
     TaskError,

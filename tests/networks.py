@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sdjax.models import transformer
-from sdjax.models.configs import ModelConfig, rope
+from sdjax.models.configs import ModelConfig
+from sdjax.models.ropes import rope
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.types import Batch, Context
 

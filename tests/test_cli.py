@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,7 +18,8 @@ from rich.console import Console
 from whole_runs import FILE, STEPS, arguments, lines, run_here
 
 from sdjax import log, options
-from sdjax.__main__ import keep_programs, main
+from sdjax.__main__ import main
+from sdjax.compilation import keep_programs
 from sdjax.interrupts import Interrupted
 from sdjax.log import RunLog
 from sdjax.models import pretrained
@@ -161,6 +165,30 @@ def test_compiled_programs_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
     keep_programs()
     assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "sdjax"))
+
+
+def resident_after_compiling(how: str) -> int:
+    """Bytes of a fresh process that has compiled something large."""
+    program = """if True:
+        import sys, jax, jax.numpy as jnp
+        from sdjax.compilation import give_back_memory
+        if sys.argv[1] == "give back":
+            give_back_memory()
+        def much(x):
+            for i in range(120):
+                x = jnp.sort(jnp.sin(x @ x) + i, axis=i % 2)
+            return x
+        jax.jit(much).lower(jnp.ones((8, 8))).compile()
+        print(open("/proc/self/statm").read().split()[1])
+    """
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-c", program, how]
+    done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+    return int(done.stdout) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_compilers_memory_goes_back_to_the_system():
+    assert resident_after_compiling("give back") < resident_after_compiling("keep") - 20e6
 
 
 # ---- what is listed -------------------------------------------------------------------------------------------------

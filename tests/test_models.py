@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sdjax.models import pretrained, transformer, weights
-from sdjax.models.configs import FAMILIES, PRESETS, ModelError, Rope, from_hf, rope, to_hf
+from sdjax.models import gguf_files, pretrained, transformer, weights
+from sdjax.models.configs import FAMILIES, from_hf, to_hf
+from sdjax.models.fields import ModelError
+from sdjax.models.presets import PRESETS
+from sdjax.models.ropes import Rope, rope
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("llama", "qwen2", "qwen3", "olmo3")
@@ -138,6 +141,23 @@ def test_remat_changes_no_gradient(llama):
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_remat_keeps_one_block_instead_of_all():
+    """Also on a CPU, where XLA merges what `jax.checkpoint` recomputes with the original."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rest = {"max_position_embeddings": 128, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    config = from_hf({"model_type": "llama", "vocab_size": 32, "num_hidden_layers": 12, **sizes, **rest})
+    tokens = jnp.zeros((8, 128), jnp.int32)
+    mask = jnp.ones_like(tokens, bool)
+
+    def activations(remat):
+        model = transformer.Transformer(config, remat=remat)
+        params = jax.eval_shape(lambda: transformer.initialise(model, jax.random.key(0)))
+        loss = lambda p: jnp.sum(transformer.hidden(model, p, tokens, transformer.positions_of(mask), mask)[0] ** 2)
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert activations(True) < activations(False) / 3
 
 
 # ---- configurations -----------------------------------------------------------------------------------------------
@@ -478,10 +498,10 @@ def write_gguf(
 
 
 def test_gguf_weights_are_those_of_the_safetensors(llama, tmp_path):
-    reader = weights.open_gguf(write_gguf(tmp_path / "x.gguf", llama))
-    config = weights.gguf_config(reader, "x.gguf")
+    reader = gguf_files.open_gguf(write_gguf(tmp_path / "x.gguf", llama))
+    config = gguf_files.gguf_config(reader, "x.gguf")
     assert config == dataclasses.replace(llama.config, ropes=(rope(8, 64, {"rope_theta": 10_000.0}),) * 2)
-    equal(weights.load_gguf(reader, config, "x.gguf"), llama.params)
+    equal(gguf_files.load_gguf(reader, config, "x.gguf"), llama.params)
 
 
 def test_refused_gguf(llama, tmp_path):
@@ -506,9 +526,9 @@ def test_refused_gguf(llama, tmp_path):
     path.write_bytes(data[: len(data) // 2])
     refused("not a readable GGUF file")
     write_gguf(path, llama, change=lambda tensors: {k: v for k, v in tensors.items() if k != "blk.1.ffn_up.weight"})
-    reader = weights.open_gguf(path)
+    reader = gguf_files.open_gguf(path)
     with pytest.raises(ModelError, match=r"blk.1.ffn_up.weight \[48, 32\] is missing"):
-        weights.load_gguf(reader, weights.gguf_config(reader, "x.gguf"), "x.gguf")
+        gguf_files.load_gguf(reader, gguf_files.gguf_config(reader, "x.gguf"), "x.gguf")
 
 
 # ---- names, folders and tokenizers --------------------------------------------------------------------------------

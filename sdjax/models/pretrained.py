@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdjax.models import weights
-from sdjax.models.configs import ModelConfig, ModelError, from_hf
+from sdjax.models import gguf_files, weights
+from sdjax.models.configs import ModelConfig, from_hf
+from sdjax.models.fields import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -150,11 +151,11 @@ def _embedded() -> Path:
 
 
 def _from_gguf(path: Path) -> Pretrained:
-    reader = weights.open_gguf(path)
-    config = weights.gguf_config(reader, str(path))
+    reader = gguf_files.open_gguf(path)
+    config = gguf_files.gguf_config(reader, str(path))
     tokenizer = _gguf_tokenizer(reader, config, str(path))
     _check_tokenizer(config, tokenizer, str(path))
-    return Pretrained(config, weights.load_gguf(reader, config, str(path)), tokenizer)
+    return Pretrained(config, gguf_files.load_gguf(reader, config, str(path)), tokenizer)
 
 
 _CONTROL, _USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` in the GGUF specification
@@ -165,7 +166,7 @@ def _gguf_tokenizer(reader: Any, config: ModelConfig, where: str) -> PreTrainedT
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    say = lambda name, default=None: weights.gguf_field(reader, f"tokenizer.ggml.{name}", default)
+    say = lambda name, default=None: gguf_files.gguf_field(reader, f"tokenizer.ggml.{name}", default)
     if (say("model"), say("pre")) != ("gpt2", "smollm"):
         raise ModelError(f"{where}: GGUF tokenizer {say('model')}/{say('pre')} is not supported, only gpt2/smollm")
     tokens = say("tokens")
@@ -183,7 +184,7 @@ def _gguf_tokenizer(reader: Any, config: ModelConfig, where: str) -> PreTrainedT
     named["pad"] = say("padding_token_id")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=weights.gguf_field(reader, "tokenizer.chat_template"),
+        chat_template=gguf_files.gguf_field(reader, "tokenizer.chat_template"),
         model_max_length=config.max_context,
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": tokens[number] for role, number in named.items() if number is not None},

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.models.configs import ModelConfig, Rope
+from sdjax.models.configs import ModelConfig
+from sdjax.models.recompute import recomputed
+from sdjax.models.ropes import Rope
+from sdjax.sharding import DATA, MODEL, constrain, current
 
 
 @flax.struct.dataclass
@@ -85,6 +88,9 @@ def project(x: Array, weights: Array) -> Array:
 
     An einsum over the same axes computes the same, but its transposes copy every weight and every weight's gradient.
     """
+    if current() is not None:
+        # Flattened, axes that are split over devices could no longer be told from those that are not.
+        return jax.lax.dot_general(x, weights.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
     flat = x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype).reshape(x.shape[-1], -1)
     return flat.reshape(*x.shape[:-1], *weights.shape[1:])
 
@@ -177,8 +183,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model.  Parameters are float32; `dtype` is what it computes in.
 
-    `remat` recomputes each block in the backward pass: memory for one block's activations instead of all.  On a CPU it
-    saves next to nothing, because XLA merges the second computation with the first; `Shapes.rows_per_chunk` does.
+    `remat` recomputes each block in the backward pass: memory for one block's activations instead of all, for one more
+    forward pass of the blocks.
     """
 
     config: ModelConfig
@@ -187,15 +193,14 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        block = nn.remat(Block) if self.remat else Block
         self.embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        self.blocks = [block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
+        self.blocks = [Block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
         self.final_norm = RMSNorm(c.norm_eps, name="final_norm")
         if not c.tied_embeddings:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.width))
 
     def run(self, tokens, positions, mask, past, cache, column, bias=None):
-        x = jnp.take(self.embed, tokens, axis=0).astype(self.dtype)
+        x = constrain(jnp.take(self.embed, tokens, axis=0).astype(self.dtype), DATA)
         if mask is not None:
             # Attention weighs what it may not read by 0, and 0 times an infinity is NaN.
             x = jnp.where(mask[..., None], x, 0)
@@ -208,11 +213,19 @@ class Transformer(nn.Module):
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
             window = self.config.windows[layer]
+            if self.remat and cache is None and not self.is_initializing():
+                block = self.recomputed_block(layer)
             read, written = layer_of(past, layer), layer_of(cache, layer)
             x, key, value = block(x, positions, own[window], read, before[window], written, column, bias)
-            keys.append(key)
-            values.append(value)
+            x = constrain(x, DATA)
+            keys.append(constrain(key, DATA, None, MODEL))
+            values.append(constrain(value, DATA, None, MODEL))
         return self.final_norm(x), KeyValues(tuple(keys), tuple(values), own_positions, own_mask)
+
+    def recomputed_block(self, layer):
+        block, params = Block(self.config, layer, parent=None), self.variables["params"][f"layers_{layer}"]
+        pure = recomputed(lambda x, params, *rest: block.apply({"params": params}, x, *rest))
+        return lambda x, *rest: pure(x, params, *rest)
 
     def hidden(self, tokens, positions, mask, past=None, bias=None):
         return self.run(tokens, positions, mask, past, None, None, bias)
@@ -227,7 +240,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden):
         head = self.embed if self.config.tied_embeddings else self.head
-        return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return constrain(scores, *(DATA, *(None,) * scores.ndim)[: scores.ndim - 1], MODEL)
 
     def everything(self, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -266,7 +280,8 @@ def hidden(
 def empty_cache(model: Transformer, rows: int, length: int) -> KeyValues:
     """A cache of `length` unwritten columns for `decode`."""
     c = model.config
-    blank = lambda: tuple(jnp.zeros((rows, length, c.kv_heads, c.head_dim), model.dtype) for _ in range(c.layers))
+    empty = lambda: constrain(jnp.zeros((rows, length, c.kv_heads, c.head_dim), model.dtype), DATA, None, MODEL)
+    blank = lambda: tuple(empty() for _ in range(c.layers))
     return KeyValues(blank(), blank(), jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool))
 
 

@@ -1,4 +1,4 @@
-"""Weights of a decoder in files: safetensors as the transformers library names them, and GGUF of the Llama family."""
+"""Weights of a decoder in files: safetensors as the transformers library names them, and parameters as one table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sdjax.models.configs import ModelConfig, ModelError, from_hf, to_hf
+from sdjax.models.configs import ModelConfig, to_hf
+from sdjax.models.fields import ModelError
 
 # ---- the table ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """One tensor of a file: where it is, what it is, and how to read it."""
 
     file: str
@@ -168,7 +169,7 @@ def load(folder: str | os.PathLike, config: ModelConfig) -> dict:
     if config.tied_embeddings:
         stored.pop("lm_head.weight", None)  # some checkpoints repeat the embeddings here
     where = str(files[0]) if len(files) == 1 else str(folder)
-    return _fill(config, stored, lambda place: place.name, where)
+    return fill(config, stored, lambda place: place.name, where)
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -189,21 +190,21 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _open_safetensors(path: Path) -> dict[str, _Stored]:
+def _open_safetensors(path: Path) -> dict[str, Stored]:
     try:
         file = safe_open(path, "numpy")
         names = file.keys()
         slices = {name: file.get_slice(name) for name in names}
         # `file` is memory-mapped and stays open as long as one of these readers lives.
         return {
-            name: _Stored(path.name, tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
+            name: Stored(path.name, tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
             for name, part in slices.items()
         }
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _fill(config: ModelConfig, stored: Mapping[str, _Stored], named: Callable[[Place], str], where: str) -> dict:
+def fill(config: ModelConfig, stored: Mapping[str, Stored], named: Callable[[Place], str], where: str) -> dict:
     """Our parameters from the tensors of a file, after checking all of them."""
     places = layout(config)
     problems = list(_problems({named(place): place for place in places}, stored))
@@ -218,7 +219,7 @@ def _fill(config: ModelConfig, stored: Mapping[str, _Stored], named: Callable[[P
     return unflatten_dict(arrays, sep="/")
 
 
-def _problems(places: Mapping[str, Place], stored: Mapping[str, _Stored]) -> Iterator[str]:
+def _problems(places: Mapping[str, Place], stored: Mapping[str, Stored]) -> Iterator[str]:
     for name, place in places.items():
         if name not in stored:
             yield f"{name} {list(place.shape)} is missing"
@@ -322,87 +323,3 @@ def _write_index(path: Path, names: list[str], shards: list[list[Place]]) -> Non
     path.write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2), encoding="utf-8"
     )
-
-
-# ---- GGUF ---------------------------------------------------------------------------------------------------------
-
-
-def open_gguf(path: str | os.PathLike) -> Any:
-    """A `gguf.GGUFReader` of a file.  Raises ModelError if it cannot be read."""
-    import gguf  # pulls in half a second of imports that only these files need
-
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"{path} is not a readable GGUF file: {error}") from error
-
-
-def gguf_field(reader: Any, name: str, default: Any = None) -> Any:
-    """What a GGUF file says under `name`."""
-    field = reader.fields.get(name)
-    return default if field is None else field.contents()
-
-
-def gguf_config(reader: Any, where: str) -> ModelConfig:
-    """The configuration of a Llama-family GGUF.  Raises ModelError for another architecture or variant."""
-    architecture = gguf_field(reader, "general.architecture")
-    if architecture != "llama":
-        raise ModelError(f"{where}: GGUF architecture {architecture!r} is not supported, only 'llama'")
-    scaling = gguf_field(reader, "llama.rope.scaling.type", "none")
-    names = {tensor.name for tensor in reader.tensors}
-    if scaling != "none" or "rope_freqs.weight" in names:
-        raise ModelError(f"{where}: scaled rotary embeddings in GGUF are not supported; use the safetensors")
-    embeddings = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
-    fields = {
-        "vocab_size": int(embeddings[0].shape[1]) if embeddings else None,  # GGUF writes the fastest axis first
-        "hidden_size": gguf_field(reader, "llama.embedding_length"),
-        "intermediate_size": gguf_field(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": gguf_field(reader, "llama.block_count"),
-        "num_attention_heads": gguf_field(reader, "llama.attention.head_count"),
-        "num_key_value_heads": gguf_field(reader, "llama.attention.head_count_kv"),
-        "head_dim": gguf_field(reader, "llama.attention.key_length", gguf_field(reader, "llama.rope.dimension_count")),
-        "max_position_embeddings": gguf_field(reader, "llama.context_length"),
-        "rms_norm_eps": _decimal(gguf_field(reader, "llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(gguf_field(reader, "llama.rope.freq_base", 10_000.0)),
-        "tie_word_embeddings": "output.weight" not in names,
-    }
-    try:
-        return from_hf({"model_type": "llama", **fields})
-    except ModelError as error:
-        raise ModelError(f"{where}, read as a {error}") from error
-
-
-def _decimal(value: float | None) -> float | None:
-    """The shortest decimal of a number kept as float32: 1e-05, not 9.999999747378752e-06."""
-    return None if value is None else float(str(np.float32(value)))
-
-
-def load_gguf(reader: Any, config: ModelConfig, where: str) -> dict:
-    """Parameters of a Llama-family GGUF, dequantised one tensor at a time into float32 numpy arrays.
-
-    Raises: ModelError once for all tensors that are missing, not expected or of another shape.
-    """
-    stored = {tensor.name: _gguf_stored(tensor, config, where) for tensor in reader.tensors}
-    return _fill(config, stored, lambda place: place.gguf, where)
-
-
-def _gguf_stored(tensor: Any, config: ModelConfig, where: str) -> _Stored:
-    import gguf
-
-    def read() -> np.ndarray:
-        try:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ModelError(
-                f"{where}: {tensor.name} is quantised as {tensor.tensor_type.name}, not supported"
-            ) from error
-        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(tensor.name.split(".")[-2])
-        return array if heads is None else _halves(array, heads)
-
-    return _Stored(Path(where).name, tuple(int(size) for size in tensor.shape[::-1]), "F32", read)
-
-
-def _halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of a head's rows: it rotates neighbours (0, 1), (2, 3), we rotate halves."""
-    pairs = array.reshape(heads, -1, 2, array.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -1,0 +1,238 @@
+"""Where arrays lie: a mesh of devices with the axes data and model, rules for parameters, rows for batches.
+
+Rows of a batch are split over the data axis; heads, hidden units of the MLP and the vocabulary over the model axis;
+large parameters, and with them snapshots and the optimizer's state, over the data axis too.  A mesh is entered with
+`on(mesh)`; outside, on one device, every function here leaves its argument where it is and nothing is compiled
+differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = DATA, MODEL = "data", "model"
+
+
+class MeshError(ValueError):
+    """A mesh does not fit the devices, the model or the batch; the message says which number and why."""
+
+
+# ---- the mesh -------------------------------------------------------------------------------------------------------
+
+
+def mesh_shape(text: str) -> tuple[int, int] | None:
+    """`"4x2"` as `(4, 2)`: devices on the data axis and on the model axis; `""` is `None`.  Raises `MeshError`."""
+    if not text:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise MeshError(f"mesh={text}: expected DATAxMODEL, two numbers of devices such as 4x2")
+    return int(found[1]), int(found[2])
+
+
+def make_mesh(shape: tuple[int, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `shape` (data, model) over `devices`, by default all of them and all on the data axis.
+
+    Raises `MeshError` if their number is not that of the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = (len(devices), 1) if shape is None else shape
+    if math.prod(shape) != len(devices):
+        raise MeshError(
+            f"mesh={named(shape)} is a mesh of {math.prod(shape)} devices and there are {len(devices)}: expected "
+            f"{' or '.join(named((len(devices) // m, m)) for m in divisors(len(devices)))}"
+        )
+    # Not the default: under explicit axes every gather and reshape of the model would have to name its sharding.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """While entered, programs run on the mesh, and what this module constrains and places is split over it."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def current() -> Any:
+    """The mesh that is entered, with its axes' sizes in `.shape`, or `None`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES else None
+
+
+def axis_size(axis: str) -> int:
+    """Devices on an axis of the entered mesh; 1 outside."""
+    mesh = current()
+    return 1 if mesh is None else mesh.shape[axis]
+
+
+def named(shape: Sequence[int]) -> str:
+    """`(4, 2)` as `4x2`."""
+    return "x".join(map(str, shape))
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, least first."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """Parameters whose path matches `pattern` are split over the model axis along `axis`, which counts `what`."""
+
+    pattern: str
+    axis: int
+    what: str
+
+
+RULES = (
+    Rule(r"(^|/)(embed|head)$", 0, "vocabulary entries"),
+    Rule(r"(^|/)attention/qkv$", 1, "kv_heads"),
+    Rule(r"(^|/)attention/(qkv_bias|out)$", 0, "kv_heads"),
+    Rule(r"(^|/)mlp/gate_up$", 2, "hidden units"),
+    Rule(r"(^|/)mlp/down$", 0, "hidden units"),
+)
+"""First match wins.  Queries lie with the key and value that they read, so heads are split by groups."""
+
+LEAST = 2**16
+"""Parameters of fewer elements are not split over the data axis: gathering them costs more than it saves."""
+
+
+def parameter_spec(path: str, shape: Sequence[int], sizes: Any, least: float | None = None) -> P:
+    """How an array with a parameter's path is split over a mesh of `sizes` {"data": n, "model": m}.
+
+    By its rule over the model axis, then along its largest divisible axis that is left over the data axis.  A
+    vocabulary that does not divide is split by width instead, and in uneven parts where logits are computed.
+
+    Raises `MeshError` naming rule and number if something else does not divide.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    rule = next((r for r in RULES if re.search(r.pattern, path)), None)
+    # An optimizer may keep sums of a parameter, which go by its path and have other axes.
+    whole = rule is not None and len(shape) == 2 + (rule.what == "kv_heads") * 2 + (rule.axis == 2) - ("bias" in path)
+    if whole and sizes[MODEL] > 1:
+        where = rule.axis
+        if shape[where] % sizes[MODEL]:
+            if rule.what != "vocabulary entries":
+                raise indivisible(rule, path, shape, sizes)
+            where = 1 if shape[1] % sizes[MODEL] == 0 else None
+        if where is not None:
+            axes[where] = MODEL
+    if sizes[DATA] > 1 and math.prod(shape) >= (LEAST if least is None else least):
+        fits = [i for i, n in enumerate(shape) if axes[i] is None and n % sizes[DATA] == 0]
+        if fits:
+            axes[max(fits, key=lambda i: shape[i])] = DATA
+    return P(*axes)
+
+
+def indivisible(rule: Rule, path: str, shape: Sequence[int], sizes: Any) -> MeshError:
+    """The error of a parameter that its rule cannot split."""
+    number, parts = shape[rule.axis], sizes[MODEL]
+    fits = ", ".join(map(str, divisors(number)[:12]))
+    return MeshError(
+        f"mesh={named((sizes[DATA], parts))}: rule {rule.pattern!r} splits {path} by {rule.what} over the model axis, "
+        f"and {number} {rule.what} do not divide by {parts}: choose a model axis of {fits}"
+    )
+
+
+def path_of(path: Sequence[Any]) -> str:
+    """The path of a leaf in a tree as `layers_0/mlp/down`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def parameter_specs(tree: Any, sizes: Any, least: float | None = None) -> Any:
+    """`parameter_spec` of every leaf (arrays or shapes) of parameters, snapshots or an optimizer's state."""
+    return jax.tree_util.tree_map_with_path(lambda p, x: parameter_spec(path_of(p), x.shape, sizes, least), tree)
+
+
+def constrain_parameters(tree: Any, least: float | None = None) -> Any:
+    """Inside a compiled program: parameters, their gradients or an optimizer's state, split by the rules."""
+    mesh = current()
+    if mesh is None:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, parameter_specs(tree, mesh.shape, least))
+
+
+def place_parameters(tree: Any, least: float | None = None) -> Any:
+    """Parameters from the host or from elsewhere, split by the rules."""
+    mesh = current()
+    return tree if mesh is None else jax.tree.map(place, tree, parameter_specs(tree, mesh.shape, least))
+
+
+# ---- rows and activations -------------------------------------------------------------------------------------------
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Inside a compiled program: `x` with its leading axes split over these axes of the mesh, the others whole.
+
+    Rows that do not divide by the data axis stay whole: a chunk of one row, say.
+    """
+    mesh = current()
+    if mesh is None:
+        return x
+    fits = [None if a is None or (a == DATA and n % mesh.shape[a]) else a for a, n in zip(axes, x.shape, strict=False)]
+    return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+def constrain_rows(tree: Any) -> Any:
+    """Inside a compiled program: every leaf with its first axis split over the data axis."""
+    return tree if current() is None else jax.tree.map(lambda x: constrain(x, DATA) if x.ndim else x, tree)
+
+
+def place_rows(tree: Any) -> Any:
+    """Arrays from the host with their first axis split over the data axis; on one device, on that."""
+    mesh = current()
+    if mesh is None:
+        return jax.device_put(tree)
+    of = lambda x: P(DATA) if np.ndim(x) and len(x) % mesh.shape[DATA] == 0 else P()
+    return jax.tree.map(lambda x: place(x, of(x)), tree)
+
+
+def place_whole(tree: Any) -> Any:
+    """Arrays from the host, whole on every device."""
+    return tree if current() is None else jax.tree.map(lambda x: place(x, P()), tree)
+
+
+def place(x: Any, spec: P) -> Array:
+    """An array that every process has, from the host or a device, laid over the entered mesh."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    if isinstance(x, Array) and (jax.process_count() == 1 or not x.is_fully_addressable or is_key(x)):
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array holds typed random keys."""
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy arrays on this host; what is split over other hosts' devices is gathered first, by all of them."""
+    apart = [
+        x
+        for x in jax.tree.leaves(tree)
+        if isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+    ]
+    if apart:
+        tree = jax.tree.map(lambda x: gathered(x) if any(x is y for y in apart) else x, tree)
+    return jax.device_get(tree)
+
+
+def gathered(x: Array) -> Array:
+    """An array whole on every device of its mesh."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+
+
+def rows_multiple(rows: int) -> int:
+    """The least number of rows, at least `rows`, that the data axis divides."""
+    return -(-rows // axis_size(DATA)) * axis_size(DATA)
