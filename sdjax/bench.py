@@ -21,7 +21,7 @@ from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig
 from sdjax.policies import row_keys
 from sdjax.tokens import Shapes, collate, encode_context, left_pad
-from sdjax.types import Example, Rollout, Task, Verdict
+from sdjax.types import Batch, Example, Rollout, Task, Verdict
 
 
 class Timing(NamedTuple):
@@ -71,6 +71,72 @@ def update_flops(config: ModelConfig, prompts: int, group: int, student: int, te
     return 2.0 * (block * tokens + head * 4 * answers)
 
 
+class Step(NamedTuple):
+    """What is timed: networks and state of one step of SDPO over the full vocabulary, and its problems."""
+
+    student: Any  # without parameters: the state is a copy
+    networks: dict[str, Any]
+    state: train.State
+    method: Any
+    optimizer: optax.GradientTransformation
+    shapes: Shapes
+    examples: list[Example]
+
+
+def a_step(model: str, prompts: int, group: int, shapes: Shapes, dtype: Any, remat: bool) -> Step:
+    """SDPO with the Jensen-Shannon divergence and a frozen teacher, on `prompts` easy sums."""
+    student = pretrained.load(model)
+    sums = [(i, f"What is {i}+{i + 7}? Answer with the number.", str(2 * i + 7)) for i in range(prompts)]
+    examples = [Example(str(i), ({"role": "user", "content": text},), answer) for i, text, answer in sums]
+    method = sdpo(group_size=group, alpha=0.5, top_k=None, ema_rate=0.0, is_cap=None)
+    task = Task("bench", tuple(examples), (), lambda example, text: Verdict(0.0))
+    optimizer = optax.adamw(1e-5)
+    experiment = train.Experiment(method, task, student, optimizer, shapes, prompts=prompts, dtype=dtype, remat=remat)
+    networks, state = train.models(experiment), train.initial_state(experiment, student.params)
+    return Step(student._replace(params=None), networks, state, method, optimizer, shapes, examples)
+
+
+def writer(step: Step, examples: list[Example], n: int) -> Callable[[int], Any]:
+    """Samples `n` completions of full length after every question; the argument is the seed."""
+    encoded = [encode_context(step.student.tokenizer, question(e), step.shapes) for e in examples]
+    padded = left_pad(encoded, step.shapes.context)
+    live, length = step.networks["live"], step.shapes.completion
+    never = jnp.asarray([-1])
+    keys = lambda seed: row_keys(jax.random.key(seed), jnp.arange(len(examples)), n)
+    return lambda i: generate(
+        (live,), (step.state.params,), (padded,), keys(i), Sampling(), never, length, length=length
+    )
+
+
+def written_batch(step: Step, examples: list[Example], n: int) -> Batch:
+    """The batch of sampled completions; the teacher is told the answer."""
+    written = jax.device_get(writer(step, examples, n)(0))
+    rollouts = [
+        Rollout(example, tuple(written.tokens[row].tolist()), tuple(written.logprobs[row].tolist()), "", g).read_by(
+            student=question(example),
+            teacher=with_feedback(question(example), feedback=f"The answer is {example.answer}."),
+        )
+        for g, example in enumerate(examples)
+        for row in range(g * n, (g + 1) * n)
+    ]
+    # All attempts at a problem are told the same here: the teacher's prompt is read once per group.
+    views = {name: view._replace(per_rollout=False) for name, view in train.all_views(step.method).items()}
+    return collate(rollouts, views, step.student.tokenizer, step.shapes)
+
+
+def learner(step: Step, batch: Batch) -> Callable[[int], Any]:
+    """One update after another; the argument means nothing."""
+    update = train.make_update(step.method.objectives[0], step.networks, step.optimizer, step.shapes)
+    params, opt_state = step.state.params, step.state.opt_state
+
+    def learn(_: int) -> Any:
+        nonlocal params, opt_state
+        params, opt_state, outcome = update(params, opt_state, step.state.snapshots, batch, step.state.step)
+        return outcome, params
+
+    return learn
+
+
 def bench(
     *,
     model: str = "smollm2",
@@ -79,7 +145,7 @@ def bench(
     completion: int = 64,
     rollout_rows: int = 16,
     repeats: int = 3,
-    tokens_per_chunk: int = 256,
+    tokens_per_chunk: int = 64,
     rows_per_chunk: int | None = None,
     bf16: bool = False,
     remat: bool = False,
@@ -94,64 +160,19 @@ def bench(
       tokens_per_chunk: positions whose logits are held at once.
       rows_per_chunk: rows whose activations are held at once, for one more forward pass of the student.
       bf16: compute in bfloat16.
-      remat: recompute blocks in the backward pass.
+      remat: recompute blocks in the backward pass: least memory, for one more forward pass of the student.
     """
-    student, dtype = pretrained.load(model), jnp.bfloat16 if bf16 else jnp.float32
+    dtype = jnp.bfloat16 if bf16 else jnp.float32
     shapes = Shapes(256, completion, prompts * group, rows_per_chunk, tokens_per_chunk)
-    examples = [
-        Example(str(i), ({"role": "user", "content": f"What is {i}+{i + 7}? Answer with the number."},), str(2 * i + 7))
-        for i in range(max(prompts, rollout_rows))
-    ]
-    method = sdpo(group_size=group, alpha=0.5, top_k=None, ema_rate=0.0, is_cap=None)
-    task = Task("bench", tuple(examples), (), lambda example, text: Verdict(0.0))
-    optimizer = optax.adamw(1e-5)
-    experiment = train.Experiment(method, task, student, optimizer, shapes, prompts=prompts, dtype=dtype, remat=remat)
-    networks = train.models(experiment)
-    state = train.initial_state(experiment, student.params)
-    student = student._replace(params=None)  # the state is a copy
-    del experiment
-
-    def write(chats: list, n: int) -> Callable[[int], Any]:
-        padded = left_pad([encode_context(student.tokenizer, c, shapes) for c in chats], shapes.context)
-        run = lambda i: generate(
-            (networks["live"],),
-            (state.params,),
-            (padded,),
-            row_keys(jax.random.key(i), jnp.arange(len(chats)), n),
-            Sampling(),
-            jnp.asarray([-1]),
-            completion,
-            length=completion,
-        )
-        return run
-
-    chats = [question(e) for e in examples]
-    rollout = timed(write(chats[:prompts], group), repeats)
-    alone = timed(write(chats[:rollout_rows], 1), repeats)
-    written = jax.device_get(write(chats[:prompts], group)(0))
-    rollouts = [
-        Rollout(example, tuple(written.tokens[row].tolist()), tuple(written.logprobs[row].tolist()), "", g).read_by(
-            student=question(example),
-            teacher=with_feedback(question(example), feedback=f"The answer is {example.answer}."),
-        )
-        for g, example in enumerate(examples[:prompts])
-        for row in range(g * group, (g + 1) * group)
-    ]
-    views = {name: view._replace(per_rollout=False) for name, view in train.all_views(method).items()}
-    batch = collate(rollouts, views, student.tokenizer, shapes)
-    update = train.make_update(method.objectives[0], networks, optimizer, shapes)
-
-    def learn(_: int) -> Any:
-        nonlocal state
-        params, opt_state, outcome = update(state.params, state.opt_state, state.snapshots, batch, state.step)
-        state = state.replace(params=params, opt_state=opt_state)
-        return outcome, params
-
-    updated = timed(learn, repeats)
+    step = a_step(model, max(prompts, rollout_rows), group, shapes, dtype, remat)
+    rollout = timed(writer(step, step.examples[:prompts], group), repeats)
+    alone = timed(writer(step, step.examples[:rollout_rows], 1), repeats)
+    batch = written_batch(step, step.examples[:prompts], group)
+    updated = timed(learner(step, batch), repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lengths = {name: int(c.mask.sum(-1).max()) for name, c in batch.contexts.items()}
-    flops = update_flops(student.config, prompts, group, lengths["student"], lengths["teacher"], completion)
-    weights = sum(parameter_counts(student.config)) * jnp.dtype(dtype).itemsize
+    config, lengths = step.student.config, {name: int(c.mask.sum(-1).max()) for name, c in batch.contexts.items()}
+    flops = update_flops(config, prompts, group, lengths["student"], lengths["teacher"], completion)
+    weights = sum(parameter_counts(config)) * jnp.dtype(dtype).itemsize
     product, stream = matrix_product_ceiling(dtype), bandwidth_ceiling(dtype)
     return {
         "student context tokens": lengths["student"],

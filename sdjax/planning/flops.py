@@ -1,0 +1,34 @@
+"""Floating-point operations of a traced program, on any number of devices together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+def product_flops(jaxpr: Any, trips: int = 1) -> float:
+    """FLOP of all matrix products in a jaxpr: two per multiply-add, recomputation included, loops counted.
+
+    Of the branches of a condition the dearest counts; the body of a loop of unknown length counts `trips` times.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, inner = equation.primitive.name, [product_flops(j, trips) for j in inner_jaxprs(equation.params)]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+        elif name == "cond":
+            total += max(inner, default=0.0)
+        else:
+            total += sum(inner) * {"scan": equation.params.get("length", 1), "while": trips}.get(name, 1)
+    return total
+
+
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """Every jaxpr among an equation's parameters."""
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
+                yield one

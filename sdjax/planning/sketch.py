@@ -1,0 +1,102 @@
+"""The shape of a method's batches, found by letting a tiny random model collect a few rows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.models.configs import from_hf
+from sdjax.models.transformer import Transformer, initialise
+from sdjax.planning.chips import PlanError
+from sdjax.policies import Environment, Policy
+from sdjax.tasks.recall import recall, vocabulary
+from sdjax.tokens import Shapes, collate
+from sdjax.train import all_views
+from sdjax.types import Batch, Context, Method, Verdict
+
+KEYS = 8
+SHAPES = Shapes(context=160, completion=8, rows=8, tokens_per_chunk=None)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """A word-level tokenizer with a chat template; words that the recall task does not use are all `<unk>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ("<pad>", "<end>", "<unk>", "user:", "assistant:", "system:", *vocabulary(keys=KEYS))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=TEMPLATE,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@functools.cache
+def policy() -> Policy:
+    """A random model of two layers."""
+    sizes = {"vocab_size": len(tokenizer()), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    rest = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    model = Transformer(from_hf({**sizes, **heads, **rest}))
+    return Policy(model, initialise(model, jax.random.key(0)), tokenizer(), SHAPES)
+
+
+def coin(example: Any, text: str) -> Verdict:
+    """A verdict that differs between answers of a random model."""
+    return Verdict(float(sum(map(ord, text)) % 2), "try again")
+
+
+def sketched(method: Method, prompts: int = 2) -> Batch:
+    """A batch of rows that the method collects for a few prompts of the recall task, with the tiny model as every policy.
+
+    Raises `PlanError` if it keeps no row of them in ten tries.
+    """
+    task = recall(keys=KEYS)
+    names = {"live", *method.snapshots, *(view.policy for view in all_views(method).values())}
+    take = iter(task.train * 50)
+    more = lambda: [next(take) for _ in range(prompts)]
+    environment = Environment(dict.fromkeys(names, policy()), coin, more)
+    memory = method.memory
+    for attempt in range(10):
+        rollouts, memory = method.collect(environment, more(), jax.random.key(attempt), memory)
+        if rollouts:
+            return collate(rollouts, all_views(method), tokenizer(), SHAPES)
+    raise PlanError("the method kept no rollout in ten batches of a random model, so nothing is known of its batches")
+
+
+def rows_per_prompt(batch: Batch, prompts: int = 2) -> int:
+    """Rows of a sketched batch per prompt that was taken."""
+    return max(1, math.ceil(len(batch.reward) / prompts))
+
+
+def sized(batch: Batch, prompts: int, rows: int, completion: int, contexts: Mapping[str, int]) -> Batch:
+    """The shapes (`jax.ShapeDtypeStruct`) of a batch of `prompts` x `rows` completions of `completion` tokens.
+
+    `contexts` gives tokens by view.  A context that a group shares in the sketch is shared here.
+    """
+    total, (few, length) = prompts * rows, batch.completion.shape
+
+    def grown(x: Any) -> jax.ShapeDtypeStruct:
+        shape = [total, *x.shape[1:]]
+        if x.ndim > 1 and x.shape[1] == length:
+            shape[1] = completion
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.asarray(x).dtype)
+
+    def read(name: str, context: Context) -> Context:
+        tokens = jax.ShapeDtypeStruct((max(1, total * len(context.tokens) // few), contexts[name]), jnp.int32)
+        return Context(tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), grown(context.valid))
+
+    plain = {f: jax.tree.map(grown, getattr(batch, f)) for f in batch.__dataclass_fields__ if f != "contexts"}
+    return Batch(contexts={name: read(name, c) for name, c in batch.contexts.items()}, **plain)
