@@ -18,6 +18,7 @@ from jax import Array
 from sdjax.contexts import question, rewrite_last
 from sdjax.instruments import with_instruments
 from sdjax.kernels.weights import mean_one
+from sdjax.policies import grouped
 from sdjax.types import Batch, Messages, Method, Rollout, Term
 
 TeacherContext = Literal["matched", "mismatched", "reference-only", "none"]
@@ -42,7 +43,7 @@ def controlled(
         question, or the plain question.
       weights: per-token weights as they are, shuffled within each row, or rescaled to mean one.
       length_penalty: taken from rewards per 100 tokens.
-      diagnose: log overlap, entropy gap, fork and lock rates, log-ratios and KL by position.
+      diagnose: log overlap, entropy gap, fork and lock rates, log-ratios by outcome and on markers, and KL by position.
     """
     method = with_teacher_context(method, context)
     method = with_length_penalty(with_token_weights(method, weights), length_penalty)
@@ -73,19 +74,18 @@ def with_teacher_context(method: Method, control: TeacherContext) -> Method:
 
 
 def mismatched(rollouts: Sequence[Rollout], views: set[str]) -> list[Rollout]:
-    """Every group reads what the next group's teacher was told; the last one reads the first's."""
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group, []).append(rollout)
-    following = dict(zip(groups, [*list(groups)[1:], next(iter(groups))], strict=True)) if groups else {}
+    """Every group reads what the next group that a view speaks about was told; the last one reads the first's."""
+    groups = grouped(rollouts)
     place = {id(r): i for rows in groups.values() for i, r in enumerate(rows)}
+    spoken = lambda view, rows: [r.contexts[view] for r in rows if r.contexts.get(view) is not None]
+    said = {view: {group: spoken(view, rows) for group, rows in groups.items()} for view in views}
 
     def other(rollout: Rollout, view: str) -> Messages | None:
         if rollout.contexts.get(view) is None:
             return None
-        rows = groups[following[rollout.group]]
-        spoken = [r.contexts[view] for r in rows if r.contexts.get(view) is not None]
-        return spoken[place[id(rollout)] % len(spoken)] if spoken else None
+        speaking = [group for group, chats in said[view].items() if chats]
+        following = speaking[(speaking.index(rollout.group) + 1) % len(speaking)]
+        return said[view][following][place[id(rollout)] % len(said[view][following])]
 
     return [r.read_by(**{view: other(r, view) for view in views if view in r.contexts}) for r in rollouts]
 

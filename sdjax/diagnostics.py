@@ -17,9 +17,14 @@ import numpy as np
 from jax import Array
 
 from sdjax.kernels.distributions import NEVER, entropy
+from sdjax.kernels.reductions import masked_mean, masked_sum
+from sdjax.kernels.top_k import top_k
 
 EPISTEMIC = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
 """Words by which a model says that it may be wrong (Kim et al. 2026, arXiv:2603.24472, section 3)."""
+
+AGREEMENT = 0.6931
+"""Teacher and student agree on a token if neither gives it twice the other's probability; the threshold is ours."""
 
 REVISION = ("wait", "hmm", "but", "maybe")
 """Words that announce another attempt (Kaur et al. 2026, arXiv:2607.05184)."""
@@ -167,6 +172,18 @@ def concentration(log_ratio: Array, present: Array, share: float = 0.1) -> Array
     return jnp.sum(largest, axis=-1) / jnp.sum(sizes, axis=-1)
 
 
+def mass_share(value: Array, marked: Array, over: Array) -> Array:
+    """The part of all `|value|` that the marked tokens hold: `[B, T]`, bool `[B, T]` x2 `-> scalar`; 0 if there is none.
+
+    With advantages and the tokens of repetitive texts, the quantity that feeds on itself when on-policy distillation
+    tips over: Luo et al. 2026 (StableOPD), arXiv:2604.08527.
+    """
+    chex.assert_equal_shape([value, marked, over])
+    size = jnp.abs(value.astype(jnp.float32))
+    total = masked_sum(size, over)
+    return masked_sum(size, over & marked) / jnp.where(total > 0.0, total, 1.0)
+
+
 def informativeness(reward: Sequence[float], correct: Sequence[bool]) -> float:
     """Mean `sequence_reward` of correct minus that of wrong completions; NaN if all are alike: `[B] x2 -> scalar`.
 
@@ -187,7 +204,18 @@ def auroc(reward: Sequence[float], correct: Sequence[bool]) -> float:
     return _mean((below + not_above) / 2.0) / len(wrong) if len(wrong) else float("nan")
 
 
-def agreement_by_outcome(log_ratio: Array, present: Array, correct: Array, threshold: float) -> np.ndarray:
+def win_share(reward: Array, correct: Array, over: Array) -> Array:
+    """The share of the wrong completions that each one is rewarded above, ties one half: `[B]`, bool `[B]` x2 `-> [B]`.
+
+    Its mean over the correct ones is `auroc`, inside a compiled program.  1/2 where no completion in `over` is wrong.
+    """
+    chex.assert_equal_shape([reward, correct, over])
+    wrong = jnp.broadcast_to(over & ~correct, (reward.shape[0],) * 2)
+    above = (reward[:, None] > reward) + 0.5 * (reward[:, None] == reward)
+    return jnp.where(wrong.any(), masked_mean(above, wrong, axis=-1), 0.5)
+
+
+def agreement_by_outcome(log_ratio: Array, present: Array, correct: Array, threshold: float = AGREEMENT) -> np.ndarray:
     """Shares of all tokens, `[[agree & correct, agree & wrong], [disagree & correct, disagree & wrong]]`; sums to 1.
 
     Teacher and student agree where `|log-ratio| <= threshold`: `[B, T] x2, [B] -> [2, 2]`; NaN without tokens.
@@ -213,7 +241,7 @@ def gap_recovery(before: float, after: float, teacher: float) -> float:
 
 def _top(dist: Array, k: int) -> Array:
     """Which entries are among the k likeliest: `[..., V] -> [..., V]` bool; ties go to the smaller index."""
-    chosen = jax.lax.top_k(dist, k)[1]
+    chosen = top_k(dist, k)[1]
     return jnp.put_along_axis(jnp.zeros(dist.shape, bool), chosen, True, axis=-1, inplace=False)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sdjax import diagnostics
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
+from sdjax.kernels.reductions import token_mean
 from sdjax.types import Batch, Method, Objective, Term
+
+MARKER, REPEATS = "diagnostic_marker", "diagnostic_repeats"
+"""Extras: which tokens are one of `diagnostics.REVISION` by themselves, and which texts repeat themselves."""
 
 
 def with_instruments(method: Method, k: int = 16) -> Method:
@@ -17,10 +24,29 @@ def with_instruments(method: Method, k: int = 16) -> Method:
 
     Logged under `diagnostic/`: overlap of the top-k sets with the masses and the advantage on it, entropy gap, fork
     and lock rates of the teacher, mean and mean absolute log-ratio (teacher minus student), its concentration, its
-    mean on correct minus on wrong rows, and reverse KL in the first, middle and last third of the completions.
-    Rows about which the teacher has nothing to say are left out.  Gradients are not computed.
+    mean on correct and on wrong rows and how well it tells them apart (AUROC, 0.5 without rows of both kinds), shares
+    of tokens by agreement and outcome, the log-ratio on words that announce another attempt and how often it is
+    positive there, the share of texts that repeat themselves and of all log-ratios that these hold, and reverse KL in
+    the first, middle and last third of the completions.
+    Rows about which the teacher has nothing to say are left out; a mean over nothing is 0.  Gradients are not computed.
     """
-    return method._replace(objectives=tuple(instrumented(o, k) for o in method.objectives))
+    objectives = tuple(instrumented(o, k) for o in method.objectives)
+    known: dict[int, bool] = {}
+
+    def is_marker(tokenizer: Any, token: int) -> bool:
+        if token not in known:
+            known[token] = bool(diagnostics.marks([tokenizer.decode([token])])[0])
+        return known[token]
+
+    def collect(environment, examples, key, memory):
+        rollouts, memory = method.collect(environment, examples, key, memory)
+        marked = lambda r: [is_marker(environment.live.tokenizer, token) for token in r.tokens]
+        extras = lambda r: {MARKER: np.asarray(marked(r), bool), REPEATS: diagnostics.repeats(r.text)}
+        return [r.with_extras(**extras(r)) for r in rollouts], memory
+
+    return method._replace(
+        collect=collect if objectives != method.objectives else method.collect, objectives=objectives
+    )
 
 
 def instrumented(objective: Objective, k: int) -> Objective:
@@ -67,7 +93,36 @@ def measurements(batch: Batch, found: dict[str, Array]) -> dict[str, Term]:
     for third, name in enumerate(("first", "middle", "last")):
         inside = over & (place >= third / 3) & (place < (third + 1) / 3)
         terms[f"reverse_kl_{name}_third"] = measure(found["reverse_kl"], inside)
-    reward = diagnostics.sequence_reward(found["log_ratio"], over)
-    for name, rows in (("correct", batch.reward >= 0.5), ("wrong", batch.reward < 0.5)):
+    return {**terms, **by_outcome(batch, found["log_ratio"], over), **on_words(batch, found["log_ratio"], over)}
+
+
+def by_outcome(batch: Batch, log_ratio: Array, over: Array) -> dict[str, Term]:
+    """How the log-ratio `[B, T]` differs between correct and wrong rows."""
+    taught, correct = over.any(-1), batch.reward >= 0.5
+    reward = diagnostics.sequence_reward(log_ratio, over)
+    measure = lambda value, over: Term(value, over=over, reduce=token_mean, coef=0.0)
+    both = (taught & correct).any() & (taught & ~correct).any()
+    share = jnp.where(both, diagnostics.win_share(reward, correct, taught), 0.5)
+    terms = {"auroc": measure(share, taught & (correct | ~both))}
+    agree = jnp.abs(log_ratio) <= diagnostics.AGREEMENT
+    for name, rows in (("correct", correct), ("wrong", ~correct)):
         terms[f"log_ratio_{name}"] = measure(reward, taught & rows)
+        for word, tokens in (("agree", agree), ("disagree", ~agree)):
+            terms[f"{word}_{name}"] = measure((tokens & rows[:, None]).astype(jnp.float32), over)
     return terms
+
+
+def on_words(batch: Batch, log_ratio: Array, over: Array) -> dict[str, Term]:
+    """The log-ratio `[B, T]` on words that announce another attempt and in texts that repeat themselves, and both's share."""
+    if MARKER not in batch.extras:
+        return {}
+    marker, repeats = batch.extras[MARKER], jnp.broadcast_to(batch.extras[REPEATS][:, None], over.shape)
+    measure = lambda value, over: Term(value.astype(jnp.float32), over=over, reduce=token_mean, coef=0.0)
+    held = jnp.full(over.shape[:1], diagnostics.mass_share(log_ratio, repeats, over))
+    return {
+        "markers": measure(marker, over),
+        "log_ratio_on_markers": measure(log_ratio, over & marker),
+        "positive_on_markers": measure(log_ratio > 0.0, over & marker),
+        "repeats": measure(batch.extras[REPEATS], over.any(-1)),
+        "log_ratio_held_by_repeats": measure(held, over.any(-1)),
+    }

@@ -10,7 +10,7 @@ import optax
 import tiny
 
 from sdjax import train
-from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution
+from sdjax.contexts import question, rewrite_last, with_demonstration, with_feedback, with_reference, with_solution
 from sdjax.methods.sft import sft
 from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
@@ -41,15 +41,21 @@ def config():
 
 
 def told(example, rng):
-    """The question with the answer somewhere in the context, in one of the ways teachers are told."""
-    solution = rng.choice([example.solution, example.answer])
+    """The question with the answer somewhere in the context, in one of the ways teachers are told.
+
+    A worked solution may follow an attempt, a word by itself that is right or wrong: the solution is what counts.
+    """
+    solution, asked = rng.choice([example.solution, example.answer]), question(example)
+    if solution == example.solution and rng.random() < 0.5:
+        attempt = f"{asked[-1]['content']}\n\nYour previous attempt:\n{rng.choice(WORDS)}"
+        asked = rewrite_last(asked, attempt)
     ways = (
         lambda q: with_solution(q, solution),
         lambda q: with_reference(q, solution),
         lambda q: with_demonstration(q, solution),
         lambda q: with_feedback(q, solution=solution),
     )
-    return rng.choice(ways)(question(example))
+    return rng.choice(ways)(asked)
 
 
 def lecture(rng, rows):
@@ -63,11 +69,16 @@ def lecture(rng, rows):
         yield written(example, word, policy, group=group, source=REFERENCE).read_by(student=context)
 
 
+def fresh(seed):
+    """Random parameters."""
+    return jax.jit(initialise, static_argnums=0)(Transformer(config()), jax.random.key(seed))
+
+
 @functools.cache
 def hint_reader(seed=0, steps=400):
     """The pre-trained model: greedy accuracy near 1 where the answer is shown, at chance (1/8) where it is not."""
     rng, model, method = random.Random(seed), Transformer(config()), sft()
-    params = jax.jit(initialise, static_argnums=0)(model, jax.random.key(seed))
+    params = fresh(seed)
     optimizer = optax.adam(optax.schedules.cosine_decay_schedule(3e-3, steps))
     opt_state = optimizer.init(params)
     update = train.make_update(method.objectives[0], {"live": model}, optimizer, SHAPES)

@@ -1,5 +1,7 @@
 """Controls change one thing and nothing else; instruments change nothing at all."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from sdjax import controls, train
+from sdjax import controls, diagnostics, train
 from sdjax.contexts import question, with_solution
 from sdjax.instruments import with_instruments
 from sdjax.kernels.distributions import normalise
@@ -161,6 +163,57 @@ def test_instruments_measure_without_changing_loss_or_gradient():
     assert 0.0 <= extra["overlap"] <= 1.0 and extra["overlap_advantage"] <= 0.0
 
 
+def test_instruments_tell_outcomes_and_markers_apart():
+    """Against the functions of whole sets: AUROC, the table of agreement and outcome; and signs on marker tokens."""
+    own = with_instruments(sdpo(group_size=2, top_k=None, ema_rate=0.0))
+    rewards, taught = [1.0, 0.0, 0.0, 1.0, 0.0], np.asarray([True, True, True, True, False])
+    mask = jnp.asarray([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]], bool)
+    marker = jnp.asarray([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    repeats = jnp.asarray([False, True, False, False, True])
+    extras = {"diagnostic_marker": marker, "diagnostic_repeats": repeats}
+    batch = tiny.batch(jnp.arange(15).reshape(5, 3), reward=rewards, taught=taught, mask=mask, **extras)
+    logits = jax.random.normal(jax.random.key(2), (2, 5, 3, 40))
+
+    def measured(batch):
+        terms = tiny.loss(own.objectives[0], batch, student=normalise(logits[0]), teacher=normalise(logits[1]))[1]
+        return {n.removeprefix("diagnostic/"): float(v) for n, v in terms.items() if n.startswith("diagnostic/")}
+
+    found, dist = measured(batch), np.asarray(normalise(logits))
+    ratio = np.take_along_axis(dist[1] - dist[0], np.asarray(batch.completion)[..., None], -1)[..., 0]
+    over = np.asarray(mask) & taught[:, None]
+    correct = np.asarray(rewards) > 0.5
+    reward = np.asarray(diagnostics.sequence_reward(jnp.asarray(ratio), jnp.asarray(over)))
+    assert found["auroc"] == pytest.approx(diagnostics.auroc(reward[taught], correct[taught]))
+    table = diagnostics.agreement_by_outcome(ratio, over, correct)
+    names = (("agree_correct", "agree_wrong"), ("disagree_correct", "disagree_wrong"))
+    np.testing.assert_allclose([[found[n] for n in row] for row in names], table, atol=1e-6)
+    assert 0.0 < table[0].sum() < 1.0
+    marked = ratio[over & np.asarray(marker)]
+    assert found["markers"] == pytest.approx(len(marked) / over.sum())
+    assert found["log_ratio_on_markers"] == pytest.approx(marked.mean(), rel=1e-4)
+    assert found["positive_on_markers"] == pytest.approx((marked > 0).mean())
+    assert found["repeats"] == pytest.approx(1 / 4)
+    held = np.abs(ratio[1][over[1]]).sum() / np.abs(ratio[over]).sum()
+    assert found["log_ratio_held_by_repeats"] == pytest.approx(held, rel=1e-5)
+    # Nothing to tell apart, nothing marked: no information, not "always the wrong way round".
+    nothing = {**extras, "diagnostic_marker": jnp.zeros((5, 3), bool)}
+    alike = measured(batch.replace(reward=jnp.ones(5), extras=nothing))
+    assert alike["auroc"] == 0.5 and alike["markers"] == 0.0 == alike["positive_on_markers"]
+
+
+def test_instruments_find_markers_in_what_was_written():
+    pieces = (" Wait,", "what", "but", "butter")
+    tokenizer = SimpleNamespace(decode=lambda tokens: "".join(pieces[t] for t in tokens))
+    environment = SimpleNamespace(live=SimpleNamespace(tokenizer=tokenizer))
+    texts = ("Wait,whatbutterbut", "again " * 2000)
+    rows = [Rollout(tiny.TASK.train[0], (0, 1, 3, 2), (0.0,) * 4, text, 0) for text in texts]
+    own = with_instruments(sdpo()._replace(collect=lambda *_: (rows, None)))
+    for row, repeats in zip(own.collect(environment, [], None, None)[0], (False, True), strict=True):
+        np.testing.assert_array_equal(row.extras["diagnostic_marker"], [True, False, False, True])
+        assert row.extras["diagnostic_repeats"] is repeats
+    assert with_instruments(grpo()).collect.__module__ == "sdjax.methods.grpo"  # no teacher: nothing to mark for
+
+
 def test_opsa_pushes_unlikely_tokens_down_and_leaves_the_others():
     batch = tiny.batch([[0, 1]], behavior=np.log([[0.5, 0.05]]), views=("student",))
     dist = jnp.log(jnp.broadcast_to(jnp.asarray([0.5, 0.05, 0.45]), (1, 2, 3)))
@@ -169,6 +222,14 @@ def test_opsa_pushes_unlikely_tokens_down_and_leaves_the_others():
     np.testing.assert_allclose(gradient[0, 0], 0.0, atol=1e-7)
     # d/dz of -(-2) log p(y) / 2 tokens: one-hot minus p.
     np.testing.assert_allclose(gradient[0, 1], np.asarray([0, 1, 0]) - [0.5, 0.05, 0.45], atol=1e-6)
+
+
+def test_groups_without_a_lesson_are_passed_over():
+    """A group about which the teacher is silent (golden texts, an unsolved prompt) does not silence the one before it."""
+    chat = lambda group: None if group == 1 else ({"role": "user", "content": f"lesson {group}"},)
+    rows = [Rollout(tiny.TASK.train[g], (1,), (0.0,), "", g).read_by(student=(), teacher=chat(g)) for g in range(3)]
+    found = [r.contexts["teacher"] for r in controls.mismatched(rows, {"teacher"})]
+    assert found == [chat(2), None, chat(0)]
 
 
 def test_rollouts_of_one_group_have_no_other_to_be_mismatched_with():

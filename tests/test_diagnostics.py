@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from sdjax import diagnostics
 from sdjax.kernels.distributions import normalise
+from sdjax.rollouts import written
 
 # ---- of texts
 
@@ -41,6 +43,25 @@ def test_compression_of_a_loop_of_noise_and_of_sums():
     assert diagnostics.compression(("wait, let me check. " * 501)[-10_000:]) == pytest.approx(142.9, rel=0.05)
     assert diagnostics.compression(noise) == pytest.approx(1.37, rel=0.05)
     assert diagnostics.compression("") == 0
+    sums = "\n".join(f"{i}+{i + 1}={2 * i + 1}" for i in range(2000))
+    assert diagnostics.compression(sums[:10_001]) == pytest.approx(2.13, abs=0.01)
+
+
+def test_an_end_exactly_at_the_limit_is_no_truncation():
+    policy, word = tiny.policy(), "red "
+    rows = [written(tiny.TASK.train[0], word * n, policy, group=0, source=0) for n in (7, 8)]  # and the end token, of 8
+    assert [len(r.tokens) for r in rows] == [8, 8]
+    assert [diagnostics.truncation_rate([r.finished]) for r in rows] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("factor", "share", "to_the_rest"), [(4.0, 0.63, 1.71), (9.0, 0.79, 3.86)])
+def test_repetitive_tokens_hold_most_of_the_advantage(factor, share, to_the_rest):
+    """StableOPD's feedback arithmetic: 30 % of the tokens at 4 or 9 times the advantage."""
+    marked = jnp.arange(10)[None] < 3
+    advantage = jnp.where(marked, factor, -1.0)
+    found = float(diagnostics.mass_share(advantage, marked, jnp.ones((1, 10), bool)))
+    assert found == pytest.approx(share, abs=0.005) and found / (1 - found) == pytest.approx(to_the_rest, abs=0.005)
+    assert diagnostics.mass_share(advantage, marked, jnp.zeros((1, 10), bool)) == 0.0
 
 
 def test_repetition_needs_length_and_a_loop():
@@ -169,6 +190,17 @@ def test_informativeness_and_auroc():
     assert diagnostics.auroc([4, 3, 2, 1], correct) == 1.0
     for undefined in (diagnostics.auroc, diagnostics.informativeness):
         assert np.isnan(undefined([1.0, 2.0], [True, True])) and np.isnan(undefined([1.0, 2.0], [False, False]))
+
+
+def test_win_share_is_auroc_inside_a_program():
+    rng = np.random.default_rng(1)
+    reward, correct, over = rng.integers(0, 5, 60), rng.random(60) < 0.4, rng.random(60) < 0.7
+    share = np.asarray(
+        jax.jit(diagnostics.win_share)(jnp.asarray(reward, float), jnp.asarray(correct), jnp.asarray(over))
+    )
+    assert share[over & correct].mean() == pytest.approx(diagnostics.auroc(reward[over], correct[over]), abs=1e-6)
+    everything_right = diagnostics.win_share(jnp.arange(3.0), jnp.ones(3, bool), jnp.ones(3, bool))
+    np.testing.assert_array_equal(everything_right, 0.5)
 
 
 def test_auroc_equals_counting_pairs():

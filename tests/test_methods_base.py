@@ -398,6 +398,27 @@ def test_sdpo_mixed_with_grpo():
     np.testing.assert_array_equal(taught_gradient(sdpo(is_cap=None), batch)[0], distillation)
 
 
+def test_sdpo_at_sequence_level():
+    """The ablation of section 6, item 8: every token's advantage is the row's mean of log q/p."""
+    batch = tiny.batch([[0, 1], [2, 0]], mask=[[1, 1], [1, 0]])
+    logits = jnp.sin(jnp.arange(12.0)).reshape(2, 2, 3)
+    dist = normalise(logits)
+    sampled = logprob(dist, batch.completion)
+    batch = batch.replace(behavior_logprobs=sampled)
+    loss = lambda z, method, teacher: tiny.loss(method.objectives[0], batch, student=normalise(z), teacher=teacher)[0]
+    teacher = jnp.broadcast_to(TEACHER_DIST, dist.shape)
+    found = jax.grad(loss)(logits, sdpo(sequence_level=True), teacher)
+    gap, over = logprob(teacher, batch.completion) - sampled, np.asarray([[1, 1], [1, 0]])
+    mean = (gap * over).sum(-1, keepdims=True) / over.sum(-1, keepdims=True)
+    score = jax.nn.one_hot(batch.completion, 3) - jnp.exp(dist)
+    close(found, -(mean * over)[..., None] * score / over.sum())
+    np.testing.assert_array_equal(jax.grad(loss)(logits, sdpo(sequence_level=True), dist), 0.0)
+    # A row of one token is the sampled token's estimate of reverse KL.
+    single = jax.grad(loss)(logits, sdpo(sampled_token=True, alpha=1.0), teacher)
+    close(found[1], single[1])
+    assert np.abs(found[0] - single[0]).max() > 1e-3
+
+
 def speaks_to(batch, rows):
     """The batch with a teacher that speaks about some rows only."""
     teacher = batch.contexts["teacher"].replace(valid=jnp.asarray(rows, bool))

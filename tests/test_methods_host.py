@@ -12,9 +12,12 @@ import pytest
 import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, slopes
 
-from sdjax.contexts import question
+from sdjax.contexts import question, with_suffix
 from sdjax.host import corrections, plans, playbook, selection
+from sdjax.host.annotators import step_numbers
+from sdjax.host.peers import peers
 from sdjax.kernels.advantages import group_advantage
+from sdjax.kernels.credit import step_mean
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.divergences import jsd, reverse_kl
 from sdjax.kernels.estimators import sampled_kl
@@ -23,13 +26,14 @@ from sdjax.kernels.reductions import sequence_mean, token_sum
 from sdjax.kernels.weights import success_balance
 from sdjax.methods import cipo as cipo_module
 from sdjax.methods import sort as sort_module
+from sdjax.methods.antisd import antisd
 from sdjax.methods.atmanrl import atmanrl
 from sdjax.methods.brts import brts, candidates_reverse_kl, head_forward_kl
 from sdjax.methods.cipo import cipo
 from sdjax.methods.grpo import grpo
 from sdjax.methods.minillm import minillm
 from sdjax.methods.mixsd import mixsd
-from sdjax.methods.mopd import mopd, peers
+from sdjax.methods.mopd import mopd
 from sdjax.methods.op2sd import op2sd
 from sdjax.methods.opd import opd
 from sdjax.methods.opsd import opsd
@@ -41,7 +45,8 @@ from sdjax.methods.sort import sort
 from sdjax.methods.tessy import tessy
 from sdjax.methods.vpd import vpd
 from sdjax.models.pretrained import Pretrained
-from sdjax.policies import ema
+from sdjax.policies import ema, sample
+from sdjax.tasks.errors import TaskError
 from sdjax.tokens import Shapes, collate
 from sdjax.train import Experiment, ExperimentError, all_views, make_update
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict
@@ -169,6 +174,45 @@ def test_vpd_limits():
     value, _, found = rewarded([1, 0], [0.4, -0.2], beta=0.0)
     close(value, 2 * np.log(2))
     np.testing.assert_array_equal(found, 0.0)
+
+
+def test_vpd_prior():
+    """E's reference is the sampler or, as an ablation, the initial model: the same as long as they agree."""
+    current, initial = vpd(), vpd(prior="initial")
+    assert initial.snapshots.keys() == {"initial"} and set(initial.objectives[0].views) == {"teacher", "prior"}
+    assert not initial.objectives[0].views["prior"].trainable
+    behavior, prior = jnp.asarray([[-1.0], [-2.0]]), jnp.asarray([[-0.5], [-2.5]])
+    batch = tiny.batch([[0], [0]], behavior=behavior, reward=[1.0, 0.0], views=("teacher", "prior"))
+
+    def loss(method, teacher, prior):
+        sig = {"teacher_logprobs": teacher, "prior_logprobs": prior}
+        return tiny.reduced(method.objectives[0], batch, sig)[0]
+
+    both = jax.value_and_grad(loss, argnums=(1, 2))
+    teacher = jnp.asarray([[-0.8], [-2.2]])
+    close(both(initial, teacher, behavior)[0], loss(current, teacher, prior))
+    value, (slope, of_prior) = both(initial, teacher, prior)
+    gap = 0.1 * ((-0.8 + 0.5) - (-2.2 + 2.5)) / 2
+    close(value, 2 * np.log1p(np.exp(-gap)))
+    close(slope, 0.1 * jax.nn.sigmoid(-gap) * jnp.asarray([[-1.0], [1.0]]))
+    np.testing.assert_array_equal(of_prior, 0.0)
+    rows, _ = initial.collect(environment(initial), tiny.TASK.train[:2], jax.random.key(0), None)
+    assert all(r.contexts["prior"] == r.example.prompt for r in rows)
+
+
+def test_vpd_hybrids():
+    """Joint loss and advantage reshaping, of VPD's note; reweighting is RLRT's, turned round."""
+    joint = sdpo(rl_weight=0.9, alpha=1.0, top_k=None, is_cap=None)
+    terms = joint.objectives[0].terms
+    batch, logits, teacher = fixture()
+    sig = joint.objectives[0].signals({"student": normalise(logits), "teacher": teacher}, batch.completion)
+    coefs = {name: term.coef for name, term in terms(batch, sig, 0).items()}
+    near([coefs["pg"], coefs["divergence"]], [0.9, 0.1])
+    reshaped, gap = antisd(beta=1.0, coef=-0.3, warmup=0, low=0.0), jnp.asarray([[0.5, -2.0], [1.5, 0.0]])
+    batch = tiny.batch(jnp.zeros((2, 2)), behavior=-jnp.ones((2, 2)), reward=[1.0, 0.0], log_ratio=gap, gate=[1.0, 1.0])
+    near(slopes(reshaped, batch), np.asarray([[1.0], [-1.0]]) / np.sqrt(2) + 0.3 * np.asarray(gap))
+    rows, memory = reshaped.collect(environment(reshaped), tiny.TASK.train[:2], jax.random.key(0), reshaped.memory)
+    assert {r.extras["gate"] for r in rows if r.contexts["teacher"] is not None} == {1.0} and memory["gate"] == 1.0
 
 
 def test_vpd_expectation_maximisation():
@@ -597,6 +641,71 @@ def test_mopd_feedback_and_thinking():
     assert "hm" in peers(thinking=True)(rows[1], rows)[-1]["content"]
 
 
+def test_mopd_controls_show_as_much():
+    """Random attempts of the group, another prompt's, or successes only: as many as the peers would have been."""
+    rows = attempts_of(1, 0, 1, 0, 1, 0)
+    for control in ("random", "successes"):
+        found = shown(peers(shown=control), rows)
+        assert [len(f) for f in found] == [3] * 6 or control == "successes"
+        assert all(i not in f for i, f in enumerate(found))
+        assert found == shown(peers(shown=control), rows)
+    assert shown(peers(shown="successes"), rows) == [[2, 4], [0, 2, 4], [0, 4], [0, 2, 4], [0, 2], [0, 2, 4]]
+    drawn = {tuple(sorted(f)) for f in shown(peers(shown="random"), rows)}
+    assert any(all(rows[i].reward == 0 for i in some) or len({rows[i].reward for i in some}) == 1 for some in drawn)
+    foreign = [row(f"<other {i}>", r, group=1, tokens=(9, i)) for i, r in enumerate((1, 0, 0))]
+    told = [peers(shown="unrelated")(r, [*rows, *foreign]) for r in rows]
+    for chat in told:
+        content = chat[-1]["content"]
+        assert "<try" not in content and "<other 0>" in content
+        assert ("<other 1>" in content) != ("<other 2>" in content)
+        assert content.startswith(tiny.TASK.train[0].prompt[-1]["content"])
+    assert peers(shown="unrelated", use_feedback=False)(rows[0], rows) is None
+
+
+def test_mopd_summaries():
+    rows = [row(f"long {i}\n\nshort {i}", r, tokens=(i,)) for i, r in enumerate((1, 0, 1, 0))]
+    said = lambda **how: peers(summaries=7, **how)(rows[0], rows)[-1]["content"]
+    assert "long" not in said() and all(f"short {i}" in said() for i in (1, 2, 3)) and "short 0" not in said()
+    assert said().count("successful attempt") == 1 and said().count("failed attempt") == 2
+    assert "short 2" in said(summarised="successes") and "short 1" not in said(summarised="successes")
+    assert "short 2" not in said(summarised="failures") and "short 1" in said(summarised="failures")
+    assert peers(summaries=1)(rows[0], rows)[-1]["content"].count("short") == 1
+
+
+class Pieces:
+    """A tokenizer whose tokens are these texts."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def decode(self, tokens, **_):
+        return "".join(self.pieces[t] for t in tokens)
+
+
+def test_mopd_steps():
+    pieces = ("one ", "word", ".\n", "\n", "two\n\nand ", "three", "\n \n", "four")
+    assert step_numbers(range(8), Pieces(*pieces)).tolist() == [0, 0, 0, 0, 1, 2, 2, 3]
+    assert step_numbers((), Pieces()).tolist() == []
+    value, mask = (
+        jnp.asarray([[1.0, 3.0, 5.0, jnp.nan], [2.0, 4.0, 6.0, 8.0]]),
+        jnp.asarray([[1, 1, 1, 0], [1, 0, 1, 1]]),
+    )
+    spread = step_mean(value, jnp.asarray([[0, 0, 1, 1], [0, 1, 1, 1]]), mask.astype(bool))
+    close(spread, [[2.0, 2.0, 5.0, 0.0], [2.0, 0.0, 7.0, 7.0]])
+
+
+def test_mopd_step_level_moves_credit_only_where_weights_differ():
+    batch, logits, teacher = fixture(step=jnp.asarray([[0, 0, 1, 1, 1]] * 4))
+    assert_same(mopd(step_level=True), mopd(), batch, logits, teacher)
+    off = batch.replace(behavior_logprobs=batch.behavior_logprobs + 0.4 * jnp.cos(jnp.arange(20.0).reshape(4, 5)))
+    assert loss_and_gradient(mopd(step_level=True), off, logits, teacher)[0] != pytest.approx(
+        loss_and_gradient(mopd(), off, logits, teacher)[0], rel=1e-4
+    )
+    method = mopd(step_level=True, group_size=2)
+    rows, _ = method.collect(environment(method), tiny.TASK.train[:2], jax.random.key(0), None)
+    assert all(len(r.extras["step"]) == len(r.tokens) for r in rows)
+
+
 def test_mopd_is_sdpo_with_another_collect():
     assert_same(mopd(), sdpo(), *fixture(on_policy=False))
     assert_same(mopd(alpha=1.0, top_k=2, is_cap=None), sdpo(alpha=1.0, top_k=2, is_cap=None), *fixture())
@@ -854,6 +963,23 @@ def test_brts_closest_candidate_by_either_measure():
         assert [r.source for r in rows] == [STUDENT, STUDENT, TEACHER, TEACHER]
 
 
+def test_brts_perturbs_half_of_the_candidates():
+    policy, examples = tiny.policy(tiny.pretrained(1).params, SHAPES), tiny.TASK.train[:2]
+    rule = selection.Rule(selection.likeliest_of(4), candidates=4)
+    told = [question(e) for e in examples]
+    write = lambda **how: selection.candidates_of(policy, examples, told, jax.random.key(0), rule._replace(**how))
+    plain, perturbed = write(), write(perturb=True)
+    assert [r.group for r in plain] == [r.group for r in perturbed] == [0] * 4 + [1] * 4
+    for group in (0, 4):
+        texts = lambda rows: [r.tokens for r in rows[group : group + 4]]  # noqa: B023
+        assert texts(plain)[:2] == texts(perturbed)[:2] and texts(plain)[2:] != texts(perturbed)[2:]
+    suffixed = [with_suffix(chat, selection.PERTURBATION) for chat in told]
+    alone = sample(policy, suffixed, jax.random.fold_in(jax.random.key(0), 1), n=2, sampling=rule.sampling)
+    assert [s.tokens for some in alone for s in some] == [r.tokens for i in (2, 6) for r in perturbed[i : i + 2]]
+    # Only the writer reads it: the chosen text is scored after the plain question.
+    assert all(r.contexts["teacher"] == r.example.prompt for r in brts_rows([0.0, 0.0, 1.0], perturb=True))
+
+
 # ---- MiniLLM: its note, section 6 --------------------------------------------------------------------------------------
 
 SMALL, OTHER = tiny.log(0.5, 0.3, 0.2), tiny.log(0.1, 0.6, 0.3)
@@ -936,6 +1062,44 @@ def test_minillm_knows_what_tokens_were_drawn_from():
     sig = token_signals(views, said, models, params, batch)
     mixed = jnp.logaddexp(sig["student"], sig["teacher"]) + jnp.log(0.5)
     near(jnp.where(batch.present, mixed, 0.0), batch.behavior_logprobs, atol=2e-5)
+
+
+def corpus(tmp_path, count=3):
+    """A file of texts to keep: the second row has an answer only."""
+    lines = [{"prompt": f"ask key {i} ->", "answer": "red", "solution": f"key {i} -> red"} for i in range(count)]
+    del lines[1]["solution"]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def test_minillm_learns_a_corpus_beside_the_teacher(tmp_path):
+    """One text per prompt, in turn and from memory, between the prompts' groups; nothing of it is distilled."""
+    method = minillm(corpus=corpus(tmp_path), lm_coef=0.5, group_size=2)
+    rows, memory = method.collect(environment(method), tiny.TASK.train[:2], jax.random.key(0), method.memory)
+    assert [r.source for r in rows] == [STUDENT, STUDENT, REFERENCE] * 2 and memory == 2
+    assert [r.text for r in rows if r.source == REFERENCE] == ["key 0 -> red", "red"]
+    later, memory = method.collect(environment(method), tiny.TASK.train[2:4], jax.random.key(1), memory)
+    assert [r.text for r in later if r.source == REFERENCE] == ["key 2 -> red", "key 0 -> red"] and memory == 4
+    batch = collected(method, rows)
+    read, own = np.asarray(batch.source == REFERENCE), np.asarray(batch.source == STUDENT)
+    np.testing.assert_array_equal(batch.contexts["teacher"].valid, own & np.asarray(batch.valid))
+    sig = dict(zip(("logprobs", "teacher_logprobs", "reverse_kl"), -jnp.abs(draws(batch.mask.shape)), strict=True))
+    sig["entropy"] = jnp.zeros(batch.mask.shape)
+    with_corpus, terms = tiny.reduced(method.objectives[0], batch, sig)
+    over = np.asarray(batch.mask) & read[:, None]
+    near(terms["corpus"], -np.asarray(sig["logprobs"])[over].mean())
+    without = tiny.reduced(minillm().objectives[0], batch, sig)[0]
+    near(with_corpus, without + 0.5 * terms["corpus"])
+
+
+def draws(shape):
+    return jax.random.normal(jax.random.key(5), (3, *shape))
+
+
+def test_minillm_names_a_corpus_that_is_not_there(tmp_path):
+    with pytest.raises(TaskError, match="nothing.jsonl does not exist"):
+        minillm(corpus=str(tmp_path / "nothing.jsonl"))
 
 
 # ---- Purified OPSD, RLCSD, OP2SD ------------------------------------------------------------------------------------------

@@ -271,6 +271,19 @@ def test_rlrt_limits():
     assert_same(rlrt(mix_decay=30), WIDE, batch, logits, teacher, step=30)
 
 
+@pytest.mark.parametrize(("student", "teacher", "reward", "expected"), [(0.2, 0.8, 1.0, 1.1), (0.2, 0.8, -1.0, -0.9)])
+def test_rlrt_toward_the_teacher_is_rlsd(student, teacher, reward, expected):
+    """The advantage reweighting of VPD's note: `A ((1-a) + a clip(exp(sign(A) (log q - log p)), 1-e, 1+e))`, all rows."""
+    toward = rlrt(toward=True, ratio_eps=0.2, mix=0.5)
+    close(slopes(toward, rlrt_batch([student], [teacher], reward=[reward])), expected)
+    # On the other side of the clip both directions' weights are their mirror image around 1.
+    close(slopes(rlrt(ratio_eps=0.2), rlrt_batch([student], [teacher], reward=[reward])), 2 * reward - expected)
+    # Within the clip they are the ratio and its inverse.
+    wide = {"ratio_eps": 100.0, "mix": 1.0}
+    found = slopes(rlrt(toward=True, **wide), rlrt_batch([0.4], [0.5], reward=[reward]))
+    close(found * slopes(rlrt(**wide), rlrt_batch([0.4], [0.5], reward=[reward])), 1.0, atol=1e-5)
+
+
 def test_rlrt_group_advantage_is_the_unbiased_one():
     batch = tiny.batch(jnp.zeros((8, 1)), reward=[1, 1, 0, 0, 0, 0, 0, 0], behavior=-jnp.ones((8, 1)))
     flags = {"old_logprobs": -jnp.ones((8, 1)), "old_teacher": -jnp.ones((8, 1)), "credited": jnp.zeros(8, bool)}

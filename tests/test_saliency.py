@@ -86,6 +86,15 @@ def test_toy_is_relearnt(scale):
     near(restored(masks), (0.142, 0.323, 0.550, 0.802), atol=1e-3)
 
 
+def test_sgd_sees_how_much_an_entry_helps():
+    """AdamW, the paper's, moves entries of constant gradients alike, whatever their size."""
+    slope, start = jnp.asarray([-1.0, -0.1, 0.0]), jnp.full(3, START)
+    by_effect, published = (relearned(lambda mask: slope @ mask, start, 50, inner) for inner in ("sgd", "adamw"))
+    close(by_effect, START - 50 * 1e-3 * slope)
+    close(published[0], published[1], atol=1e-5)
+    assert published[0] > START + 0.04
+
+
 def test_an_entry_without_effect_stays():
     near(jax.jit(relearned, static_argnums=0)(lambda mask: 0.0 * mask, jnp.asarray(START)), -0.39602)
 

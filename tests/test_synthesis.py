@@ -12,11 +12,12 @@ import pytest
 import tiny
 from method_checks import close, expected_gradient
 
+from sdjax import policies
 from sdjax.contexts import question
 from sdjax.generate import GREEDY, Sampling, draw, mixture
 from sdjax.host import synthesis, taggers
 from sdjax.host.synthesis import Trace, Writer, ask, continued, repetitive, to_dataset, together, until_accepted, weave
-from sdjax.kernels.distributions import entropy
+from sdjax.kernels.distributions import entropy, normalise
 from sdjax.methods import tessy as tessy_module
 from sdjax.methods.mixsd import mixsd, with_worked_answer
 from sdjax.methods.sft import sft
@@ -87,6 +88,24 @@ def test_mixsd_tokens_are_one_side_s_choice():
             assert [tokens[place]] in options
             sides.add(tuple(option == [tokens[place]] for option in options))
     assert {(True, False), (False, True)} & sides
+
+
+def test_mixsd_replays_from_its_key():
+    """Every token is the likeliest after the stored prefix of the very context that its recorded coin chose."""
+    policy, rows, naive = tiny.policy(shapes=SHAPES), greedy(0.5), 0.5
+    row_keys = policies.row_keys(jax.random.key(0), jnp.arange(len(rows)), 1)
+    both = set()
+    for place in range(3):
+        coins = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(k, place), 1)) for k in row_keys]
+        informed_side = [bool(coin < 1.0 - naive) for coin in coins]
+        chats = [CONTEXTS[side][i] for i, side in enumerate(informed_side)]
+        before = [tiny.tokenizer().decode(tokens[:place]) for tokens in rows]
+        keys = [jax.random.key(9)] * len(rows)
+        said = continued(policy, chats, before, keys, length=1, slots=4, sampling=GREEDY)
+        for tokens, (new, _) in zip(rows, said, strict=True):
+            assert tiny.tokenizer().encode(new, add_special_tokens=False) == [tokens[place]]
+        both |= set(informed_side)
+    assert both == {True, False}
 
 
 @pytest.mark.parametrize(("naive", "law"), [(0.3, (0.28, 0.13, 0.59)), (0.5, (0.40, 0.15, 0.45))])
@@ -340,10 +359,28 @@ def test_repetition():
 
 
 def test_style_and_capability_in_likelihood():
-    # Style tokens by the student cost its own entropy; by the teacher, the cross-entropy.
-    student, teacher = NAIVE, EXPERT
-    ours, theirs = entropy(student), -jnp.exp(teacher) @ student
-    assert ours <= theirs
+    """Texts in turns are likelier under the student than the teacher's own, by exact enumeration of all of them.
+
+    Three words, style, capability, style; every word's distribution depends on the words before it.
+    """
+    keys = jax.random.split(jax.random.key(1), 3)
+    student, capable, dialect = ([normalise(2.0 * jax.random.normal(k, (3**t, 3))) for t in range(3)] for k in keys)
+
+    def likelihood(authors):
+        """Mean `-log student(text)` of texts whose word `t` is drawn from `authors[t]`."""
+        chance, nll = jnp.ones(1), 0.0
+        for t, author in enumerate(authors):
+            own = chance[:, None] * jnp.exp(author[t])
+            nll, chance = nll - jnp.sum(own * student[t]), own.reshape(-1)
+        return float(nll)
+
+    ours, theirs = likelihood((student, capable, student)), likelihood((dialect, capable, dialect))
+    assert ours < theirs
+    # A style word of the student's costs its entropy, one of the teacher's the cross-entropy, which is never less.
+    near_first = [-jnp.sum(jnp.exp(d[0]) * student[0]) for d in (student, dialect)]
+    close(near_first[0], entropy(student[0])[0])
+    assert near_first[0] < near_first[1]
+    assert likelihood((student,) * 3) < ours
 
 
 # ---- TESSY: taggers ---------------------------------------------------------------------------------------------------
@@ -526,6 +563,11 @@ def test_tessy_with_trained_taggers(monkeypatch, annotator):
     }
     for r in rows:
         assert memory["texts"][r.example.id] == r.text and len(r.tokens) <= SHAPES.completion
+    # Nothing of who wrote what reaches training: the same texts from a file are the same batch.
+    plain, _ = sft(texts=lambda e: memory["texts"].get(e.id) or None).collect(env, EXAMPLES, jax.random.key(0), None)
+    as_synthetic = [dataclasses.replace(r, source=SYNTHETIC) for r in plain]
+    jax.tree.map(np.testing.assert_array_equal, tiny.collected(method, rows), tiny.collected(method, as_synthetic))
+    assert all(not r.extras for r in rows)
     # The second time everything is known; a new process trains the same taggers from the memory.
     memory = json.loads(json.dumps(memory))
     again, same = method.collect(env, EXAMPLES, jax.random.key(5), memory)

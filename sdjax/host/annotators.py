@@ -130,3 +130,11 @@ def marked(rollout: Rollout, spans: Sequence[Span], tokenizer: Any) -> np.ndarra
             place = start + len(piece)
             chosen[i] = any(s.start < place and start < s.end for s in spans)
     return chosen
+
+
+def step_numbers(tokens: Sequence[int], tokenizer: Any) -> np.ndarray:
+    """The number of the step, from 0, that each token belongs to: `[T]` int.  Blank lines end a step."""
+    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
+    starts = np.cumsum([0, *map(len, pieces)])[: len(pieces)]
+    ends = [found.end() for found in re.finditer(r"\n\s*\n", "".join(pieces))]
+    return np.searchsorted(ends, starts, side="right").astype(np.int32)

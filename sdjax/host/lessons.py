@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jax import Array
 
 from sdjax.contexts import question, rewrite_last, without_thinking
 from sdjax.host.annotators import Span
-from sdjax.rollouts import solved_peer
-from sdjax.types import Example, Messages, Rollout
+from sdjax.policies import Environment, score
+from sdjax.rollouts import attempts, solved_peer
+from sdjax.types import Example, Messages, Rollout, View
 
 
 def attempt_and_verdict(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
@@ -48,3 +52,18 @@ def private_note(example: Example, spans: Iterable[Span], correct: bool) -> Mess
     bad = f"A sampled solution has a problem of this kind: {named}. Be careful there, and solve it independently."
     asked, note = question(example), good if correct else bad
     return rewrite_last(asked, f"{asked[-1]['content']}\n\n{note} Do not mention this note.", note)
+
+
+READERS = {"student": View(), "teacher": View(per_rollout=True)}
+"""Who reads an attempt at rollout time, both with the parameters that wrote it."""
+
+
+def scored_attempts(
+    environment: Environment, examples: Sequence[Example], key: Array, told: Callable, scored: Callable, **how: Any
+) -> list[Rollout]:
+    """Judged attempts with the lesson `told` of each, and what `READERS` say of its tokens now, frozen: `scored`.
+
+    `scored(dist, token)` is as in `sdjax.policies.score`; `how` goes to `sdjax.rollouts.attempts`.
+    """
+    rollouts = attempts(environment, examples, key, **how)
+    return score(environment, [r.read_by(teacher=told(r, rollouts)) for r in rollouts], READERS, scored)

@@ -22,6 +22,7 @@ from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import hidden, logits, positions_of
 from sdjax.policies import Policy
+from sdjax.sharding import to_host
 from sdjax.tokens import bucket, encode_context, left_pad
 from sdjax.types import Rollout
 
@@ -37,12 +38,16 @@ def effective(mask: Array) -> Array:
     return SCALE * jnp.minimum(mask, 0.0)
 
 
-def relearned(loss: Callable[[Array], Array], start: Array, steps: int = 200) -> Array:
-    """The mask after `steps` of AdamW (lr 1e-3, betas 0.6 and 0.9999, weight decay 0.05) on `loss(mask)`.
+Inner = Literal["adamw", "sgd"]
 
-    Adam does not see the gradient's scale: an entry moves by how consistently, not by how much, it helps.
+
+def relearned(loss: Callable[[Array], Array], start: Array, steps: int = 200, inner: Inner = "adamw") -> Array:
+    """The mask after `steps` of AdamW (lr 1e-3, betas 0.6 and 0.9999, weight decay 0.05) or of SGD (lr 1e-3) on `loss`.
+
+    Adam, the paper's, does not see the gradient's scale: an entry moves by how consistently, not by how much, it helps.
+    What the answer needs most is soon given back, its gradient falls, and it moves *least*; SGD moves it most.
     """
-    optimizer = optax.adamw(1e-3, b1=0.6, b2=0.9999, weight_decay=0.05)
+    optimizer = optax.adamw(1e-3, b1=0.6, b2=0.9999, weight_decay=0.05) if inner == "adamw" else optax.sgd(1e-3)
 
     def step(carry, _):
         mask, state = carry
@@ -75,8 +80,10 @@ def parts(rollout: Rollout, policy: Policy, delimiter: str) -> tuple[int, int, i
     return (reasoning, answer, len(tokens)) if 0 < reasoning and answer < len(tokens) else None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "width", "steps", "mask_loss", "rows"))
-def compiled_saliency(model, params: Any, x: dict[str, Array], width: int, steps: int, mask_loss: str, rows: int):
+@functools.partial(jax.jit, static_argnames=("model", "width", "steps", "mask_loss", "inner", "rows"))
+def compiled_saliency(
+    model, params: Any, x: dict[str, Array], width: int, steps: int, mask_loss: str, inner: Inner, rows: int
+):
     """Mean restored share `[B]` and its mean per column `[B, T - 1]`, parameters fixed, `rows` rollouts at a time."""
     params = jax.lax.stop_gradient(params)
 
@@ -105,13 +112,32 @@ def compiled_saliency(model, params: Any, x: dict[str, Array], width: int, steps
                 return -masked_mean(logprob(dist(mask), tokens[where]), over)
             return masked_mean(forward_kl(dist(mask), unmasked), over)
 
-        share = restored(relearned(loss, jnp.where(region, START, 0.0), steps))
+        share = restored(relearned(loss, jnp.where(region, START, 0.0), steps, inner))
         return masked_mean(share, region), masked_mean(share, region, axis=0)
 
     return jax.lax.map(of_row, x, batch_size=rows)
 
 
-def saliency(
+def saliency(policy: Policy, rollouts: Sequence[Rollout], **how: Any) -> list[float | None]:
+    """How much each rollout's answer needs its reasoning: the mean restored share, in [0, 1], or `None` without parts.
+
+    `how` is as in `measured`.
+    """
+    split, shares, _ = measured(policy, rollouts, **how)
+    return [None if found is None else float(s) for found, s in zip(split, shares, strict=True)]
+
+
+def saliency_of_tokens(policy: Policy, rollouts: Sequence[Rollout], **how: Any) -> list[np.ndarray | None]:
+    """The mean restored share of attention to every token of the reasoning, `[tokens]` each: which of them are needed.
+
+    It ranks tokens within a rollout; means over rows that may see a token, so the last ones have the fewest.  `how` is
+    as in `measured`.
+    """
+    split, _, columns = measured(policy, rollouts, **how)
+    return [None if found is None else c[: found[0]] for found, c in zip(split, columns, strict=True)]
+
+
+def measured(
     policy: Policy,
     rollouts: Sequence[Rollout],
     *,
@@ -119,17 +145,21 @@ def saliency(
     steps: int = 200,
     mask_loss: Literal["nll", "kl_to_unmasked"] = "nll",
     target: Literal["own", "gold"] = "own",
+    inner: Inner = "adamw",
     view: str = "student",
-) -> list[float | None]:
-    """How much each rollout's answer needs its reasoning: the mean restored share, in [0, 1], or `None` without parts.
+) -> tuple[list[tuple[int, int, int] | None], np.ndarray, np.ndarray]:
+    """Every rollout's `parts`, mean restored share `[B]` and mean restored share per token `[B, T - 1]`.
 
     Args:
       delimiter: what separates reasoning and answer; its last occurrence counts.
       mask_loss: the answer's negative log-likelihood, or the divergence from the unmasked model (0 without a mask).
       target: the answer that the rollout gave, or the example's.
+      inner: the mask's optimizer; SGD ranks tokens by how much they help, AdamW does not.
       view: whose context stands before the completion.
     """
     split = [parts(r, policy, delimiter) for r in rollouts]
+    if not any(split):
+        return split, np.zeros(len(rollouts)), np.zeros((len(rollouts), 0))
     tokens = [list(r.tokens) for r in rollouts]
     if target == "gold":
         for i, (rollout, found) in enumerate(zip(rollouts, split, strict=True)):
@@ -151,5 +181,5 @@ def saliency(
     }
     width = bucket(int(max(p[2] - p[1] for p in x["parts"])), length)
     rows = min(policy.shapes.rows_per_chunk or len(rollouts), len(rollouts))
-    shares, _ = compiled_saliency(policy.model, policy.params, x, width, steps, mask_loss, rows)
-    return [None if found is None else float(s) for found, s in zip(split, np.asarray(shares), strict=True)]
+    shares, columns = compiled_saliency(policy.model, policy.params, x, width, steps, mask_loss, inner, rows)
+    return split, *to_host((shares, columns))

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jax import Array, lax
+from jax import Array, random
 
-from sdjax.contexts import question, rewrite_last
+from sdjax.contexts import question, rewrite_last, with_suffix
 from sdjax.generate import Sampling
 from sdjax.host.synthesis import ask
+from sdjax.kernels.top_k import top_k
 from sdjax.policies import Environment, Policy, grouped, score
 from sdjax.rollouts import judge, sample
-from sdjax.types import TEACHER, Messages, Rollout, View
+from sdjax.types import TEACHER, Example, Messages, Rollout, View
 
 
 def alignment(tokens: Sequence[int], likeliest: Array) -> float:
@@ -51,10 +52,15 @@ def with_key(messages: Messages, answer: str) -> Messages:
     return rewrite_last(messages, content)
 
 
+PERTURBATION = "\n\nReason step by step, and rethink every step carefully."
+"""What half of the candidates are asked besides, so that they differ more; the wording is ours."""
+
+
 class Rule(NamedTuple):
     """How a teacher's rollout is chosen.
 
-    `scored(dist, token)` is one function object per method: `likeliest_of(k)`, read by the live policy.
+    `scored(dist, token)` is one function object per method: `likeliest_of(k)`, read by the live policy.  `perturb`
+    asks half of the candidates with `PERTURBATION`.
     """
 
     scored: Callable
@@ -63,6 +69,7 @@ class Rule(NamedTuple):
     align: Literal["position", "prefix"] = "position"
     retry: bool = True
     skip: bool = False
+    perturb: bool = False
     sampling: Sampling = Sampling(temperature=0.7, top_p=0.95)
 
 
@@ -70,7 +77,7 @@ def likeliest_of(k: int) -> Callable:
     """Signals of a "student" view: its `k` likeliest tokens at every position, and whether the token is among them."""
 
     def scored(dist, token):
-        likeliest = lax.top_k(dist["student"], min(k, dist["student"].shape[-1]))[1]
+        likeliest = top_k(dist["student"], min(k, dist["student"].shape[-1]))[1]
         return {"likeliest": likeliest, "inside": (likeliest == token[..., None]).any(-1)}
 
     return scored
@@ -85,9 +92,7 @@ def selected(
     correct.
     """
     examples = [r.example for r in own]
-    asked = {id(e): chat for e, chat in zip(examples, told, strict=True)}
-    how = {"n": rule.candidates, "sampling": rule.sampling, "source": TEACHER, "context": lambda e: asked[id(e)]}
-    written = grouped(judge(environment, sample(teacher, examples, keys[0], **how)))
+    written = grouped(judge(environment, candidates_of(teacher, examples, told, keys[0], rule)))
     lost = [g for g, rows in written.items() if all(r.reward < rule.success for r in rows)] if rule.retry else []
     chats = [with_key(told[g], examples[g].answer) for g in lost]
     said = ask(teacher, chats, keys[1], slots=len(examples), sampling=rule.sampling)
@@ -104,6 +109,20 @@ def selected(
         row = second if tier == 2 else None if place is None else rows[place]
         found += [] if row is None else [row.with_extras(tier=float(tier))]
     return found
+
+
+def candidates_of(
+    teacher: Policy, examples: Sequence[Example], told: Sequence[Messages], key: Array, rule: Rule
+) -> list[Rollout]:
+    """The teacher's candidates for every example, group by group, those of perturbed prompts last."""
+    asked = {id(e): chat for e, chat in zip(examples, told, strict=True)}
+    plain, perturbed = (lambda e: asked[id(e)]), (lambda e: with_suffix(asked[id(e)], PERTURBATION))
+    more = rule.candidates // 2 if rule.perturb else 0
+    how = {"sampling": rule.sampling, "source": TEACHER}
+    rows = sample(teacher, examples, key, n=rule.candidates - more, context=plain, **how)
+    if more:
+        rows += sample(teacher, examples, random.fold_in(key, 1), n=more, context=perturbed, **how)
+    return sorted(rows, key=lambda r: r.group)
 
 
 def closeness(

@@ -17,6 +17,7 @@ from sdjax import policies
 from sdjax.generate import Sampling, first, generate
 from sdjax.policies import Environment, Policy, Sample
 from sdjax.rollouts import to_file
+from sdjax.sharding import to_host
 from sdjax.tokens import encode_context, left_pad
 from sdjax.types import Example, Messages, Method, Rollout
 
@@ -142,7 +143,7 @@ def continued(
         length,
         length=length,
     )
-    tokens, present, finished = jax.device_get((done.tokens, done.present, done.finished))
+    tokens, present, finished = to_host((done.tokens, done.present, done.finished))
     found = []
     for i, text in enumerate(texts):
         whole = decode([*encode(text), *(int(t) for t in tokens[i][present[i]])])

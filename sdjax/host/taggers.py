@@ -25,6 +25,7 @@ from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import Transformer, hidden
 from sdjax.policies import Policy
 from sdjax.rollouts import RolloutError
+from sdjax.sharding import to_host
 from sdjax.tokens import bucket
 from sdjax.types import Messages
 
@@ -199,7 +200,7 @@ def fit_tagger(
             arrays = (tokens[chosen], mask[chosen], labels[chosen])
             trained, state, _ = _step(tagger.model, optimizer, trained, state, fixed, *arrays)
         params = {"fixed": fixed, "trained": trained}
-        found = np.asarray(_predicted(tagger.model, params, tokens[test], mask[test]))
+        found = to_host(_predicted(tagger.model, params, tokens[test], mask[test]))
         accuracy = float((found == labels[test])[labels[test] != IGNORE].mean())
         if not accuracy < best.accuracy:
             best = tagger._replace(params=params, accuracy=accuracy)
@@ -253,7 +254,7 @@ def boundary(tagger: Tagger, other: int, *, skip_first: bool = False, window: in
         rows = [(ids[-window:], []) for ids, _ in coded]
         rows += [([0], [])] * (-len(rows) % slots)
         tokens, mask, _ = padded(rows, bucket(max(len(ids) for ids, _ in rows), window))
-        found = np.asarray(_predicted(tagger.model, tagger.params, tokens, mask))
+        found = to_host(_predicted(tagger.model, tagger.params, tokens, mask))
         cuts = []
         for (_, offsets), types, before, new in zip(coded, found, texts, chunks, strict=False):
             ends = [(end, int(types[i]) == other) for i, (_, end) in enumerate(offsets[-window:]) if end > len(before)]

@@ -1,4 +1,6 @@
-"""How much one token counts: baselines, bounded rewards, and weights by its place in the row.  All are constants.
+"""How much one token counts: baselines, bounded rewards, and weights by its place in the row.
+
+All are constants but `step_mean`, which spreads a loss.
 
 `over` `[B, T]` is the boolean population; positions outside it enter no statistic and get 0.
 """
@@ -90,6 +92,18 @@ def compounded_weight(factor: Array, over: Array) -> Array:
 
     _, weight = jax.lax.associative_scan(then, (slope, over.astype(jnp.float32)), axis=1)
     return jax.lax.stop_gradient(jnp.where(over, weight, 0.0))
+
+
+def step_mean(value: Array, step: Array, over: Array) -> Array:
+    """Every token's mean over the tokens in `over` of its step: `[B, T]`, int `[B, T]` < T, bool `-> [B, T]`.
+
+    Sums over whole steps stay what they were.  Differentiable.  Source: Yu et al. 2026 (MOPD), arXiv:2605.12652, code.
+    """
+    chex.assert_equal_shape([value, step, over])
+    rows, length = value.shape
+    place = step + length * jnp.arange(rows)[:, None]
+    total = lambda x: jnp.zeros(rows * length, jnp.float32).at[place].add(jnp.where(over, x, 0.0))[place]
+    return jnp.where(over, total(value) / jnp.maximum(total(jnp.ones(over.shape)), 1.0), 0.0)
 
 
 # ---- of a group ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.kernels.top_k import top_k
+
 NEVER = -1e30
 """Stands for log 0: finite, so that `0 * NEVER` is 0 and no gradient is NaN."""
 
@@ -46,7 +48,7 @@ def interpolate(first: Array, second: Array, rate: Array | float) -> Array:
 def top_k_entries(student: Array, teacher: Array, *, by: Array, k: int) -> tuple[Array, Array]:
     """Both distributions at the `k` likeliest entries of `by`, not renormalised: `[..., V] -> [..., k]`."""
     chex.assert_equal_shape([student, teacher, by])
-    chosen = jax.lax.top_k(jax.lax.stop_gradient(by), k)[1]
+    chosen = top_k(jax.lax.stop_gradient(by), k)[1]
     return jnp.take_along_axis(student, chosen, axis=-1), jnp.take_along_axis(teacher, chosen, axis=-1)
 
 

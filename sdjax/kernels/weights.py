@@ -13,6 +13,7 @@ from jax import Array
 
 from sdjax.kernels.distributions import entropy, logprob, normalise
 from sdjax.kernels.reductions import masked_mean
+from sdjax.kernels.top_k import top_k
 
 # ---- from log-probabilities of the sampled token ---------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ def confidence(dist: Array, k: int) -> Array:
     """
     if k < 2:
         raise ValueError(f"confidence needs k >= 2, got {k}")
-    kept = normalise(jax.lax.top_k(dist, k)[0])
+    kept = normalise(top_k(dist, k)[0])
     return jax.lax.stop_gradient(1.0 - entropy(kept) / jnp.log(jnp.float32(k)))
 
 

@@ -7,15 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from sdjax.generate import Sampling
-from sdjax.host.lessons import attempt_and_verdict
+from sdjax.host.lessons import attempt_and_verdict, scored_attempts
 from sdjax.host.memory import OPEN_GATE, entropy_gated
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import score_coefficient
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.policies import score
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -30,8 +28,6 @@ CARD = Card(
         "the mean of -phi(u) over sampled tokens is >= 0, a push toward whatever was sampled; the term 'bonus' logs it",
     ),
 )
-
-VIEWS = {"student": View(), "teacher": View(per_rollout=True)}
 
 
 def antisd(
@@ -64,9 +60,8 @@ def antisd(
     told = lesson or attempt_and_verdict
 
     def collect(environment, examples, key, memory):
-        rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
-        rollouts = [r.read_by(teacher=told(r, rollouts)) for r in rollouts]
-        rollouts = score(environment, rollouts, VIEWS, scored)
+        how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
+        rollouts = scored_attempts(environment, examples, key, told, scored, **how)
         heard = [r.extras["teacher_entropy"] for r in rollouts if r.contexts["teacher"] is not None]
         median = float(np.median(np.concatenate(heard))) if heard else None
         gate, memory = (0.0, memory) if median is None else entropy_gated(median, memory, warmup, low)

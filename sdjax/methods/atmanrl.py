@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from sdjax.generate import Sampling
-from sdjax.host.saliency import saliency
+from sdjax.host.saliency import Inner, saliency
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, masked_sum, sequence_mean
 from sdjax.methods.grpo import grpo
@@ -26,6 +26,7 @@ CARD = Card(
         "the printed reward pays for reasoning that is not needed (printed_sign=True); its complement is the default",
         "the paper's causal mask is a product; -inf after the addition is meant and done",
         "the printed ratio is the sequence's (ratio='sequence'); the token's, as in GRPO, is the default",
+        "the paper's AdamW restores least what an answer needs most, once it has it; inner='sgd' ranks by effect",
         "one mask for all layers and heads; rows without reasoning, delimiter or answer get saliency 0: both ours",
     ),
     status="reconstruction",
@@ -50,6 +51,7 @@ def atmanrl(
     steps: int = 200,
     mask_loss: Literal["nll", "kl_to_unmasked"] = "nll",
     target: Literal["own", "gold"] = "own",
+    inner: Inner = "adamw",
     combine: Literal["add", "correct_only"] = "add",
     printed_sign: bool = False,
     ratio: Literal["token", "sequence"] = "token",
@@ -68,6 +70,7 @@ def atmanrl(
       delimiter: what separates reasoning and answer in a completion.
       steps: of the mask's optimisation, per rollout and batch; this is the method's cost.
       mask_loss: the answer's negative log-likelihood, or the divergence from the unmasked model.
+      inner: the mask's optimizer, the paper's AdamW or SGD, which sees how much an entry helps.
       target: the mask restores the rollout's own answer, or the example's.
       combine: add the saliency to every reward, or to correct rollouts only (a wrong one then never ties a correct one).
       printed_sign: the reward as printed, highest where nothing needs to be restored.
@@ -79,7 +82,7 @@ def atmanrl(
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
-        how = {"delimiter": delimiter, "steps": steps, "mask_loss": mask_loss, "target": target}
+        how = {"delimiter": delimiter, "steps": steps, "mask_loss": mask_loss, "target": target, "inner": inner}
         found = saliency(environment.live, rollouts, **how) if coef else [None] * len(rollouts)
         return [rewarded(r, share) for r, share in zip(rollouts, found, strict=True)], memory
 

@@ -56,6 +56,7 @@ def brts(
     *,
     teacher: str | None = None,
     candidates: int = 2,
+    perturb: bool = False,
     coef: float = 10.0,
     top_k: int | None = 16,
     align: Literal["position", "prefix"] = "position",
@@ -77,6 +78,7 @@ def brts(
     Args:
       teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       candidates: teacher rollouts per prompt.
+      perturb: half of them are also asked to rethink (the paper's ablation): they then miss together less often.
       coef: weight of the forward KL; 0 is OPD.
       top_k: entries kept, the student's in the first term and the teacher's in the second; `None`: all.
       align: closeness by the student's likeliest tokens along its own rollout, or along the candidate.
@@ -91,7 +93,7 @@ def brts(
     """
     name = teacher_name(teacher, lesson)
     sampling = Sampling(temperature=teacher_temperature, top_p=teacher_top_p)
-    rule = Rule(likeliest_of(top_k or 16), candidates, success, align, retry, fallback == "skip", sampling)
+    rule = Rule(likeliest_of(top_k or 16), candidates, success, align, retry, fallback == "skip", perturb, sampling)
 
     def collect(environment, examples, key, memory):
         keys = jax.random.split(key, 3)

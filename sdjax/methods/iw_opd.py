@@ -9,7 +9,7 @@ from jax import lax
 from sdjax.kernels.credit import remaining_share
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.methods.opd import opd
+from sdjax.methods.opd import opd_with
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -25,7 +25,7 @@ CARD = Card(
 
 def iw_opd(
     *,
-    teacher: str = "teacher",
+    teacher: str | None = None,
     gamma: float = 0.5,
     group_size: int = 1,
     temperature: float = 1.0,
@@ -38,16 +38,13 @@ def iw_opd(
     Token mean.
 
     Args:
-      teacher: an external policy's name.
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       gamma: how much more the first token counts than the end of a row; 0 is plain on-policy distillation.
       group_size: rollouts per prompt.
       temperature: of sampling; all log-probabilities are taken at temperature 1.
-      lesson: `(rollout, its batch) -> what the teacher reads, or None`; the teacher is then the initial model.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
       reduce: how tokens are averaged.
     """
-    name = teacher if lesson is None else "initial"
-    base = opd(teacher=name, group_size=group_size, temperature=temperature, lesson=lesson)
-    (plain,) = base.objectives
 
     def terms(batch, sig, step):
         taught = batch.contexts["teacher"].valid
@@ -61,4 +58,4 @@ def iw_opd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return base._replace(objectives=(plain._replace(terms=terms),))
+    return opd_with(terms, teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)

@@ -16,20 +16,21 @@ from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.policies import frozen, score, teacher_name
-from sdjax.rollouts import judge
-from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
+from sdjax.rollouts import judge, written
+from sdjax.tasks.jsonl import read_jsonl
+from sdjax.types import REFERENCE, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Gu et al. 2024, MiniLLM: Knowledge Distillation of Large Language Models",
     arxiv="2306.08543",
-    equation="w KL(p||q) + max(-w R, -clip(w) R), R = mean of later log q - log p, w = p / (mix q + (1-mix) p)",
+    equation="w KL(p||q) + max(-w R, -clip(w) R) - lm_coef log p(d); R = mean of later log q/p, w = p/(mix q + (1-mix) p)",
     student="question",
     teacher="question; an external policy, or the initial one with a lesson",
     reduction="token mean",
     differences=(
         "TRL samples from the student alone and counts the present token twice: mix=0, discount=0, count_present=True",
         "TRL leaves the advantage live and weighs later tokens once more by their position; neither is done here",
-        "the language-modelling loss on pre-training text is left out",
+        "the loss on pre-training text d needs a file (corpus=...; rows of a chat and a text); TRL has none",
     ),
     status="reconstruction",
 )
@@ -44,6 +45,8 @@ def minillm(
     length_normalised: bool = True,
     count_present: bool = False,
     clip: tuple[float, float] = (0.2, 0.2),
+    corpus: str | None = None,
+    lm_coef: float = 1.0,
     group_size: int = 4,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
@@ -52,6 +55,7 @@ def minillm(
 
     `loss_t = w_t KL(p_t||q_t) + max(-w_t R_t, -clip(w_t) R_t)`: the exact single step and the return of later tokens,
     a constant.  `w = p / b` with `b` what the tokens were drawn from; the first of them is a constant, the second live.
+    With a `corpus`, `- lm_coef * log p` of one of its texts per prompt, in turn; `memory` is how many were read.
 
     Args:
       teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
@@ -61,6 +65,8 @@ def minillm(
       length_normalised: the return is a mean instead of a sum.
       count_present: the return includes the present token although `single_step` has counted it (TRL).
       clip: widths of the ratio's clip below and above 1, in the return's part.
+      corpus: a JSON-lines file as `sdjax.tasks.jsonl` reads it, against forgetting: its solutions (else answers) are learnt.
+      lm_coef: weight of the corpus's part.
       group_size: rollouts per prompt.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`, asked before anything is written, about an
         empty rollout; by default the question.
@@ -68,7 +74,7 @@ def minillm(
     """
     name = teacher_name(teacher, lesson)
     views = {"student": View(trainable=True), "teacher": View(name)}
-    coin = mixture(mix)
+    coin, documents = mixture(mix), read_jsonl(corpus)[0] if corpus else ()
 
     def collect(environment, examples, key, memory):
         told = [lesson(Rollout(e, (), (), "", 0), []) if lesson else question(e) for e in examples]
@@ -77,7 +83,17 @@ def minillm(
         policies = (environment.live, environment.policies[name])
         rollouts = judge(environment, together(policies, examples, contexts, key, n=group_size, choose=coin))
         rollouts = [r.read_by(student=question(r.example), teacher=told[r.group]) for r in rollouts]
-        return [mixed(r) for r in score(environment, rollouts, views, drawn_from)] if mix else rollouts, memory
+        rollouts = [mixed(r) for r in score(environment, rollouts, views, drawn_from)] if mix else rollouts
+        if not documents:
+            return rollouts, memory
+        rows = [document(environment, memory + i, len(examples) + i) for i in range(len(examples))]
+        # Each beside a prompt's rollouts: minibatches then hold as many of one kind as of the other.
+        return sorted([*rollouts, *rows], key=lambda r: r.group % len(examples)), memory + len(rows)
+
+    def document(environment, number, group):
+        some = documents[number % len(documents)]
+        row = written(some, some.solution or some.answer, environment.live, group=group, source=REFERENCE)
+        return row.read_by(student=question(some), teacher=None)
 
     def drawn_from(dist, token):
         student, teacher = logprob(dist["student"], token), logprob(dist["teacher"], token)
@@ -103,12 +119,15 @@ def minillm(
         taught, behavior = batch.contexts["teacher"].valid, batch.behavior_logprobs
         gap = sig["teacher_logprobs"] - sig["logprobs"]
         advantage = returns(gap, batch.mask & taught[:, None])
-        weight = importance_weight(sig["logprobs"], behavior)
+        weight, read = importance_weight(sig["logprobs"], behavior), batch.source == REFERENCE
         surrogate = clipped_surrogate(sig["logprobs"], behavior, advantage, clip)
+        corpus_loss = {"corpus": Term(-sig["logprobs"], 1.0, read, reduce, lm_coef)} if documents else {}
         return {
             "reverse_kl": Term(sig["reverse_kl"], weight, taught, reduce, 1.0 if single_step else 0.0),
             "returns": Term(surrogate, 1.0, taught, reduce),
-            "entropy": Term(sig["entropy"], coef=0.0),
+            "entropy": Term(sig["entropy"], over=~read, coef=0.0),
+            **corpus_loss,
         }
 
-    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if name == "initial" else {})
+    snapshots = {"initial": frozen()} if name == "initial" else {}
+    return Method(collect, (Objective(views, signals, terms),), snapshots, 0 if documents else None)

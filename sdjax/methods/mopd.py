@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from typing import Literal
-
-from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.host.annotators import step_numbers
+from sdjax.host.peers import Failures, Shown, Summarised, peers
+from sdjax.kernels.credit import step_mean
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import sdpo
-from sdjax.types import Card, Messages, Method, Rollout
+from sdjax.types import Card, Method
 
 CARD = Card(
     paper="Yu et al. 2026, Multi-Rollout On-Policy Distillation via Peer Successes and Failures",
@@ -24,51 +22,20 @@ CARD = Card(
         "reverse KL (alpha=1) for mathematics, Jensen-Shannon (default) for all else",
         "success is 0.5 in the configuration (default) and 1.0 in the README",
         "the random failure is drawn from a seed made of the attempt, so that replays agree",
+        "how the code extracts summaries is not known: the last paragraph; controls match the number of attempts",
     ),
 )
-
-
-def peers(
-    *,
-    success: float = 0.5,
-    another: bool = True,
-    failure: Literal["always", "without_success", "never"] = "always",
-    use_feedback: bool = True,
-    thinking: bool = False,
-) -> Callable[[Rollout, list[Rollout]], Messages | None]:
-    """MOPD's lesson: the first success and the next one, a random failure; feedback only where there is no success.
-
-    An attempt is never shown itself.  Without any of them: `None`.
-    """
-    said = lambda r: r.text if thinking else without_thinking(r.text)
-
-    def lesson(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
-        others = [r for r in rollouts if r.group == rollout.group and r is not rollout]
-        right = [r for r in others if r.reward >= success][: 2 if another else 1]
-        wrong = [r for r in others if r.reward < success]
-        if failure == "never" or (failure == "without_success" and right):
-            wrong = []
-        titles = ("Correct solution:", "Another correct solution:")
-        blocks = [f"{title}\n\n{said(r)}" for title, r in zip(titles, right, strict=False)]
-        if wrong:
-            chosen = random.Random(f"{rollout.example.id} {rollout.tokens}").choice(wrong)
-            blocks.append(f"Known failed solution, do not repeat its mistake:\n\n{said(chosen)}")
-        if not right and use_feedback and rollout.reward < success and rollout.feedback:
-            blocks.append(f"Feedback on your unsuccessful earlier attempt:\n\n{rollout.feedback}")
-        if not blocks:
-            return None
-        messages, told = question(rollout.example), "\n\n".join(blocks)
-        content = f"{messages[-1]['content']}\n\n{told}\n\nCorrectly solve the original question."
-        return rewrite_last(messages, content, told)
-
-    return lesson
 
 
 def mopd(
     *,
     group_size: int = 8,
     another: bool = True,
-    failure: Literal["always", "without_success", "never"] = "always",
+    failure: Failures = "always",
+    shown: Shown = "peers",
+    summaries: int = 0,
+    summarised: Summarised = "all",
+    step_level: bool = False,
     use_feedback: bool = True,
     thinking: bool = False,
     success: float = 0.5,
@@ -88,6 +55,11 @@ def mopd(
       group_size: rollouts per prompt.
       another: show a second success.
       failure: when a failure is shown; "never" is the paper's positive variant.
+      shown: peers by outcome, or a control with as many attempts: random ones of the group, another prompt's, successes.
+      summaries: show at most so many peers' last paragraphs instead of whole solutions; 0: solutions.
+      summarised: whose summaries.
+      step_level: a token's divergence is the mean of its step's, steps being separated by blank lines.  It changes
+        anything only where the tokens of a step have different weights: after the first update on a batch.
       use_feedback: show feedback on the attempt where there is no success to show.
       thinking: show peers with their thinking.
       success: the least reward of a success.
@@ -100,6 +72,17 @@ def mopd(
       reduce: how tokens are averaged.
     """
     told = {"success": success, "another": another, "failure": failure, "use_feedback": use_feedback}
+    lesson = peers(**told, thinking=thinking, shown=shown, summaries=summaries, summarised=summarised)
     how = {"group_size": group_size, "alpha": alpha, "top_k": top_k, "rest": rest, "ema_rate": ema_rate}
-    lesson = peers(**told, thinking=thinking)
-    return sdpo(**how, is_cap=is_cap, temperature=temperature, lesson=lesson, reduce=reduce)
+    base = sdpo(**how, is_cap=is_cap, temperature=temperature, lesson=lesson, reduce=reduce)
+    (plain,) = base.objectives
+
+    def collect(environment, examples, key, memory):
+        rollouts, memory = base.collect(environment, examples, key, memory)
+        return [r.with_extras(step=step_numbers(r.tokens, environment.live.tokenizer)) for r in rollouts], memory
+
+    def terms(batch, sig, step):
+        over = batch.mask & batch.valid[:, None]
+        return plain.terms(batch, {**sig, "divergence": step_mean(sig["divergence"], batch.extras["step"], over)}, step)
+
+    return base._replace(collect=collect, objectives=(plain._replace(terms=terms),)) if step_level else base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jax import lax
 
@@ -90,3 +91,10 @@ def opd(
 
     views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None)}
     return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if teacher == "initial" else {})
+
+
+def opd_with(terms: Callable, signals: Callable | None = None, **options: Any) -> Method:
+    """`opd` with other `terms`, and other `signals` if they are given; its host half and views.  `options` are `opd`'s."""
+    base = opd(**options)
+    (plain,) = base.objectives
+    return base._replace(objectives=(plain._replace(terms=terms, signals=signals or plain.signals),))

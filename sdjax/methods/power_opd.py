@@ -7,7 +7,7 @@ from collections.abc import Callable
 from sdjax.kernels.credit import power_difference
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.methods.opd import opd
+from sdjax.methods.opd import opd_with
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -27,7 +27,7 @@ CARD = Card(
 
 def power_opd(
     *,
-    teacher: str = "teacher",
+    teacher: str | None = None,
     alpha: float = 5.0,
     scaled: bool = False,
     group_size: int = 1,
@@ -40,17 +40,14 @@ def power_opd(
     `loss_t = -(p/b) * stop(q^alpha - b^alpha)`, b the sampler: within [-1, 1], of the sign of q - b.  Token mean.
 
     Args:
-      teacher: an external policy's name.
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       alpha: power, above 0 (5 in the released script, 0.1 in its class; 5 to 500 do alike in the paper).
       scaled: divide the reward by `alpha`; a small `alpha` is then plain on-policy distillation.
       group_size: rollouts per prompt.
       temperature: of sampling; all log-probabilities are taken at temperature 1.
-      lesson: `(rollout, its batch) -> what the teacher reads, or None`; the teacher is then the initial model.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
       reduce: how tokens are averaged.
     """
-    name = teacher if lesson is None else "initial"
-    base = opd(teacher=name, group_size=group_size, temperature=temperature, lesson=lesson)
-    (plain,) = base.objectives
 
     def terms(batch, sig, step):
         taught, old = batch.contexts["teacher"].valid, batch.behavior_logprobs
@@ -62,4 +59,4 @@ def power_opd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return base._replace(objectives=(plain._replace(terms=terms),))
+    return opd_with(terms, teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)

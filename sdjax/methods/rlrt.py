@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 
 from sdjax.generate import Sampling
+from sdjax.host.lessons import scored_attempts
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import likelihood_ratio
 from sdjax.methods.sdpo import peer_or_feedback
-from sdjax.policies import score
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -31,8 +31,6 @@ CARD = Card(
     ),
 )
 
-VIEWS = {"student": View(), "teacher": View(per_rollout=True)}
-
 
 def rlrt(
     *,
@@ -41,6 +39,8 @@ def rlrt(
     ratio_eps: float = 1.0,
     mix_decay: int = 0,
     success: float = 0.5,
+    rows: Literal["correct", "all"] = "correct",
+    toward: bool = False,
     clip: tuple[float, float] = (0.2, 0.28),
     tis_cap: float | None = 2.0,
     temperature: float = 1.0,
@@ -57,6 +57,9 @@ def rlrt(
       ratio_eps: width of the ratio's clip around 1 (paper: 1 base, 0.5 instruct, 0.2 thinking models).
       mix_decay: batches in which `mix` falls linearly to 0; 0: it stays (paper: 30 for instruct and thinking models).
       success: least reward of a correct answer.
+      rows: whose credit is weighted, where there is a lesson.
+      toward: weigh by the teacher over the student instead, RLSD's direction: with `rows` "all", `ratio_eps` 0.2 and a
+        `mix_decay` of 50, the advantage reweighting that RLRT and VPD are compared with.
       clip: widths of the surrogate's clip below and above 1.
       tis_cap: cap of the importance weight of the sampler's numerics; `None`: no weight.
       temperature: of sampling.
@@ -66,10 +69,10 @@ def rlrt(
     told = lesson or peer_or_feedback(success=success, use_feedback=False)
 
     def collect(environment, examples, key, memory):
-        rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
-        rollouts = [r.read_by(teacher=told(r, rollouts)) for r in rollouts]
-        credited = lambda r: r.reward >= success and r.contexts["teacher"] is not None
-        return [r.with_extras(credited=credited(r)) for r in score(environment, rollouts, VIEWS, scored)], memory
+        how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
+        rollouts = scored_attempts(environment, examples, key, told, scored, **how)
+        credited = lambda r: (rows == "all" or r.reward >= success) and r.contexts["teacher"] is not None
+        return [r.with_extras(credited=credited(r)) for r in rollouts], memory
 
     def scored(dist, token):
         return {"old_logprobs": logprob(dist["student"], token), "old_teacher": logprob(dist["teacher"], token)}
@@ -81,7 +84,8 @@ def rlrt(
         old, informed = batch.extras["old_logprobs"], batch.extras["old_teacher"]
         advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
         share = mix * jnp.maximum(1.0 - step / mix_decay, 0.0) if mix_decay else mix
-        ratio = likelihood_ratio(old, informed, eps=ratio_eps, sign=jnp.sign(advantage))
+        above, below = (informed, old) if toward else (old, informed)
+        ratio = likelihood_ratio(above, below, eps=ratio_eps, sign=jnp.sign(advantage))
         credit = jnp.where(batch.extras["credited"][:, None], 1.0 - share + share * ratio, 1.0)
         behavior, weight = batch.behavior_logprobs, 1.0
         if tis_cap is not None:

@@ -11,7 +11,7 @@ from sdjax.kernels.distributions import entropy, interpolate, logprob, top_k_ren
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.estimators import sampled_jsd
 from sdjax.kernels.policy_gradient import importance_weight, reinforce
-from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
 from sdjax.policies import ema, frozen
 from sdjax.rollouts import attempts, solved_peer
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
@@ -59,6 +59,7 @@ def sdpo(
     top_k: int | None = 100,
     rest: bool = True,
     sampled_token: bool = False,
+    sequence_level: bool = False,
     ema_rate: float = 0.05,
     trust: float | None = None,
     is_cap: float | None = 2.0,
@@ -78,6 +79,7 @@ def sdpo(
       top_k: entries of the student's distribution that are kept, the others in one `rest` bucket, or dropped and
         renormalised without `rest`; `None` is the full vocabulary (paper: 100, or 20 with feedback).
       sampled_token: use the sampled token's log-probabilities only: unbiased for every alpha, of higher variance.
+      sequence_level: instead, every sampled token's advantage is its row's mean of `log q/p` (the paper's ablation).
       ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live (paper: 0.05, 0.01 with feedback).
       trust: instead, the teacher is the geometric mixture `initial^(1-trust) * live^trust`, both reading the lesson.
       is_cap: cap of the importance weight `w` (no effect in the first update on a batch); `None`: no weight.
@@ -102,17 +104,22 @@ def sdpo(
         student, teacher = dist["student"], dist["teacher"]
         if trust is not None:
             teacher = interpolate(dist["initial"], teacher, trust)
-        return {
-            "divergence": divergence(student, teacher, token),
-            "logprobs": logprob(student, token),
-            "entropy": entropy(student),
-        }
+        found = {"logprobs": logprob(student, token), "entropy": entropy(student)}
+        if sequence_level:
+            return {**found, "log_ratio": logprob(teacher, token) - found["logprobs"]}
+        return {**found, "divergence": divergence(student, teacher, token)}
+
+    def distillation(batch, sig):
+        if not sequence_level:
+            return sig["divergence"]
+        advantage = masked_mean(sig["log_ratio"], batch.mask & batch.valid[:, None], axis=-1)[:, None]
+        return reinforce(sig["logprobs"], advantage)
 
     def terms(batch, sig, step):
         taught = batch.contexts["teacher"].valid
         weight = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
         found = {
-            "divergence": Term(sig["divergence"], weight, taught, reduce, coef=1.0 - rl_weight),
+            "divergence": Term(distillation(batch, sig), weight, taught, reduce, coef=1.0 - rl_weight),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
         if rl_weight:

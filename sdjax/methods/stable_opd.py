@@ -32,7 +32,7 @@ CARD = Card(
 
 def stable_opd(
     *,
-    teacher: str = "teacher",
+    teacher: str | None = None,
     group_size: int = 4,
     gold_coef: float = 0.1,
     kl_coef: float = 0.01,
@@ -47,18 +47,17 @@ def stable_opd(
     Each prompt's golden solution, the example's own, rides along with its rollouts.  Sequence mean.
 
     Args:
-      teacher: an external policy's name.
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       group_size: rollouts per prompt; the golden solution is one more row.
       gold_coef: weight of the golden rows; 0: there are none.
       kl_coef: weight of the anchor; 0: none.
       anchor: `full` vocabulary, or the `sampled` token's estimate, unbiased in value and gradient.
       clip: widths of the surrogate's clip below and above 1.
       temperature: of sampling.
-      lesson: `(rollout, its batch) -> what the teacher reads, or None`; the teacher is then the initial model.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
       reduce: how tokens are averaged.
     """
-    name = teacher if lesson is None else "initial"
-    base = opd(teacher=name, group_size=group_size, temperature=temperature, lesson=lesson)
+    base = opd(teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)
     (plain,) = base.objectives
 
     def collect(environment, examples, key, memory):

@@ -11,7 +11,7 @@ from sdjax.kernels.credit import group_whiten
 from sdjax.kernels.divergences import log_mixture_ratio
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.methods.opd import opd
+from sdjax.methods.opd import opd_with
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -31,7 +31,7 @@ CARD = Card(
 
 def topd(
     *,
-    teacher: str = "teacher",
+    teacher: str | None = None,
     alpha: float = 0.5,
     discount: float = 1.0,
     normalised: bool = True,
@@ -46,18 +46,15 @@ def topd(
     `log(1 - alpha)`.  With `alpha` 1, `discount` 0 and not `normalised` it is plain `opd`.  Token mean.
 
     Args:
-      teacher: an external policy's name.
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       alpha: share of the teacher in the proximal teacher.
       discount: of later rewards in the mean reward to come; 0 is the token's own.
       normalised: shift and scale advantages to mean 0 and deviation 1 over the tokens of each group.
       group_size: rollouts per prompt.
       temperature: of sampling; all log-probabilities are taken at temperature 1.
-      lesson: `(rollout, its batch) -> what the teacher reads, or None`; the teacher is then the initial model.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
       reduce: how tokens are averaged.
     """
-    name = teacher if lesson is None else "initial"
-    base = opd(teacher=name, group_size=group_size, temperature=temperature, lesson=lesson)
-    (plain,) = base.objectives
 
     def terms(batch, sig, step):
         taught = batch.contexts["teacher"].valid
@@ -76,4 +73,4 @@ def topd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return base._replace(objectives=(plain._replace(terms=terms),))
+    return opd_with(terms, teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)

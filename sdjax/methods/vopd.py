@@ -13,8 +13,8 @@ from sdjax.kernels.distributions import entropy, logprob, top_k_renormalised
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.methods.opd import opd
-from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
+from sdjax.methods.opd import opd_with
+from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
     paper="Oh et al. 2026, KL for a KL: On-Policy Distillation with Control Variate Baseline",
@@ -34,7 +34,7 @@ CARD = Card(
 
 def vopd(
     *,
-    teacher: str = "teacher",
+    teacher: str | None = None,
     baseline: Literal["value", "optimal", "none"] = "value",
     top_k: int | None = None,
     live_reward: bool = False,
@@ -49,7 +49,7 @@ def vopd(
     prefixes whatever the baseline, for it does not depend on the token.  Token mean.
 
     Args:
-      teacher: an external policy's name.
+      teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       baseline: what is subtracted from the reward: its mean `value`, -KL(student||teacher); the `optimal` one, of least
         variance in logits; or `none`, which is plain on-policy distillation.
       top_k: entries of the student's distribution that the value is computed on, both sides renormalised; `None` is all
@@ -57,11 +57,9 @@ def vopd(
       live_reward: let a gradient through the reward's student term, as the released code does for plain OPD.
       group_size: rollouts per prompt.
       temperature: of sampling; all log-probabilities are taken at temperature 1.
-      lesson: `(rollout, its batch) -> what the teacher reads, or None`; the teacher is then the initial model.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
       reduce: how tokens are averaged.
     """
-    name = teacher if lesson is None else "initial"
-    base = opd(teacher=name, group_size=group_size, temperature=temperature, lesson=lesson)
 
     def expected_reward(student, teacher):
         if baseline == "none":
@@ -86,4 +84,4 @@ def vopd(
         found = {name: Term(value, 1.0, taught, coef=0.0) for name, value in measured.items()}
         return {"pg": Term(policy_gradient, 1.0, taught, reduce), **found}
 
-    return base._replace(objectives=(Objective(base.objectives[0].views, signals, terms),))
+    return opd_with(terms, signals, teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)

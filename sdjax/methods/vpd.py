@@ -11,6 +11,7 @@ from sdjax.kernels.distributions import logprob
 from sdjax.kernels.preference import sequence_log_ratio, unpaired
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
+from sdjax.policies import frozen
 from sdjax.rollouts import solved_peer
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
@@ -46,6 +47,7 @@ def vpd(
     group_size: int = 8,
     every: int = 5,
     beta: float = 0.1,
+    prior: Literal["current", "initial"] = "current",
     feedback: Literal["sibling", "environment", "critique"] = "sibling",
     success: float = 0.5,
     alpha: float = 0.5,
@@ -60,11 +62,14 @@ def vpd(
 
     E, every few batches: BCO on `beta * (log q(y|x, lesson) - log p_old(y|x))`, sums over tokens; the student that wrote
     the attempt is the constant reference.  M, on every batch: SDPO.  Weights are shared, so E moves the student too.
+    The paper's one-phase hybrids with GRPO: `sdpo(rl_weight=...)` (joint), `antisd(beta=1, coef=-w, warmup=0, low=0)`
+    (advantage reshaping) and `rlrt(toward=True, rows="all")` (reweighting).
 
     Args:
       group_size: rollouts per prompt.
       every: batches per E-step; 0: none, which is SDPO.
       beta: scale of the implicit reward; 0 makes E a constant.
+      prior: E's reference: the student that wrote the attempt, or the initial model (the paper's ablation, which loses).
       feedback: what the lesson is made of: a peer's success alone; a peer's success, else the verifier's feedback; or a
         critique by the policy, which is told the answer.
       success: the least reward of a success.
@@ -82,6 +87,7 @@ def vpd(
 
     def collect(environment, examples, key, memory):
         rollouts, memory = distil.collect(environment, examples, key, memory)
+        rollouts = [r.read_by(prior=question(r.example)) for r in rollouts]
         return (criticised(environment, rollouts, key) if feedback == "critique" and not lesson else rollouts), memory
 
     def criticised(environment, rollouts, key):
@@ -92,17 +98,23 @@ def vpd(
         return [r.read_by(teacher=chats.get(id(r), r.contexts["teacher"])) for r in rollouts]
 
     def signals(dist, token):
-        return {"teacher_logprobs": logprob(dist["teacher"], token)}
+        return {f"{name}_logprobs": logprob(dist[name], token) for name in readers}
 
     def terms(batch, sig, step):
         kept, positive = batch.valid & batch.contexts["teacher"].valid, batch.reward >= success
-        # The sampler's log-probabilities are the reference: the student as it was when it wrote the attempt.
-        ratio = sequence_log_ratio(sig["teacher_logprobs"], batch.behavior_logprobs, batch.mask & kept[:, None])
+        # The sampler's log-probabilities are the student's as it was when it wrote the attempt.
+        reference = batch.behavior_logprobs if prior == "current" else sig["prior_logprobs"]
+        ratio = sequence_log_ratio(sig["teacher_logprobs"], reference, batch.mask & kept[:, None])
         value = unpaired(beta * ratio, positive, kept)
         return {
             "right": Term(value, over=kept & positive, reduce=token_mean),
             "wrong": Term(value, over=kept & ~positive, reduce=token_mean),
         }
 
-    refine = Objective({"teacher": View("live", trainable=True, per_rollout=True)}, signals, terms, every)
-    return distil._replace(collect=collect, objectives=(*((refine,) if every else ()), *distil.objectives))
+    readers = {"teacher": View("live", trainable=True, per_rollout=True)}
+    snapshots = dict(distil.snapshots)
+    if prior == "initial":
+        readers, snapshots = {**readers, "prior": View("initial")}, {**snapshots, "initial": frozen()}
+    refine = Objective(readers, signals, terms, every)
+    objectives = (*((refine,) if every else ()), *distil.objectives)
+    return distil._replace(collect=collect, objectives=objectives, snapshots=snapshots)
