@@ -9,13 +9,16 @@ another correct attempt, with `--peers`).  Problems are split by expression.  Re
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax.numpy as jnp
 import optax
 
 from sdjax.contexts import after_demonstrations, question, with_solution
-from sdjax.models import pretrained
+from sdjax.models import adapters, pretrained
 from sdjax.options import Choice
 from sdjax.rollouts import solved_peer
+from sdjax.sharding import mesh_shape
 from sdjax.tasks.reasoning_gym import chain_sum, worked_demonstrations
 from sdjax.tokens import Shapes
 from sdjax.train import Experiment
@@ -44,6 +47,9 @@ def experiment(
     evaluate_every: int = 0,
     save_every: int = 20,
     bf16: bool = False,
+    lora_rank: int = 0,
+    lora_base: Literal["float", "int8", "nf4"] = "float",
+    mesh: str = "",
     seed: int = 0,
     smoke: bool = False,
 ) -> Experiment:
@@ -62,10 +68,15 @@ def experiment(
       evaluation: held-out problems, read greedily before and after, and every `evaluate_every` steps.
       save_every: steps between checkpoints.
       bf16: compute in bfloat16 (parameters stay float32).
+      lora_rank: train adapters of this rank on frozen weights instead of the weights; 0 is none.  A larger `lr` suits
+        them.
+      lora_base: how the frozen matrices are kept: as they are, in int8 or in NF4 (needs `sdjax[lora]`).
+      mesh: devices as DATAxMODEL, 4x2 say; by default all on the data axis.
       smoke: two steps on a few problems.
     """
     if smoke:
         steps, prompts, evaluation, save_every = 2, 2, 4, 0
+    lora = adapters.chosen(lora_rank, lora_base)
     task = chain_sum(terms=(terms, terms), train_size=train_size, test_size=evaluation, seed=seed)
     shown = worked_demonstrations(task, demonstrations, seed=seed)
     # The demonstrations show what to do with a solution, too: each is asked as the teacher is asked.
@@ -93,7 +104,9 @@ def experiment(
         prompts=prompts,
         seed=seed,
         dtype=jnp.bfloat16 if bf16 else jnp.float32,
+        lora=lora,
         evaluation=evaluation,
         evaluate_every=evaluate_every,
         save_every=save_every,
+        mesh=mesh_shape(mesh),
     )

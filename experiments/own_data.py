@@ -9,11 +9,14 @@ as mathematics.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax.numpy as jnp
 import optax
 
-from sdjax.models import pretrained
+from sdjax.models import adapters, pretrained
 from sdjax.options import Choice
+from sdjax.sharding import mesh_shape
 from sdjax.tasks.jsonl import jsonl
 from sdjax.tokens import Shapes, refuse, shorten
 from sdjax.train import Experiment
@@ -44,9 +47,12 @@ def experiment(
     tokens_per_chunk: int | None = 512,
     remat: bool = False,
     bf16: bool = False,
+    lora_rank: int = 0,
+    lora_base: Literal["float", "int8", "nf4"] = "float",
     evaluation: int = 200,
     evaluate_every: int = 25,
     save_every: int = 25,
+    mesh: str = "",
     seed: int = 0,
     smoke: bool = False,
 ) -> Experiment:
@@ -66,11 +72,16 @@ def experiment(
       rows: attempts sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits.
       remat: recompute blocks in the backward pass, for memory.
       bf16: compute in bfloat16 (parameters stay float32).
+      lora_rank: train adapters of this rank on frozen weights instead of the weights; 0 is none.  A larger `lr` suits
+        them.
+      lora_base: how the frozen matrices are kept: as they are, in int8 or in NF4 (needs `sdjax[lora]`).
       evaluation: held-out problems, read greedily before, after and every `evaluate_every` steps.
+      mesh: devices as DATAxMODEL, 4x2 say; by default all on the data axis.
       smoke: two steps on a few problems.
     """
     if smoke:
         steps, prompts, evaluation, evaluate_every, save_every = 2, 2, 4, 0, 0
+    lora = adapters.chosen(lora_rank, lora_base)
     task = jsonl(data, test_path=test_data, test_fraction=test_fraction, skip_bad_rows=skip_bad_rows)
     schedule = optax.schedules.warmup_constant_schedule(lr / max(warmup, 1), lr, warmup)
     return Experiment(
@@ -86,8 +97,10 @@ def experiment(
         minibatches=minibatches,
         seed=seed,
         dtype=jnp.bfloat16 if bf16 else jnp.float32,
+        lora=lora,
         remat=remat,
         evaluation=evaluation,
         evaluate_every=evaluate_every,
         save_every=save_every,
+        mesh=mesh_shape(mesh),
     )

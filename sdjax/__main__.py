@@ -8,11 +8,9 @@ import importlib.metadata
 import inspect
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +24,12 @@ COMMANDS = """usage: sdjax COMMAND ...
                       run an experiment file; --help after it lists every option
   evaluate MODEL --data FILE.jsonl
                       greedy accuracy of a model on a file of problems
+  report RUN [RUN ...] [--out FILE.html] [--microscope]
+                      one page of curves, tables and rollouts token by token, and its figures as SVG and PNG
   methods [NAME] [--json | --markdown]
                       the methods, their papers and equations
+  plan [--topology v5e:4x8] [--model qwen3-8b] [--method NAME]
+                      one step compiled for devices that need not be here: memory, exchanges, seconds at best
   bench [--model NAME]
                       rollout tokens/s, update seconds and memory beside this machine's ceilings
 
@@ -62,6 +64,10 @@ def train(arguments: list[str]) -> int:
     return run(Path(arguments[0]), module, factory, options.shallow(chosen))
 
 
+PROCESSES = """auto: one of several processes, as the cluster says (TPU pods, Slurm); or set JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
+
+
 def train_options(module: Any, factory: Any) -> type:
     """Every option of an experiment file: its own, the run's, those of the method and of the controls."""
     from sdjax.controls import controlled
@@ -69,6 +75,7 @@ def train_options(module: Any, factory: Any) -> type:
     extra: list[Any] = [
         ("out", Annotated[str, tyro.conf.arg(help="the run's folder; by default one below runs/")], ""),
         ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in the folder")], False),
+        ("processes", Annotated[str, tyro.conf.arg(help=PROCESSES)], ""),
     ]
     extra = [(name, hint, dataclasses.field(default=value)) for name, hint, value in extra]
     if factory is not None:
@@ -81,11 +88,13 @@ def train_options(module: Any, factory: Any) -> type:
 
 def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
+    from sdjax import processes
     from sdjax.controls import controlled
     from sdjax.fit import check_folder, fit
     from sdjax.train import check_numbers
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
+    processes.join(chosen.pop("processes"))
     own, control = (options.shallow(chosen.pop(name)) if factory else {} for name in ("method", "control"))
     for some in (chosen, own, control):
         check_numbers(some)
@@ -96,12 +105,15 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
         chosen["method"] = options.Choice(factory, own, functools.partial(controlled, **control))
     label = factory.__name__ if factory else "run"
     out = Path(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")
-    check_folder(out, resume, arguments)
-    print(f"run folder {out}", flush=True)
-    for name, value in arguments.items():
-        print(f"  {name} = {value}", flush=True)
-    keep_programs()
+    processes.agree({**arguments, "out": str(out), "resume": resume}, "arguments")
+    processes.by_first(lambda: check_folder(out, resume, arguments))
+    if processes.first():
+        print(f"run folder {out}", flush=True)
+        for name, value in arguments.items():
+            print(f"  {name} = {value}", flush=True)
+    prepare()
     result = fit(module.experiment(**chosen), out, resume=resume, arguments=arguments)
+    processes.leave()
     return 128 + result.interrupted if result.interrupted else 0
 
 
@@ -131,36 +143,55 @@ def evaluate(arguments: list[str]) -> int:
     from sdjax.measure import measure
 
     options.check_names(arguments, list(inspect.signature(measure).parameters))
-    keep_programs()
+    prepare()
     print(tyro.cli(measure, args=arguments, prog="sdjax evaluate"))
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """`sdjax report RUN [RUN ...]`"""
+    from sdjax.report.report import report
+
+    options.check_names(arguments, list(inspect.signature(report).parameters))
+    prepare()
+    print(tyro.cli(report, args=arguments, prog="sdjax report"))
     return 0
 
 
 def bench(arguments: list[str]) -> int:
     """`sdjax bench ...`"""
     from sdjax.bench import bench
+    from sdjax.compilation import give_back_memory
 
+    give_back_memory()
     for name, value in tyro.cli(bench, args=arguments, prog="sdjax bench").items():
         print(f"{name:45s} {value:10.3f}")
     return 0
 
 
-def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, unless `JAX_COMPILATION_CACHE_DIR` names another.
+def plan(arguments: list[str]) -> int:
+    """`sdjax plan ...`"""
+    from sdjax.planning import plan as planning
 
-    A folder per kind of processor: programs made for one may use instructions that another, with which the home folder
-    is shared, does not have.
-    """
-    import jax
+    name, rest = options.take_option(arguments, "method")
+    factory = options.method_factory(name or "sdpo")
+    nested = options.options_class("MethodOptions", factory, {})
+    extra = [("method", nested, dataclasses.field(default_factory=nested))]
+    own = options.options_class("Options", planning.plan, {}, extra)
+    options.check_names(rest, options.option_names(own))
+    chosen = options.shallow(tyro.cli(own, args=rest, prog="sdjax plan", description=planning.plan.__doc__))
+    method = options.Choice(factory, options.shallow(chosen.pop("method")))
+    prepare()
+    print(planning.report(planning.plan(method=method, **chosen)))
+    return 0
 
-    if jax.config.jax_compilation_cache_dir is None:
-        try:
-            flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-        except (OSError, StopIteration):
-            flags = platform.processor()
-        kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "sdjax" / kind))
+
+def prepare() -> None:
+    """What every command that compiles does first."""
+    from sdjax.compilation import give_back_memory, keep_programs
+
+    keep_programs()
+    give_back_memory()
 
 
 def revision() -> str:
@@ -185,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    commands = {"train": train, "evaluate": evaluate, "methods": methods, "bench": bench}
+    commands = {"train": train, "evaluate": evaluate, "report": report, "methods": methods, "bench": bench, "plan": plan}
     try:
         if arguments[0] not in commands:
             near = options.nearest(arguments[0], list(commands))
@@ -195,8 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sdjax: {str(interrupt) or 'SIGINT'}: ended; checkpoints written before it are whole", file=sys.stderr)
         return 128 + getattr(interrupt, "number", signal.SIGINT)
     except Exception as error:
+        from sdjax import processes
         from sdjax.errors import INPUT_ERRORS  # here, because it imports everything
 
+        processes.leave(f"{type(error).__name__}: {error}")
         if not isinstance(error, INPUT_ERRORS):
             raise
         print(f"sdjax: {error}", file=sys.stderr)
@@ -205,8 +238,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def program() -> None:
     """What the shell runs: `main`, whose status ends the process."""
+    from sdjax.processes import many
+
     status = main()
-    if status >= 128:
+    if status >= 128 or (status and many()):
         # The signal may have come while XLA's threads were at work: an interpreter being taken apart would crash them.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from sdjax.processes import ProcessError, by_each, by_first, first
 from sdjax.train import State
 
 
@@ -37,22 +38,33 @@ def save(folder: str | Path, state: State, host: Any, keep: int = 2) -> Path:
     step, tree = int(state.step), arrays_of(state)
     target = folder / str(step)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder, but=target)
-        check_space(folder, tree)
-        (folder / f"{step}.json").unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        write_arrays(target, tree)
-        write_manifest(folder, step, {"files": checksums(target), "arrays": described(tree), "host": host})
-    except OSError as error:
-        shutil.rmtree(target, ignore_errors=True)
-        if folder.is_dir():
-            remove_unfinished(folder, but=target)
+        by_first(lambda: make_room(folder, step, tree))
+        by_each(lambda: write_arrays(target, tree))
+        by_first(lambda: finish(folder, step, tree, host, keep))
+    except (OSError, ProcessError) as error:
+        if first():
+            shutil.rmtree(target, ignore_errors=True)
+            if folder.is_dir():
+                remove_unfinished(folder, but=target)
         raise CheckpointError(f"cannot write {target}: {error}; earlier checkpoints are untouched") from error
+    return target
+
+
+def make_room(folder: Path, step: int, tree: Any) -> None:
+    """Makes the folder, without what was there of this step.  Raises `CheckpointError` if the disk is too full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder, but=folder / str(step))
+    check_space(folder, tree)
+    (folder / f"{step}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / str(step), ignore_errors=True)
+
+
+def finish(folder: Path, step: int, tree: Any, host: Any, keep: int) -> None:
+    """Declares a step's checkpoint whole, and removes all but the newest `keep`."""
+    write_manifest(folder, step, {"files": checksums(folder / str(step)), "arrays": described(tree), "host": host})
     for old in steps(folder)[:-keep]:
         (folder / f"{old}.json").unlink()
         shutil.rmtree(folder / str(old), ignore_errors=True)
-    return target
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -66,7 +78,20 @@ def restore(folder: str | Path, like: State, step: int | None = None) -> tuple[S
     Raises `CheckpointError` naming the path if there is none, if it is damaged (with the last good one), or if it holds
     another model, method or optimizer.
     """
-    folder = Path(folder).absolute()
+    folder, tree = Path(folder).absolute(), arrays_of(like)
+    step, host = by_first(lambda: newest(folder, tree, step))
+    target = folder / str(step)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(target, wanted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{target} cannot be read: {first_line(error)}; {offer(folder, step)}") from error
+    return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}), host
+
+
+def newest(folder: Path, tree: Any, step: int | None) -> tuple[int, Any]:
+    """The newest step (or `step`) that can be restored into `tree`, and its host's half; else raises."""
     found = steps(folder)
     if not found or (step is not None and step not in found):
         raise CheckpointError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}")
@@ -75,16 +100,9 @@ def restore(folder: str | Path, like: State, step: int | None = None) -> tuple[S
     manifest = damage_free(folder, step)
     if manifest is None:
         raise CheckpointError(f"{target} is damaged (a file does not match its checksum); {offer(folder, step)}")
-    tree = arrays_of(like)
     if differs := difference(manifest["arrays"], described(tree)):
         raise CheckpointError(f"{target} is of another model, method or optimizer: {differs}")
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(target, wanted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{target} cannot be read: {first_line(error)}; {offer(folder, step)}") from error
-    return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}), manifest["host"]
+    return step, manifest["host"]
 
 
 def offer(folder: Path, step: int) -> str:

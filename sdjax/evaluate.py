@@ -13,6 +13,7 @@ from jax import Array
 from sdjax.contexts import question
 from sdjax.generate import GREEDY, Sampling
 from sdjax.policies import Policy
+from sdjax.processes import divided
 from sdjax.rollouts import sample
 from sdjax.types import Example, Messages, Rollout, Verdict
 
@@ -54,7 +55,7 @@ def accuracy(
     `context` is what the policy reads: give a teacher's context to measure the teacher.  `limit` caps the completion.
     """
     rollouts = sample(policy, examples, jax.random.key(0), context=context, sampling=GREEDY, limit=limit)
-    good = sum(verify(r.example, r.text).reward >= success for r in rollouts)
+    good = sum(divided(lambda r: bool(verify(r.example, r.text).reward >= success), rollouts))
     return Accuracy(good / max(len(rollouts), 1), *wilson(good, len(rollouts)), len(rollouts), tuple(rollouts))
 
 

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import Signals
@@ -16,12 +17,12 @@ import grain
 import jax
 import numpy as np
 
-from sdjax import checkpoint, train
+from sdjax import checkpoint, processes, records, sharding, train
 from sdjax.contexts import question
 from sdjax.evaluate import Accuracy, accuracy
-from sdjax.interrupts import Interrupted, Interrupts
-from sdjax.log import RunLog, replace_text
-from sdjax.models import pretrained
+from sdjax.interrupts import Interrupted, Interrupts, SharedInterrupts
+from sdjax.log import NoLog, RunLog, replace_text
+from sdjax.models import adapters, pretrained
 from sdjax.options import nearest
 from sdjax.policies import Environment, Policy
 from sdjax.tokens import collate, encode_context
@@ -69,9 +70,9 @@ def fit(
 ) -> Result:
     """Runs an experiment in a folder and returns its final state and accuracies.
 
-    The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `checkpoints/` and, when the run
-    is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return; `resume=True` goes
-    on from the newest checkpoint, bit for bit as if nothing had happened.
+    The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `rollouts.jsonl`, `checkpoints/`
+    and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
+    `resume=True` goes on from the newest checkpoint, bit for bit as if nothing had happened.
 
     Raises:
       RunError: the folder cannot be used, holds another run or none to resume, the arguments of a resumed run differ,
@@ -81,21 +82,30 @@ def fit(
       Interrupted: a signal came before the run had begun.
     """
     folder, arguments = Path(folder), dict(arguments or {})
-    with Interrupts() as interrupts:
-        check_folder(folder, resume, arguments)
+    shared, mesh = processes.many(), train.mesh_of(experiment)
+    with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh):
+        processes.by_first(lambda: check_folder(folder, resume, arguments))
         check_lengths(experiment)
         try:
-            claim(folder, arguments)
+            processes.by_first(lambda: claim(folder, arguments))
             run = Run(experiment, folder, interrupts)
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
-            step = run.restore() if checkpoint.steps(folder / "checkpoints") else 0
-            run.log = RunLog(folder, run.experiment.steps, step)
+            step = run.restore() if processes.by_first(lambda: checkpoint.steps(folder / "checkpoints")) else 0
+            run.log = RunLog(folder, run.experiment.steps, step) if processes.first() else NoLog()
             if resume:
                 run.log.say(f"going on after step {step}" if step else "no checkpoint yet: from the beginning")
             try:
                 return run.go(step)
             finally:
                 run.log.close()
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if not processes.lost(error):
+                raise
+            time.sleep(3)  # whoever ended on purpose has said so, and is then named
+            raise RunError(
+                f"another process has ended, or cannot be reached ({str(error).splitlines()[0][:200]}): start all of "
+                "them again with --resume"
+            ) from error
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise RunError(f"{folder}: {error.strerror}: free some space and go on with --resume") from error
@@ -122,7 +132,9 @@ def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> No
         raise RunError(f"{folder} holds no run to resume{nearest(str(folder), others)}: start it without --resume")
     if old is not None and not resume:
         raise RunError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
-    if old is not None and old != arguments:
+    # Where it runs may change.
+    old, arguments = ({k: v for k, v in (some or {}).items() if k != "mesh"} for some in (old, arguments))
+    if file.exists() and old != arguments:
         changed = [
             f"{name} was {old.get(name)!r} and is {arguments.get(name)!r}"
             for name in sorted({*old, *arguments})
@@ -183,11 +195,15 @@ class Run:
         self.folder, self.interrupts = folder, interrupts
         self.memory = as_json(experiment.method.memory, "the method's memory")
         self.models = train.models(experiment)
-        self.state = train.initial_state(experiment, experiment.student.params)
+        self.base, start = train.frozen_and_trained(experiment)
+        self.base_checksum = adapters.fingerprint(experiment.student.params, experiment.lora) if self.base else None
+        self.state = train.initial_state(experiment, start)
         self.experiment = dataclasses.replace(experiment, student=experiment.student._replace(params=None))
-        checkpoint.check_space(folder, checkpoint.arrays_of(self.state))
+        arrays = checkpoint.arrays_of(self.state)
+        processes.by_first(lambda: checkpoint.check_space(folder, arrays))
         # Once, not in every step: published parameters lie on the host.
-        self.teachers = {name: jax.device_put(teacher.params) for name, teacher in experiment.teachers.items()}
+        put = jax.device_put if sharding.current() is None else sharding.place_parameters
+        self.teachers = {name: put(teacher.params) for name, teacher in experiment.teachers.items()}
         self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed)
         self.updates = [
             train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
@@ -203,12 +219,12 @@ class Run:
 
     def parameters(self) -> dict[str, Any]:
         """Parameters of every policy but the live one."""
-        return {**self.teachers, **self.state.snapshots}
+        return {**self.base, **self.teachers, **self.state.snapshots}
 
     def environment(self) -> Environment:
         """What `collect` may use now."""
         student, shapes = self.experiment.student, self.experiment.shapes
-        params = {**self.parameters(), "live": self.state.params}
+        params = adapters.completed({**self.parameters(), "live": self.state.params})
         tokenizers = {name: teacher.tokenizer for name, teacher in self.experiment.teachers.items()}
         policies = {
             name: Policy(self.models[name], params[name], tokenizers.get(name, student.tokenizer), shapes)
@@ -243,6 +259,7 @@ class Run:
                 self.evaluate(step)
             with self.interrupts.held():
                 self.step(step)
+                self.interrupts.agree()
                 due = e.save_every and (step + 1) % e.save_every == 0
                 if due or step + 1 == e.steps or self.interrupts.asked:
                     self.save()
@@ -261,11 +278,14 @@ class Run:
     def step(self, step: int) -> None:
         """One batch: collect, update with every objective that is due, refresh the snapshots, record."""
         started = time.perf_counter()
-        key = jax.random.fold_in(self.state.key, step)
+        key = jax.random.fold_in(sharding.own_key(self.state.key), step)
         method = self.experiment.method
         rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
         # Through JSON in every step: what a method remembers is then the same in a run that was never interrupted.
         self.memory = as_json(memory, "the method's memory")
+        if processes.many():
+            written = zlib.crc32(repr([(r.tokens, r.reward, r.group, r.contexts) for r in rollouts]).encode())
+            processes.agree(written, f"rollouts in step {step + 1}: collect depends on more than its arguments")
         collected = time.perf_counter()
         values = self.train_on(step, self.batch(rollouts)) if rollouts else {}
         # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
@@ -275,16 +295,20 @@ class Run:
         jax.block_until_ready(self.state.params)
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
+        values |= records.hedging(rollouts)
         self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
         if not rollouts:
             self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
         if step % 10 == 0 or step + 1 == self.experiment.steps:
             self.log.rollouts(step + 1, rollouts)
+            self.log.tokens(step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(method))
 
     def batch(self, rollouts: Sequence[Rollout]) -> Batch:
         """The padded batch of a step."""
         e = self.experiment
-        return collate(rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.prompts)
+        # Every device of the data axis gets equally many groups of every minibatch.
+        multiple = 1 if sharding.current() is None else sharding.axis_size(sharding.DATA) * e.minibatches
+        return collate(rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.prompts, multiple)
 
     def train_on(self, step: int, batch: Batch) -> dict[str, float]:
         """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
@@ -306,7 +330,7 @@ class Run:
         """One update; its outcome on the host."""
         state = self.state
         params, opt_state, outcome = update(
-            state.params, state.opt_state, self.parameters(), jax.device_put(part), state.step
+            state.params, state.opt_state, self.parameters(), sharding.place_rows(part), state.step
         )
         self.state = state.replace(params=params, opt_state=opt_state)
         return jax.device_get(outcome)
@@ -322,7 +346,8 @@ class Run:
         if self.skipped_in_a_row >= self.experiment.most_skipped:
             path = self.folder / f"skipped-batch-{step + 1}.npz"
             leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-            np.savez(path, **{jax.tree_util.keystr(name, simple=True, separator="/"): x for name, x in leaves})
+            if processes.first():
+                np.savez(path, **{jax.tree_util.keystr(name, simple=True, separator="/"): x for name, x in leaves})
             raise RunError(
                 f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step + 1}; its batch is "
                 f"in {path}: lower the learning rate or look at that batch"
@@ -330,11 +355,13 @@ class Run:
 
     def evaluate(self, step: int) -> Accuracy | None:
         """Greedy accuracy on held-out examples; a signal ends it at once."""
+        self.interrupts.agree()
         self.interrupts.check()
         examples = self.experiment.task.test[: self.experiment.evaluation]
         if not examples:
             return None
         found = accuracy(self.environment().live, examples, self.verify)
+        self.interrupts.agree()
         self.interrupts.check()
         self.log.evaluation(step, {"accuracy": found.solved, "low": found.low, "high": found.high})
         self.log.say(f"held-out accuracy after {step} steps: {found}")
@@ -350,11 +377,15 @@ class Run:
         rows = [("before", self.before), ("after", after)]
         numbers = {name: None if a is None else dict(zip(a._fields[:4], a[:4], strict=True)) for name, a in rows}
         result = {**numbers, "steps": self.experiment.steps, "skipped_updates": self.skipped}
-        replace_text(self.folder / "result.json", json.dumps(result, indent=1))
+        if processes.first():
+            replace_text(self.folder / "result.json", json.dumps(result, indent=1))
         if self.experiment.export:
             student, target = self.experiment.student, self.folder / "model"
-            pretrained.save(target, student.config, jax.device_get(self.state.params), student.tokenizer)
+            params = sharding.to_host(adapters.folded(self.environment().live.params))
+            processes.by_first(lambda: pretrained.save(target, student.config, params, student.tokenizer))
             self.log.say(f"model written to {target}")
+            if self.experiment.lora is not None:
+                self.export_adapter()
         self.log.table(
             f"{self.experiment.task.name}: held-out greedy accuracy, 95 % interval",
             ("", "accuracy", "interval", "examples"),
@@ -365,6 +396,13 @@ class Run:
             ],
         )
 
+    def export_adapter(self) -> None:
+        """Writes `adapter/`, a folder of the peft library."""
+        student, lora, target = self.experiment.student, self.experiment.lora, self.folder / "adapter"
+        trained = sharding.to_host(self.state.params)
+        processes.by_first(lambda: adapters.save_peft(target, student.config, trained, lora))
+        self.log.say(f"adapter written to {target}")
+
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -374,6 +412,7 @@ class Run:
             "position": self.prompts.position(),
             "skipped": [self.skipped, self.skipped_in_a_row],
             "before": None if self.before is None else list(self.before[:4]),
+            "base": self.base_checksum,
         }
         checkpoint.save(self.folder / "checkpoints", self.state, host)
         self.saved = int(self.state.step)
@@ -381,6 +420,11 @@ class Run:
     def restore(self) -> int:
         """Goes back to the newest checkpoint; returns its step."""
         self.state, host = checkpoint.restore(self.folder / "checkpoints", self.state)
+        if host.get("base") != self.base_checksum:
+            raise RunError(
+                f"{self.folder}: its adapters were trained on other weights, or with other options of Lora, than those "
+                "given now: resume with the model and the options that it began with"
+            )
         self.memory = host["memory"]
         self.prompts.go_to(host["position"])
         self.skipped, self.skipped_in_a_row = host["skipped"]

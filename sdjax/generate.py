@@ -8,6 +8,7 @@ same chosen tokens, and `choose` says whose distribution a token is drawn from.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.models.transformer import Transformer, decode, empty_cache, hidden, logits, positions_of
+from sdjax.sharding import constrain_parameters
 
 BLOCK = 256
 """Vocabulary entries summed together in the first level of the inverse distribution function."""
@@ -156,8 +158,12 @@ def generate(
     """
     rows = keys.shape[0]
     # Cast once, not in every step: a decode step reads all parameters.
-    cast = lambda model, tree: jax.tree.map(lambda x: x.astype(model.dtype), tree)
-    params = tuple(cast(model, tree) for model, tree in zip(models, params, strict=True))
+    to = lambda x, dtype: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # quantised ones stay so
+    cast = lambda model, tree: jax.tree.map(lambda x: to(x, model.dtype), tree)
+    # And gathered once, where a mesh splits them over its data axis.
+    params = tuple(
+        constrain_parameters(cast(model, tree), least=math.inf) for model, tree in zip(models, params, strict=True)
+    )
     repeat = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
     limit = jnp.broadcast_to(jnp.minimum(limit, length), (rows,))
 

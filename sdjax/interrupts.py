@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Self
 
+from sdjax.processes import everyone
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to end; `number` is which."""
@@ -62,3 +64,29 @@ class Interrupts:
         """Raises `Interrupted` if a signal has been waiting."""
         if self.asked is not None:
             raise Interrupted(self.asked)
+
+    def agree(self) -> None:
+        """A place where all processes of a run are; with one there is nothing to agree on."""
+
+
+class SharedInterrupts(Interrupts):
+    """The same among several processes: a signal to any of them is heard by all, at the next `agree()`, and only there.
+
+    A process that stopped by itself would leave the others waiting for its part of a program.
+    """
+
+    heard: signal.Signals | None = None
+
+    def note(self, number: int, _: Any) -> None:
+        """The signals' handler."""
+        again, self.heard = self.heard is not None, signal.Signals(number)
+        if again and number == signal.SIGINT:
+            raise Interrupted(self.heard)
+        if not again:
+            os.write(2, f"\n{self.heard.name}: all processes finish this step, then save\n".encode())
+
+    def agree(self) -> None:
+        """Hears of signals to any process; every process must call it."""
+        numbers = [int(n) for n in everyone(self.heard) if n is not None]
+        if numbers and self.asked is None:
+            self.asked = signal.Signals(numbers[0])

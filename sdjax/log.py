@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
-from sdjax.types import Rollout
+from sdjax import records
+from sdjax.types import Rollout, View
 
 SHOWN = {
     "reward": "reward {:.2f}",
@@ -35,7 +36,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunLog:
-    """Writes `metrics.jsonl`, TensorBoard events and `rollouts.txt` into a run folder, and progress to the terminal.
+    """Writes `metrics.jsonl`, TensorBoard events and rollouts into a run folder, and progress to the terminal.
+
+    Rollouts stand in `rollouts.txt` for people and in `rollouts.jsonl` for `sdjax report`.
 
     After a resume at `step`, lines of later steps are dropped first, so that no step is recorded twice.
     """
@@ -45,6 +48,8 @@ class RunLog:
         self.file, self.texts = folder / "metrics.jsonl", folder / "rollouts.txt"
         drop_metrics_after(self.file, step)
         drop_rollouts_after(self.texts, step)
+        self.records = folder / records.ROLLOUTS
+        drop_metrics_after(self.records, step)  # its lines say their step, too
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.steps, self.last_line = steps, -math.inf
         line = TextColumn("{task.fields[line]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
@@ -94,6 +99,10 @@ class RunLog:
                 if r.feedback:
                     file.write(f"-- feedback\n{r.feedback}\n")
 
+    def tokens(self, step: int, rollouts: Sequence[Rollout], tokenizer: Any, views: Mapping[str, View]) -> None:
+        """Writes the first rollouts of a step token by token, for `sdjax report`."""
+        records.append_rollouts(self.records, step, rollouts, tokenizer, views)
+
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
@@ -112,6 +121,14 @@ class RunLog:
         if self.console.is_terminal:
             self.progress.stop()
         self.events.close()
+
+
+class NoLog:
+    """The log of a process that neither writes nor speaks: `RunLog`'s functions, doing nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        getattr(RunLog, name)
+        return lambda *_, **__: None
 
 
 def plain(value: Any) -> Any:

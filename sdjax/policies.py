@@ -15,22 +15,37 @@ from jax import Array
 from sdjax.generate import Completions, Sampling, first, generate
 from sdjax.models.transformer import Transformer
 from sdjax.score import token_signals
+from sdjax.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
 from sdjax.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
 from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A language model that can be sampled and that can score: `params` of `model`, read through `tokenizer`."""
+    """A language model that can be sampled and that can score: `params` of `model`, read through `tokenizer`.
+
+    `writer`, if there is one, samples in place of `sdjax.generate.generate`: see `sdjax.engines`.
+    """
 
     model: Transformer
     params: Any
     tokenizer: Any
     shapes: Shapes
+    writer: Callable[..., list[list[Sample]]] | None = None
 
     @functools.cached_property
     def stop(self) -> tuple[int, ...]:
         return stop_tokens(self.tokenizer)
+
+
+class Sample(NamedTuple):
+    """One completion as the host sees it; `staleness` is how many updates old its writer's weights were, if known."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finished: bool
+    staleness: int | None = None
 
 
 class Environment(NamedTuple):
@@ -46,15 +61,6 @@ class Environment(NamedTuple):
     @property
     def live(self) -> Policy:
         return self.policies["live"]
-
-
-class Sample(NamedTuple):
-    """One completion as the host sees it."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finished: bool
 
 
 def sample(
@@ -84,11 +90,14 @@ def sample(
     encoded = [
         [encode_context(p.tokenizer, c, p.shapes) for c in some] for p, some in zip(together, chats, strict=True)
     ]
+    if isinstance(policies, Policy) and policies.writer is not None:
+        limit = shapes.completion if limit is None else min(limit, shapes.completion)
+        return policies.writer(policies, encoded[0], key, n=n, sampling=sampling or Sampling(), limit=limit)
     per_call = max(1, shapes.rows // n)
     results: list[list[Sample]] = []
     for start in range(0, len(encoded[0]), per_call):
         count = len(encoded[0][start : start + per_call])
-        size = per_call if len(encoded[0]) > per_call else count
+        size = rows_multiple(per_call if len(encoded[0]) > per_call else count)
         rows = np.minimum(np.arange(size), count - 1) + start
         padded = tuple(
             left_pad([some[i] for i in rows], p.shapes.context) for p, some in zip(together, encoded, strict=True)
@@ -97,7 +106,7 @@ def sample(
         done = generate(
             tuple(p.model for p in together),
             tuple(p.params for p in together),
-            padded,
+            place_rows(padded),
             keys,
             sampling or Sampling(),
             jnp.asarray(together[0].stop, jnp.int32),
@@ -105,7 +114,7 @@ def sample(
             length=shapes.completion,
             choose=choose,
         )
-        done = Completions(*jax.device_get(tuple(done)))
+        done = Completions(*to_host(tuple(done)))
         results += [[one_sample(done, i * n + j, tokenizer) for j in range(n)] for i in range(count)]
     return results
 
@@ -134,15 +143,15 @@ def score(
     compiled program).  A view's context is the rollout's own of that name.
     """
     live = environment.live
-    batch = collate(rollouts, views, live.tokenizer, live.shapes)
+    batch = collate(rollouts, views, live.tokenizer, live.shapes, multiple=axis_size(DATA))
     used = {view.policy for view in views.values()}
-    found = jax.device_get(
+    found = to_host(
         compiled_score(
             tuple(sorted(views.items())),
             signals,
             tuple(sorted((name, environment.policies[name].model) for name in used)),
             {name: environment.policies[name].params for name in used},
-            batch,
+            place_rows(batch),
             live.shapes.rows_per_chunk,
             live.shapes.tokens_per_chunk,
         )

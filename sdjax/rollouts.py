@@ -14,6 +14,7 @@ from sdjax import policies
 from sdjax.contexts import question
 from sdjax.generate import Sampling
 from sdjax.policies import Environment, Policy, grouped
+from sdjax.processes import divided
 from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout
 
 
@@ -34,8 +35,9 @@ def sample(
 ) -> list[Rollout]:
     """`n` rollouts of each example, one group per example, in order.  `context` is what the policy reads."""
     written = policies.sample(policy, [context(e) for e in examples], key, n=n, sampling=sampling, limit=limit)
+    age = lambda s: {} if s.staleness is None else {"staleness": s.staleness}
     return [
-        Rollout(example, s.tokens, s.logprobs, s.text, group, source=source, finished=s.finished)
+        Rollout(example, s.tokens, s.logprobs, s.text, group, source=source, finished=s.finished, extras=age(s))
         for group, (example, samples) in enumerate(zip(examples, written, strict=True))
         for s in samples
     ]
@@ -43,10 +45,11 @@ def sample(
 
 def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The rollouts with the verifier's reward and feedback."""
+    # Text by text: only one of several processes judges a rollout.
+    verdicts = divided(lambda r: environment.verify(r.example, r.text), rollouts)
     judged = []
-    for rollout in rollouts:
-        verdict = environment.verify(rollout.example, rollout.text)
-        judged.append(dataclasses.replace(rollout, reward=float(verdict.reward), feedback=verdict.feedback))
+    for rollout, (reward, feedback) in zip(rollouts, verdicts, strict=True):
+        judged.append(dataclasses.replace(rollout, reward=float(reward), feedback=feedback))
     return judged
 
 

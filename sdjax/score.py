@@ -17,6 +17,7 @@ from jax import Array
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
 from sdjax.models.transformer import Transformer
+from sdjax.sharding import with_whole_head
 from sdjax.types import Batch, Context, View
 
 
@@ -112,6 +113,8 @@ def token_signals(
     total, length = batch.completion.shape
     units = math.gcd(*(batch.contexts[name].tokens.shape[0] for name in views))
     row_chunks = divisor_at_least(units, math.ceil(total / rows)) if rows else 1
+    # Not in every chunk of rows and tokens, where a mesh splits it along data.
+    params = {name: with_whole_head(params[name]) for name in {view.policy for view in views.values()}}
     live = batch.present & batch.valid[:, None]
     frozen = {name: view for name, view in views.items() if not view.trainable}
     trained = {name: view for name, view in views.items() if view.trainable}

@@ -87,19 +87,22 @@ def divisors(number: int) -> list[int]:
 
 
 class Rule(NamedTuple):
-    """Parameters whose path matches `pattern` are split over the model axis along `axis`, which counts `what`."""
+    """Parameters of `dims` axes whose path matches `pattern` are split over the model axis along `axis` of `what`."""
 
     pattern: str
+    dims: int
     axis: int
     what: str
 
 
+VOCABULARY = "vocabulary entries"
 RULES = (
-    Rule(r"(^|/)(embed|head)$", 0, "vocabulary entries"),
-    Rule(r"(^|/)attention/qkv$", 1, "kv_heads"),
-    Rule(r"(^|/)attention/(qkv_bias|out)$", 0, "kv_heads"),
-    Rule(r"(^|/)mlp/gate_up$", 2, "hidden units"),
-    Rule(r"(^|/)mlp/down$", 0, "hidden units"),
+    Rule(r"(^|/)(embed|head)$", 2, 0, VOCABULARY),
+    Rule(r"(^|/)attention/qkv$", 4, 1, "kv_heads"),
+    Rule(r"(^|/)attention/qkv_bias$", 3, 0, "kv_heads"),
+    Rule(r"(^|/)attention/out$", 4, 0, "kv_heads"),
+    Rule(r"(^|/)mlp/gate_up$", 3, 2, "hidden units"),
+    Rule(r"(^|/)mlp/down$", 2, 0, "hidden units"),
 )
 """First match wins.  Queries lie with the key and value that they read, so heads are split by groups."""
 
@@ -116,17 +119,14 @@ def parameter_spec(path: str, shape: Sequence[int], sizes: Any, least: float | N
     Raises `MeshError` naming rule and number if something else does not divide.
     """
     axes: list[str | None] = [None] * len(shape)
-    rule = next((r for r in RULES if re.search(r.pattern, path)), None)
-    # An optimizer may keep sums of a parameter, which go by its path and have other axes.
-    whole = rule is not None and len(shape) == 2 + (rule.what == "kv_heads") * 2 + (rule.axis == 2) - ("bias" in path)
-    if whole and sizes[MODEL] > 1:
-        where = rule.axis
-        if shape[where] % sizes[MODEL]:
-            if rule.what != "vocabulary entries":
-                raise indivisible(rule, path, shape, sizes)
-            where = 1 if shape[1] % sizes[MODEL] == 0 else None
-        if where is not None:
-            axes[where] = MODEL
+    # An optimizer may keep sums of a parameter, which go by its path and have fewer axes.
+    rule = next((r for r in RULES if r.dims == len(shape) and re.search(r.pattern, path)), None)
+    if rule is not None and shape[rule.axis] % sizes[MODEL] == 0:
+        axes[rule.axis] = MODEL if sizes[MODEL] > 1 else None
+    elif rule is not None and rule.what != VOCABULARY:
+        raise indivisible(rule, path, shape, sizes)
+    elif rule is not None and shape[1] % sizes[MODEL] == 0:
+        axes[1] = MODEL
     if sizes[DATA] > 1 and math.prod(shape) >= (LEAST if least is None else least):
         fits = [i for i, n in enumerate(shape) if axes[i] is None and n % sizes[DATA] == 0]
         if fits:
@@ -151,7 +151,9 @@ def path_of(path: Sequence[Any]) -> str:
 
 def parameter_specs(tree: Any, sizes: Any, least: float | None = None) -> Any:
     """`parameter_spec` of every leaf (arrays or shapes) of parameters, snapshots or an optimizer's state."""
-    return jax.tree_util.tree_map_with_path(lambda p, x: parameter_spec(path_of(p), x.shape, sizes, least), tree)
+    # A frozen weight beside adapters is split like the parameter in whose place it stands.
+    name = lambda path: path_of(path).removesuffix("/qvalue").removesuffix("/weight")
+    return jax.tree_util.tree_map_with_path(lambda p, x: parameter_spec(name(p), x.shape, sizes, least), tree)
 
 
 def constrain_parameters(tree: Any, least: float | None = None) -> Any:
@@ -160,6 +162,14 @@ def constrain_parameters(tree: Any, least: float | None = None) -> Any:
     if mesh is None:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, parameter_specs(tree, mesh.shape, least))
+
+
+def with_whole_head(params: Any) -> Any:
+    """Inside a compiled program: parameters whose embedding and head are split over the model axis alone."""
+    if current() is None:
+        return params
+    own = {name: params[name] for name in ("embed", "head") if name in params}
+    return {**params, **constrain_parameters(own, least=math.inf)}
 
 
 def place_parameters(tree: Any, least: float | None = None) -> Any:
@@ -205,32 +215,37 @@ def place_whole(tree: Any) -> Any:
 def place(x: Any, spec: P) -> Array:
     """An array that every process has, from the host or a device, laid over the entered mesh."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
-    if isinstance(x, Array) and (jax.process_count() == 1 or not x.is_fully_addressable or is_key(x)):
+    if isinstance(x, Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
         return jax.device_put(x, sharding)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(place(jax.random.key_data(x), spec))
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
-def is_key(x: Any) -> bool:
-    """Whether an array holds typed random keys."""
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+# ---- back to the host -----------------------------------------------------------------------------------------------
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as NumPy arrays on this host; what is split over other hosts' devices is gathered first, by all of them."""
-    apart = [
-        x
-        for x in jax.tree.leaves(tree)
-        if isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-    ]
-    if apart:
-        tree = jax.tree.map(lambda x: gathered(x) if any(x is y for y in apart) else x, tree)
-    return jax.device_get(tree)
+    """Arrays as NumPy arrays on this host.
+
+    What is split over other hosts' devices is gathered first, one array at a time, by all processes together.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: jax.device_get(whole(x)), tree)
 
 
-def gathered(x: Array) -> Array:
-    """An array whole on every device of its mesh."""
+def whole(x: Any) -> Any:
+    """An array of which this process has every part: gathered if it had not."""
+    if not isinstance(x, Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
     return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+
+
+def own_key(key: Array) -> Array:
+    """A random key for what this process does by itself: the same key, on its own device."""
+    return key if current() is None else jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)))
 
 
 def rows_multiple(rows: int) -> int:

@@ -131,14 +131,20 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def collate(
-    rollouts: Sequence[Rollout], views: Mapping[str, View], tokenizer: Any, shapes: Shapes, groups: int = 1
+    rollouts: Sequence[Rollout],
+    views: Mapping[str, View],
+    tokenizer: Any,
+    shapes: Shapes,
+    groups: int = 1,
+    multiple: int = 1,
 ) -> Batch:
     """One padded batch of rollouts: groups in order of appearance, every group padded to the largest.
 
     Args:
       rollouts: at least one.  Rows of a group share the context of every view that is not `per_rollout`.
       views: whose contexts go into the batch.
-      groups: pad to at least this many groups, so that a short batch keeps its shape.
+      groups: pad to at least this many groups, so that a short batch keeps its shape, and to a `multiple` of groups,
+        so that devices have equally many.
 
     Returns:
       A `Batch` of `B = groups * rows per group` rows; padding rows have `valid=False`.
@@ -151,6 +157,7 @@ def collate(
     for rollout in rollouts:
         members.setdefault(rollout.group, []).append(rollout)
     per_group, count = max(len(m) for m in members.values()), max(groups, len(members))
+    count = -(-count // multiple) * multiple
     slots: list[Rollout | None] = []
     for rows in members.values():
         slots += [*rows, *[None] * (per_group - len(rows))]

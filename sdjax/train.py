@@ -12,11 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
+from sdjax.models import adapters
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.score import token_signals
+from sdjax.sharding import (
+    DATA,
+    MeshError,
+    constrain_parameters,
+    current,
+    make_mesh,
+    named,
+    parameter_specs,
+    place_parameters,
+    place_whole,
+)
 from sdjax.tokens import Shapes
 from sdjax.types import Batch, Method, Objective, Task, View
 
@@ -59,7 +72,9 @@ class Experiment:
     and the optimizer stay float32.  `reduce` averages the terms that do not say how.  Evaluation reads `evaluation`
     test examples greedily every `evaluate_every` steps (0: only before and after); `save_every` likewise (0: at the
     end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
-    the final model is also written to the run folder's `model/`, for sdjax and the transformers library.
+    the final model is also written to the run folder's `model/`, for sdjax and the transformers library.  `mesh` is
+    how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.sharding`).
+    With `lora` the student's weights are frozen and adapters trained: they are what is saved and what snapshots hold.
 
     Raises `ExperimentError` where that cannot work.
     """
@@ -83,6 +98,8 @@ class Experiment:
     save_every: int = 0
     most_skipped: int = 3
     export: bool = True
+    mesh: tuple[int, int] | None = None
+    lora: adapters.Lora | None = None
 
     def __post_init__(self):
         check_numbers({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
@@ -114,6 +131,25 @@ def check_views(experiment: Experiment) -> None:
             )
 
 
+def mesh_of(experiment: Experiment) -> Mesh | None:
+    """The mesh that an experiment runs on; `None` is one device.
+
+    Raises `MeshError` if it does not fit the devices, a model or the number of prompts.
+    """
+    mesh = make_mesh(experiment.mesh)
+    if mesh.size == 1:
+        return None
+    groups, shape = experiment.prompts // experiment.minibatches, named(tuple(mesh.shape.values()))
+    if groups % mesh.shape[DATA]:
+        raise MeshError(
+            f"mesh={shape}: prompts={experiment.prompts} in minibatches={experiment.minibatches} do not divide by the "
+            f"{mesh.shape[DATA]} devices of the data axis: take a multiple, or put devices on the model axis"
+        )
+    for model in (experiment.student, *experiment.teachers.values()):
+        parameter_specs(model.params, mesh.shape)
+    return mesh
+
+
 ROUNDING = 1e-6
 """A gradient norm that only rounding makes (a teacher that equals the student, read in batches of another shape): an
 adaptive optimizer would scale it up to whole steps in random directions."""
@@ -140,15 +176,30 @@ class Outcome(NamedTuple):
     useful: Array  # [] bool: False: no gradient at all (or not finite), the state is unchanged
 
 
+def frozen_and_trained(experiment: Experiment) -> tuple[dict[str, Any], Any]:
+    """What an experiment keeps by name among the parameters of other policies, and what it trains.
+
+    Nothing and the student's parameters; with `lora` the frozen weights and the first adapters.
+    """
+    student, lora = experiment.student, experiment.lora
+    if lora is None:
+        return {}, student.params
+    frozen = adapters.base(student.config, place_parameters(student.params), lora)
+    return {adapters.BASE: frozen}, adapters.initial(student.config, lora, jax.random.key(experiment.seed))
+
+
 def initial_state(experiment: Experiment, params: Any) -> State:
     """The state before the first step.  Snapshots start as copies of `params`."""
+    params, start = place_parameters(params), experiment.optimizer.init
     copy = lambda: jax.tree.map(jnp.array, params)
+    if current() is not None:  # split from the start: no device could hold it whole
+        start = jax.jit(lambda params: constrain_parameters(experiment.optimizer.init(params)))
     return State(
-        step=jnp.zeros((), jnp.int32),
+        step=place_whole(jnp.zeros((), jnp.int32)),
         params=copy(),
-        opt_state=experiment.optimizer.init(params),
+        opt_state=start(params),
         snapshots={name: copy() for name in experiment.method.snapshots},
-        key=jax.random.key(experiment.seed),
+        key=place_whole(jax.random.key(experiment.seed)),
     )
 
 
@@ -182,7 +233,7 @@ def make_update(
             objective.views,
             objective.signals,
             models,
-            {**others, "live": params},
+            adapters.completed({**others, "live": params}),
             batch,
             rows=shapes.rows_per_chunk,
             tokens=shapes.tokens_per_chunk,
@@ -191,6 +242,7 @@ def make_update(
 
     def update(params, opt_state, others, batch, step):
         (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, others, batch, step)
+        grads = constrain_parameters(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         useful = finite & (norm > ROUNDING)
@@ -198,6 +250,7 @@ def make_update(
         params, opt_state = jax.lax.cond(
             useful, apply, lambda params, opt_state, _: (params, opt_state), params, opt_state, grads
         )
+        params, opt_state = constrain_parameters(params), constrain_parameters(opt_state)
         return params, opt_state, Outcome(value, terms, norm, finite, useful)
 
     def apply(params, opt_state, grads):
@@ -221,6 +274,7 @@ def refresh_snapshots(method: Method) -> Callable[[Any, Mapping[str, Any], Array
     """The compiled rules of a method's snapshots: `(live params, snapshots, step)` -> snapshots, which are donated."""
 
     def refreshed(live, snapshots, step):
-        return {name: rule(live, snapshots[name], step) for name, rule in method.snapshots.items()}
+        rules = method.snapshots.items()
+        return {name: constrain_parameters(rule(live, snapshots[name], step)) for name, rule in rules}
 
     return jax.jit(refreshed, donate_argnums=1)

@@ -18,15 +18,15 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "tpu
 
 FLOORS = (
     ("kernels/*",),
-    ("types", "models/*", "sharding"),
+    ("types", "models/*", "sharding", "processes", "programs"),
     ("generate", "score", "tokens"),
     (
         *("rollouts", "contexts", "policies", "tasks/*", "diagnostics"),
-        *("controls", "instruments", "host/*"),
+        *("controls", "instruments", "host/*", "engines", "refill", "staleness"),
     ),
     ("methods/*",),
-    ("train", "evaluate", "checkpoint", "log", "options", "interrupts", "fit"),
-    ("report", "report/*", "errors", "cards", "measure", "bench", "plan"),
+    ("train", "evaluate", "checkpoint", "log", "records", "options", "interrupts", "compilation", "fit"),
+    ("report", "report/*", "errors", "cards", "measure", "bench", "planning/*", "pretrain", "study", "testbed"),
     ("__main__",),
 )
 """A module imports from its own floor and from those before it; experiments and tpu stand above all."""

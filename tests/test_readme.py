@@ -56,5 +56,5 @@ def test_every_named_command_and_file_exists():
     for name in re.findall(r"experiments/\w+\.py", README):
         assert (ROOT / name).is_file(), name
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for target in re.findall(r"\bmake ([a-z-]+)", README):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
         assert target in targets, target

@@ -21,6 +21,7 @@ import tiny
 from sdjax import checkpoint
 from sdjax.contexts import question, with_solution
 from sdjax.options import Choice
+from sdjax.sharding import mesh_shape
 from sdjax.tokens import Shapes
 from sdjax.train import Experiment
 from sdjax.types import Example, Method, Rollout, Task
@@ -43,6 +44,7 @@ def experiment(
     minibatches: int = 1,
     bf16: bool = False,
     export: bool = False,
+    mesh: str = "",
     seed: int = 0,
     smoke: bool = False,
 ) -> Experiment:
@@ -70,6 +72,7 @@ def experiment(
         evaluate_every=evaluate_every,
         save_every=save_every,
         export=export,
+        mesh=mesh_shape(mesh),
     )
 
 

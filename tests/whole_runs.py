@@ -99,7 +99,7 @@ def assert_same_end(folder, reference) -> None:
         np.testing.assert_array_equal(array, expected[name], strict=True, err_msg=name)
     assert host == expected_host
     assert repeatable(folder) == repeatable(reference)
-    for name in ("rollouts.txt", "result.json"):
+    for name in ("rollouts.txt", "rollouts.jsonl", "result.json"):
         assert (Path(folder) / name).read_text() == (Path(reference) / name).read_text()
 
 

@@ -22,12 +22,15 @@ class Fields:
     where: str
 
     def refuse(self, sentence: str):
+        """Raises `ModelError`: where, and the sentence."""
         raise ModelError(f"{self.where}: {sentence}")
 
     def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
         value = self.values.get(name)
         value = default if value is None else value
         if value is None:
@@ -38,12 +41,14 @@ class Fields:
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
+        """A positive whole number."""
         value = self.number(name, default)
         if not isinstance(value, int):
             self.refuse(f"the field {name!r} must be a whole number, found {value!r}")
         return value
 
     def names(self, name: str, default: list[str]) -> list[str]:
+        """A list of texts."""
         value = self.values.get(name)
         value = default if value is None else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
@@ -51,6 +56,7 @@ class Fields:
         return list(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
         value = self.values.get(name)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -58,6 +64,7 @@ class Fields:
         return value
 
     def section(self, name: str) -> dict[str, Any]:
+        """An object; none is an empty one."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, Mapping):
             self.refuse(f"the field {name!r} must be an object, found {value!r}")
@@ -65,6 +72,7 @@ class Fields:
 
 
 def read_fields(config: Mapping[str, Any] | str | Path) -> Fields:
+    """The fields of a config.json: what it holds, the file, or its folder.  Raises `ModelError`."""
     if isinstance(config, Mapping):
         return Fields(config, "config.json")
     path = Path(config)

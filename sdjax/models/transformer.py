@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.models.adapters import Adapted
 from sdjax.models.configs import ModelConfig
 from sdjax.models.recompute import recomputed
 from sdjax.models.ropes import Rope
@@ -88,6 +89,8 @@ def project(x: Array, weights: Array) -> Array:
 
     An einsum over the same axes computes the same, but its transposes copy every weight and every weight's gradient.
     """
+    if isinstance(weights, Adapted):
+        return weights.applied(x)
     if current() is not None:
         # Flattened, axes that are split over devices could no longer be told from those that are not.
         return jax.lax.dot_general(x, weights.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
@@ -134,7 +137,10 @@ class Attention(nn.Module):
         segments = [(key, value, own_reach)]
         if past is not None:
             segments.insert(0, (*past, past_reach))
-        return jnp.einsum("bskgh,kghd->bsd", attend(query, segments, score_bias), out.astype(x.dtype)), key, value
+        read = attend(query, segments, score_bias)
+        if isinstance(out, Adapted):
+            return out.applied(read, inputs=3), key, value
+        return jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype)), key, value
 
     def normalised(self, query, key):
         """RMS norm of queries and keys, per head or over all heads together."""

@@ -14,6 +14,7 @@ from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.planning.chips import PlanError
 from sdjax.policies import Environment, Policy
+from sdjax.pretrain import word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
 from sdjax.tokens import Shapes, collate
 from sdjax.train import all_views
@@ -21,36 +22,17 @@ from sdjax.types import Batch, Context, Method, Verdict
 
 KEYS = 8
 SHAPES = Shapes(context=160, completion=8, rows=8, tokens_per_chunk=None)
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"
-
-
-@functools.cache
-def tokenizer() -> Any:
-    """A word-level tokenizer with a chat template; words that the recall task does not use are all `<unk>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ("<pad>", "<end>", "<unk>", "user:", "assistant:", "system:", *vocabulary(keys=KEYS))
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=TEMPLATE,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @functools.cache
 def policy() -> Policy:
-    """A random model of two layers."""
-    sizes = {"vocab_size": len(tokenizer()), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    """A random model of two layers, and a tokenizer that knows the recall task's words."""
+    tokenizer = word_tokenizer(vocabulary(keys=KEYS))
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
     rest = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
     model = Transformer(from_hf({**sizes, **heads, **rest}))
-    return Policy(model, initialise(model, jax.random.key(0)), tokenizer(), SHAPES)
+    return Policy(model, initialise(model, jax.random.key(0)), tokenizer, SHAPES)
 
 
 def coin(example: Any, text: str) -> Verdict:
@@ -72,7 +54,7 @@ def sketched(method: Method, prompts: int = 2) -> Batch:
     for attempt in range(10):
         rollouts, memory = method.collect(environment, more(), jax.random.key(attempt), memory)
         if rollouts:
-            return collate(rollouts, all_views(method), tokenizer(), SHAPES)
+            return collate(rollouts, all_views(method), policy().tokenizer, SHAPES)
     raise PlanError("the method kept no rollout in ten batches of a random model, so nothing is known of its batches")
 
 

@@ -1,0 +1,112 @@
+"""Where a teacher hedges: how likely a hedge is after a right and after a wrong result of the student, by who reads what.
+
+    python experiments/degrade/hedging.py
+
+The student's own attempts are scored under its own context and under a teacher's, a correct peer with and without its
+thinking.  Distillation moves the student's hedges towards the teacher's: where the student cannot tell right from wrong,
+towards an average over both.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from sdjax import testbed
+from sdjax.contexts import question
+from sdjax.methods.sdpo import peer_or_feedback
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Environment, Policy, score
+from sdjax.rollouts import attempts
+from sdjax.study import arm, shown, table
+from sdjax.tasks import scratchpad
+from sdjax.types import Rollout, View
+
+READERS = {"question": None, "s without thinking": False, "s": True}
+"""What is read: nothing more, or a correct peer without or with its thinking."""
+
+
+def first_results(words: list[str], left: int, digits: int) -> list[tuple[int, bool]]:
+    """Where the token after each step's first result stands, and whether that result is right."""
+    found, at = [], 0
+    while at < len(words) and words[at] != "</think>":
+        if words[at] in scratchpad.LABELS and "=" in words[at:]:
+            equals = words.index("=", at)
+            place, said = equals + 1 + digits, "".join(words[equals + 1 : equals + 1 + digits])
+            right = "".join(words[at + 2 : equals])
+            if place >= len(words) or not (said.isdigit() and right.isdigit()):
+                return found
+            correct = scratchpad.applied(left, words[at + 1], int(right), digits)
+            found.append((place, int(said) == correct))
+            end = words.index(";", place) if ";" in words[place:] else len(words)
+            last = "".join(words[end - digits : end])
+            left, at = int(last) if last.isdigit() else int(said), end
+        at += 1
+    return found
+
+
+def measured(policy: Policy, problems: int, group: int, seed: int) -> dict:
+    """Mean probability of a hedge after right and after wrong results: `{reader: {"right": ..., "wrong": ...}}`."""
+    examples = scratchpad.scratchpad(train_size=problems, test_size=1, seed=seed).train
+    environment = Environment({"live": policy}, scratchpad.verify)
+    rollouts = attempts(environment, examples, jax.random.key(seed), n=group)
+    hedges = jnp.asarray(policy.tokenizer.convert_tokens_to_ids(list(scratchpad.HEDGES)))
+    signals = lambda dist, token: {"hedge": jnp.exp(dist["reader"])[..., hedges].sum(-1)}
+    tell = {name: peer_or_feedback(thinking=bool(told), use_feedback=False) for name, told in READERS.items()}
+    taught = [r for r in rollouts if tell["s"](r, rollouts)]
+    found = {}
+    for name, told in READERS.items():
+        context = lambda r, name=name, told=told: question(r.example) if told is None else tell[name](r, rollouts)
+        read = [r.read_by(reader=context(r)) for r in taught]
+        scored = score(environment, read, {"reader": View(per_rollout=True)}, signals) if read else []
+        found[name] = by_result(scored, policy.tokenizer)
+    return found
+
+
+def by_result(rollouts: list[Rollout], tokenizer) -> dict[str, float]:
+    """The mean `hedge` after right and wrong first results, and the share of wrong ones."""
+    chances: dict[bool, list[float]] = {True: [], False: []}
+    for r in rollouts:
+        digits, words = r.example.meta["digits"], tokenizer.convert_ids_to_tokens(list(r.tokens))
+        start = int(r.example.prompt[0]["content"].split(" a ")[0].replace(" ", ""))
+        for place, right in first_results(words, start, digits):
+            chances[right].append(float(r.extras["hedge"][place]))
+    mean = lambda values: float(np.mean(values)) if values else 0.0
+    count = max(len(chances[True]) + len(chances[False]), 1)
+    return {"right": mean(chances[True]), "wrong": mean(chances[False]), "share wrong": len(chances[False]) / count}
+
+
+def study(
+    *,
+    out: str = "runs/degrade",
+    model: str = "",
+    problems: int = 64,
+    group: int = 8,
+    seeds: int = 3,
+    smoke: bool = False,
+) -> str:
+    """Measures the chance of a hedge after right and wrong results.
+
+    Args:
+      out: the folder of results; what is there already is not measured again.
+      model: a model's folder instead of the base model.
+      problems, group: training problems, and attempts at each.
+      seeds: sets of problems and samples.
+      smoke: a base model that knows nothing and a few problems.
+    """
+    problems, group, seeds = (2, 2, 1) if smoke else (problems, group, seeds)
+    base, identity = testbed.student(model, smoke)
+    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    runs = []
+    for seed in range(seeds):
+        arguments = {"model": identity, "problems": problems, "group": group, "seed": seed}
+        runs.append(arm(out, "hedging", arguments, lambda _, seed=seed: measured(policy, problems, group, seed)))
+    kinds = ("right", "wrong", "share wrong")
+    rows = [[name, *(shown([r[name][kind] for r in runs], 100) for kind in kinds)] for name in READERS]
+    return table(("reads besides the question", "after a right result, %", "after a wrong one, %", "wrong, %"), rows)
+
+
+if __name__ == "__main__":
+    print(tyro.cli(study))

@@ -1,0 +1,132 @@
+"""Fine-tuning on correct traces written with and without the solution (Kim et al. 2026, arXiv:2603.24472, section 4, Table 2).
+
+    python experiments/degrade/off_policy.py
+
+The same questions, all traces correct: unguided ones, and ones written after reading such an unguided trace.  Guided traces
+are shorter, so a second arm reads more of them, up to the same number of tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import optax
+import tyro
+
+from sdjax import policies, testbed
+from sdjax.contexts import question, with_solution
+from sdjax.methods.sft import sft
+from sdjax.models.pretrained import Pretrained
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Policy
+from sdjax.study import arm, shown, table, trained
+from sdjax.tasks import scratchpad
+from sdjax.train import Experiment
+from sdjax.types import Example
+
+ARMS = ("unguided", "guided", "guided, equal tokens")
+
+
+def correct_texts(policy: Policy, examples: list[Example], key, n: int, context=question) -> dict[str, str]:
+    """The first correct of `n` answers to each example, `{id: text}`; examples without one are left out."""
+    found = {}
+    written = policies.sample(policy, [context(e) for e in examples], key, n=n)
+    for example, some in zip(examples, written, strict=True):
+        good = [s.text for s in some if scratchpad.verify(example, s.text).reward >= 0.5]
+        if good:
+            found[example.id] = good[0]
+    return found
+
+
+def traces(base: Pretrained, train_size: int, samples: int, seed: int, only_correct: bool) -> dict:
+    """Unguided and guided correct traces of the same training problems: `{"unguided": {id: text}, "guided": ...}`."""
+    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    examples = list(scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed).train)
+    if not only_correct:  # a model that knows nothing
+        return {kind: {e.id: e.solution for e in examples} for kind in ("unguided", "guided")}
+    alone, told = jax.random.split(jax.random.key(seed))
+    unguided = correct_texts(policy, examples, alone, samples)
+    examples = [e for e in examples if e.id in unguided]
+    guided = correct_texts(policy, examples, told, samples, lambda e: with_solution(question(e), unguided[e.id]))
+    return {"unguided": {name: unguided[name] for name in guided}, "guided": guided}
+
+
+def fine_tuning(base: Pretrained, texts: dict[str, str], train_size: int, steps: int, batch: int, lr: float, seed: int):
+    """One run of SFT on texts by example id."""
+    task = scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed)
+    return Experiment(
+        method=sft(texts=lambda e: texts[e.id]),
+        task=task._replace(train=tuple(e for e in task.train if e.id in texts)),
+        student=base,
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.01)),
+        shapes=testbed.SHAPES,
+        steps=steps,
+        prompts=batch,
+        seed=seed,
+        evaluation=0,
+        save_every=0,
+        export=False,
+    )
+
+
+def study(
+    *,
+    out: str = "runs/degrade",
+    model: str = "",
+    steps: int = 32,
+    batch: int = 32,
+    lr: float = 1e-3,
+    train_size: int = 256,
+    samples: int = 4,
+    problems: int = 128,
+    seeds: int = 3,
+    smoke: bool = False,
+) -> str:
+    """Writes both sets of traces, fine-tunes on them, and shows how all families fare.
+
+    Args:
+      out: the folder of results; finished arms are not run again, interrupted ones go on.
+      model: a model's folder instead of the base model.
+      steps: batches of the arms that see equally many traces.
+      batch: traces per batch.
+      lr: learning rate of AdamW.
+      train_size: training problems; those without a correct trace of either kind are left out.
+      samples: attempts at a correct trace.
+      problems: held-out problems of each family.
+      seeds: of problems, traces, order and samples.
+      smoke: two steps on reference solutions with a base model that knows nothing.
+    """
+    if smoke:
+        steps, batch, train_size, samples, problems, seeds = 2, 2, 4, 2, 2, 1
+    families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
+    base, identity = testbed.student(model, smoke)
+    common = {"model": identity, "train_size": train_size, "samples": samples}
+    runs: dict[str, list] = {name: [] for name in ARMS}
+    for seed in range(seeds):
+        write = partial(traces, base, train_size, samples, seed, not smoke)
+        texts = arm(out, "traces", {**common, "seed": seed}, lambda _, write=write: write())
+        tokens = {kind: sum(len(t.split()) + 1 for t in some.values()) for kind, some in texts.items()}
+        more = round(steps * tokens["unguided"] / tokens["guided"])
+        measured = testbed.held_out_problems(problems, seed, families)
+        probe = partial(testbed.everywhere, problems=measured, key=jax.random.key(1000 + seed))
+        for name in ARMS:
+            many = more if name == "guided, equal tokens" else steps
+            e = fine_tuning(base, texts[name.split(",")[0]], train_size, many, batch, lr, seed)
+            arguments = {**common, "arm": name, "steps": many, "batch": batch, "lr": lr}
+            arguments |= {"problems": problems, "seed": seed}
+            run = partial(trained, e, probe=probe, every=many)
+            runs[name].append(arm(out, "off-policy", arguments, lambda f, run=run: run(f)))
+    rows = []
+    for name, at in (("base", 0), *((name, -1) for name in ARMS)):
+        some = [r[at] for r in runs[ARMS[0] if name == "base" else name]]
+        of = lambda what, kind, scale=1.0, some=some: shown([r[kind][what] for r in some], scale)
+        sets = [of("accuracy", f.name, 100) for f in families]
+        many = "0" if name == "base" else shown([r["step"] for r in some], digits=0)
+        rows.append([name, many, *sets, of("length", "in_domain"), of("epistemic", "in_domain")])
+    sets = [f"{f.name.replace('_', ' ')}, %" for f in families]
+    return table(("texts", "steps", *sets, "length", "E(y)"), rows)
+
+
+if __name__ == "__main__":
+    print(tyro.cli(study))

@@ -1,0 +1,92 @@
+"""How rich a context is and what the teacher does with it (Kim et al. 2026, arXiv:2603.24472, section 3 and Table 1).
+
+    python experiments/degrade/richness.py
+
+Contexts are the base model's own correct answers, as in the paper: for problems it solves sometimes, the first correct of
+eight, with and without its thinking, and what it writes when it has read that (regeneration).
+"""
+
+from __future__ import annotations
+
+import jax
+import tyro
+
+from sdjax import policies, testbed
+from sdjax.contexts import question, with_solution, without_thinking
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Policy
+from sdjax.study import arm, behaviour, shown, table
+from sdjax.tasks import scratchpad
+from sdjax.types import Example
+
+LEVELS = ("none", "answer", "steps", "regeneration", "full solution")
+
+
+def first_correct(policy: Policy, examples: list[Example], key, n: int, context=question) -> list[tuple[int, str]]:
+    """For each example: how many of `n` answers are correct, and the first of them (else the first)."""
+    found = []
+    written = policies.sample(policy, [context(e) for e in examples], key, n=n)
+    for example, some in zip(examples, written, strict=True):
+        good = [s.text for s in some if scratchpad.verify(example, s.text).reward >= 0.5]
+        found.append((len(good), (good or [s.text for s in some])[0]))
+    return found
+
+
+def sweep(policy: Policy, problems: int, samples: int, seed: int) -> dict:
+    """Behaviour at every level on problems with some, but not all but one, correct answers: `{level: behaviour}`."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    examples = list(scratchpad.scratchpad(train_size=1, test_size=problems, seed=100 + seed).test)
+    tried = first_correct(policy, examples, keys[0], samples)
+    kept = [(e, text) for e, (good, text) in zip(examples, tried, strict=True) if 1 <= good <= 3 * samples // 4]
+    kept = kept or [(e, e.solution) for e in examples]  # a model that knows nothing
+    examples, peer = [e for e, _ in kept], {e.id: text for e, text in kept}
+    full = lambda e: with_solution(question(e), peer[e.id])
+    again = {
+        e.id: t for e, (_, t) in zip(examples, first_correct(policy, examples, keys[1], samples, full), strict=True)
+    }
+    contexts = {
+        "none": question,
+        "answer": lambda e: with_solution(question(e), testbed.answer_only(e)),
+        "steps": lambda e: with_solution(question(e), without_thinking(peer[e.id])),
+        "regeneration": lambda e: with_solution(question(e), again[e.id]),
+        "full solution": full,
+    }
+    measure = lambda context: behaviour(policy, examples, scratchpad.verify, keys[2], n=samples, context=context)
+    return {"kept": len(kept), **{level: measure(context) for level, context in contexts.items()}}
+
+
+def study(
+    *,
+    out: str = "runs/degrade",
+    model: str = "",
+    problems: int = 96,
+    samples: int = 8,
+    seeds: int = 3,
+    smoke: bool = False,
+) -> str:
+    """Measures the teacher at every level of context.
+
+    Args:
+      out: the folder of results; what is there already is not measured again.
+      model: a model's folder instead of the base model.
+      problems: held-out problems per seed, of which those solved sometimes are kept.
+      samples: answers per problem and level.
+      seeds: sets of problems and samples.
+      smoke: a base model that knows nothing and a few problems.
+    """
+    problems, samples, seeds = (3, 2, 1) if smoke else (problems, samples, seeds)
+    base, identity = testbed.student(model, smoke)
+    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    runs = []
+    for seed in range(seeds):
+        arguments = {"model": identity, "problems": problems, "samples": samples, "seed": seed}
+        runs.append(arm(out, "richness", arguments, lambda _, seed=seed: sweep(policy, problems, samples, seed)))
+    rows = []
+    for level in LEVELS:
+        of = lambda what, scale=1.0, level=level: shown([r[level][what] for r in runs], scale)
+        rows.append([level, of("accuracy", 100), of("length"), of("epistemic"), of("density")])
+    return table(("context", "accuracy, %", "length", "E(y)", "E(y) per 1,000 tokens"), rows)
+
+
+if __name__ == "__main__":
+    print(tyro.cli(study))

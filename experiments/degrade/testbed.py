@@ -1,0 +1,80 @@
+"""The study's base model and its facts: what it can do alone, what each context adds, and what its hedges are worth.
+
+    python experiments/degrade/testbed.py
+
+The first call pre-trains the model (minutes) and keeps it in the user's cache folder, or in `SDJAX_TESTBED`.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import jax
+import tyro
+
+from sdjax import testbed
+from sdjax.contexts import question, with_solution, without_thinking
+from sdjax.generate import GREEDY
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Policy
+from sdjax.study import arm, behaviour, forbidding, shown, table
+from sdjax.tasks import scratchpad
+from sdjax.tasks.scratchpad import FAMILIES, HEDGES, Family
+
+CONTEXTS = {
+    "none": question,
+    "answer": lambda e: with_solution(question(e), testbed.answer_only(e)),
+    "steps": lambda e: with_solution(question(e), without_thinking(e.solution)),
+    "full solution": lambda e: with_solution(question(e), e.solution),
+}
+"""What a context says, from nothing to the whole reference."""
+
+
+def facts(policy: Policy, problems: int, seed: int, families: tuple[Family, ...] = FAMILIES) -> dict:
+    """Every way of decoding on the families' held-out problems: `{way: {family: behaviour}}`."""
+    ids = policy.tokenizer.convert_tokens_to_ids(list(HEDGES))
+    ways = {name: {"context": context} for name, context in CONTEXTS.items()}
+    ways |= {"none, hedges forbidden": {"choose": forbidding(ids)}, "none, greedy": {"sampling": GREEDY}}
+    found = {}
+    for name, examples in testbed.held_out_problems(problems, seed, families).items():
+        measure = partial(behaviour, policy, examples, scratchpad.verify, jax.random.key(seed))
+        for way, how in ways.items():
+            found.setdefault(way, {})[name] = measure(**how)
+    return found
+
+
+def study(
+    *, out: str = "runs/degrade", model: str = "", problems: int = 128, seeds: int = 3, smoke: bool = False
+) -> str:
+    """Makes the base model and measures it.
+
+    Args:
+      out: the folder of results; what is there already is not measured again.
+      model: a model's folder instead of the base model.
+      problems: held-out problems per family and seed.
+      seeds: sets of problems and samples.
+      smoke: a base model that knows nothing and a few problems.
+    """
+    problems, seeds = (4, 1) if smoke else (problems, seeds)
+    families = FAMILIES[:1] if smoke else FAMILIES
+    started = time.perf_counter()
+    if not (model or smoke):
+        testbed.base(report=lambda step, loss: print(f"step {step}: loss {loss:.3f}", flush=True))
+    base, identity = testbed.student(model, smoke)
+    print(f"base model {identity} after {time.perf_counter() - started:.0f} s", flush=True)
+    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    runs = []
+    for seed in range(seeds):
+        arguments = {"model": identity, "problems": problems, "seed": seed}
+        runs.append(arm(out, "facts", arguments, lambda _, seed=seed: facts(policy, problems, seed, families)))
+    rows = []
+    for family in (f.name for f in families):
+        for way in runs[0]:
+            of = lambda what, scale=1.0, way=way, family=family: shown([r[way][family][what] for r in runs], scale)
+            rows.append([family, way, of("accuracy", 100), of("length"), of("epistemic"), of("density")])
+    return table(("problems", "context", "accuracy, %", "length", "E(y)", "E(y) per 1,000 tokens"), rows)
+
+
+if __name__ == "__main__":
+    print(tyro.cli(study))

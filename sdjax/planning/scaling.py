@@ -1,0 +1,104 @@
+"""How an update's exchanges and arithmetic grow with the mesh, from programs compiled for virtual devices.
+
+Not speed: devices that share one processor's cores say nothing of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sdjax import programs, sharding, train
+from sdjax.contexts import question, with_solution
+from sdjax.models.transformer import Transformer, initialise
+from sdjax.options import Choice
+from sdjax.planning import sketch
+from sdjax.planning.plan import laid_parameters, laid_rows, laid_whole, model_config, refuse_other_teachers
+from sdjax.tokens import Shapes
+
+
+class Row(NamedTuple):
+    """One mesh: what one device does and receives in one update."""
+
+    mesh: tuple[int, int]
+    prompts: int
+    flops: float
+    state: float  # bytes of parameters, optimizer and snapshots
+    exchanged: dict[str, float]  # bytes received, by kind of exchange
+
+
+def scaling(
+    *,
+    method: Choice,
+    model: str = "qwen3-1.7b",
+    layers: int = 2,
+    meshes: tuple[str, ...] = ("1x1", "2x1", "4x1", "8x1", "1x2", "1x4", "1x8", "4x2", "2x4"),
+    prompts: int = 8,
+    weak: bool = False,
+    context: int = 64,
+    completion: int = 64,
+    tokens_per_chunk: int | None = 1024,
+) -> list[Row]:
+    """The cost of a method's updates on each mesh.
+
+    Args:
+      model: a public model's name; `layers` of its layers are compiled, since all are alike.
+      meshes: devices along the data and the model axis.
+      prompts: problems per step in all, or with `weak` for every device of the data axis.
+      context: tokens of the student's context; the other views' have those of a completion more.
+      completion: tokens of an attempt.
+      tokens_per_chunk: positions whose logits are held at once.
+    """
+    config = model_config(model)
+    config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers])
+    built = method(lesson=lambda rollout, rollouts: with_solution(question(rollout.example), rollout.example.solution))
+    refuse_other_teachers(built)
+    sketched = sketch.sketched(built)
+    rows, lengths = sketch.rows_per_prompt(sketched), {v: context + completion for v in sketched.contexts}
+    found = []
+    for shape in map(sharding.mesh_shape, meshes):
+        count = prompts * (shape[0] if weak else 1)
+        batch = sketch.sized(sketched, count, rows, completion, {**lengths, "student": context})
+        shapes = Shapes(context, completion, count * rows, None, tokens_per_chunk)
+        with sharding.on(sharding.make_mesh(shape, jax.devices()[: shape[0] * shape[1]])):
+            found.append(row_of(built, Transformer(config), batch, shapes, shape, count))
+    return found
+
+
+def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: tuple[int, int], prompts: int) -> Row:
+    """The cost of all objectives' updates of one batch on the entered mesh."""
+    optimizer = optax.adamw(1e-6)
+    params = laid_parameters(jax.eval_shape(lambda: initialise(network, jax.random.key(0))))
+    opt_state = laid_parameters(jax.eval_shape(optimizer.init, params))
+    snapshots, networks = dict.fromkeys(method.snapshots, params), dict.fromkeys(("live", *method.snapshots), network)
+    flops, exchanged = 0.0, {}
+    for objective in method.objectives:
+        update = train.make_update(objective, networks, optimizer, shapes)
+        text = (
+            update.lower(params, opt_state, snapshots, laid_rows(batch), laid_whole(dtype=jnp.int32))
+            .compile()
+            .as_text()
+        )
+        flops += programs.product_flops(text)
+        for kind, size in programs.collective_bytes(text).items():
+            exchanged[kind] = exchanged.get(kind, 0.0) + size
+    state = programs.bytes_on_device((params, opt_state, snapshots))
+    return Row(mesh, prompts, flops, state, exchanged)
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
+    kinds = sorted({kind for row in rows for kind in row.exchanged})
+    lines = [
+        "| mesh | prompts | GFLOP per device | state MB | " + " | ".join(f"{kind} MB" for kind in kinds) + " |",
+        "|" + "---|" * (4 + len(kinds)),
+    ]
+    for row in rows:
+        cells = [sharding.named(row.mesh), str(row.prompts), f"{row.flops / 1e9:.1f}", f"{row.state / 1e6:.0f}"]
+        cells += [f"{row.exchanged.get(kind, 0.0) / 1e6:.1f}" for kind in kinds]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""What a compiled program costs, read from its text: collectives by kind and bytes, FLOPs, memory by term.
+
+All figures are of one device and one call.  Instructions inside loops count as often as the loop runs where XLA knows
+how often that is, and `trips` times where it does not: a sampler's loop, which ends when every row has ended.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
+"""Of element types whose name does not end with their bits (`f32`, `s8`, `u4`, ...); an unknown one counts nothing."""
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%?[\w.-]+)"
+)
+
+
+class Instruction(NamedTuple):
+    """One line of a program: its result's type, what it does, and the rest of the line (operands, attributes)."""
+
+    name: str
+    type: str
+    kind: str
+    rest: str
+
+
+class Collective(NamedTuple):
+    """One exchange between devices: the result's shapes, how many devices take part, how often it happens."""
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: float  # of the result on one device, of one exchange
+    devices: int
+    times: int
+
+    @property
+    def moved(self) -> float:
+        """Bytes that one device receives over all exchanges, with ring algorithms."""
+        others = self.devices - 1
+        share = {"all-reduce": 2 * others / self.devices, "reduce-scatter": others, "collective-permute": 1.0}
+        return self.times * self.bytes * share.get(self.kind, others / self.devices)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def shapes_of(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Element type and shape of every array in a type: `(f32[2,3]{1,0}, s32[])` -> `[("f32", (2, 3)), ("s32", ())]`."""
+    found = re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", type_text)
+    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in found]
+
+
+def bytes_of(kind: str, shape: tuple[int, ...]) -> float:
+    """Bytes of an array."""
+    digits = re.search(r"^[a-z]+(\d+)", kind)
+    return math.prod(shape) * BITS.get(kind, int(digits[1]) if digits else 0) / 8
+
+
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of every computation of a compiled program's text, and the name of its entry."""
+    found: dict[str, list[Instruction]] = {}
+    current, entry = None, ""
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            current = found.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (parts := INSTRUCTION.match(line)):
+            current.append(Instruction(*parts.groups()))
+    return found, entry
+
+
+def times(parts: Mapping[str, list[Instruction]], entry: str, trips: int = 1) -> dict[str, int]:
+    """How often every computation runs in one call.  All branches of a condition count, as if each were taken."""
+    found = dict.fromkeys(parts, 0)
+
+    def visit(name: str, often: int) -> None:
+        found[name] += often
+        for instruction in parts[name]:
+            for _, called in CALLED.findall(instruction.rest):
+                for other in re.findall(r"[\w.-]+", called):
+                    if other in parts:
+                        visit(other, often * (loop_trips(instruction, trips) if instruction.kind == "while" else 1))
+
+    visit(entry, 1)
+    return found
+
+
+def loop_trips(loop: Instruction, unknown: int) -> int:
+    """How often a loop's body runs, if XLA says so."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    return int(known[1]) if known else unknown
+
+
+def group_size(rest: str, everybody: int) -> int:
+    """How many devices exchange with one another: XLA lists groups, or tiles them, or names axes of a mesh.
+
+    Raises `ValueError` for another form: a guess would be a wrong figure.
+    """
+    if "source_target_pairs=" in rest or "replica_groups={}" in rest:
+        return 2 if "source_target_pairs=" in rest else everybody
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(tiled[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(listed[1].split(","))
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", meshed[1]))
+        # A part of an axis is written 'axis':(before)size.
+        named = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", meshed[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    written = rest[rest.find("replica_groups=") :][:200]
+    raise ValueError(f"which devices take part cannot be read from {written!r}")
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+def collectives(text: str, trips: int = 1) -> list[Collective]:
+    """Every exchange between devices in a compiled program's text."""
+    parts, entry = computations(text)
+    often, found = times(parts, entry, trips), []
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    everybody = int(partitions[1]) if partitions else 1
+    for name, instructions in parts.items():
+        for x in instructions:
+            kind = x.kind.removesuffix("-start")
+            if kind not in KINDS or not often[name]:
+                continue
+            arrays = shapes_of(x.type)
+            # What starts an exchange in the background lists its operands first.
+            arrays = arrays[len(arrays) // 2 :] if x.kind.endswith("-start") and kind != "all-reduce" else arrays
+            size = sum(bytes_of(*a) for a in arrays)
+            found.append(
+                Collective(kind, tuple(s for _, s in arrays), size, group_size(x.rest, everybody), often[name])
+            )
+    return found
+
+
+def collective_bytes(text: str, trips: int = 1) -> dict[str, float]:
+    """Bytes that one device receives in one call, by kind of exchange; kinds that do not occur are left out."""
+    totals: dict[str, float] = {}
+    for c in collectives(text, trips):
+        totals[c.kind] = totals.get(c.kind, 0.0) + c.moved
+    return totals
+
+
+def product_flops(text: str, trips: int = 1) -> float:
+    """FLOP of all matrix products of one device: two per multiply-add, loops counted."""
+    parts, entry = computations(text)
+    often, total = times(parts, entry, trips), 0.0
+    for name, instructions in parts.items():
+        shapes = {x.name: shapes_of(x.type)[0][1] for x in instructions if shapes_of(x.type)}
+        for x in instructions:
+            if x.kind != "dot":
+                continue
+            operand = shapes_of(x.rest.split(")")[0])
+            left = operand[0][1] if operand else shapes[re.search(r"%?([\w.-]+)", x.rest)[1]]
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.rest)
+            inner = math.prod(left[int(i)] for i in contracted[1].split(",") if i) if contracted else 1
+            total += 2.0 * often[name] * inner * math.prod(shapes_of(x.type)[0][1])
+    return total
+
+
+def memory(compiled: Any) -> dict[str, float]:
+    """Bytes of a compiled program on one device: what comes in, goes out, is reused, and lies between."""
+    stats = compiled.memory_analysis()
+    return {
+        "arguments": float(stats.argument_size_in_bytes),
+        "outputs": float(stats.output_size_in_bytes),
+        "donated": float(stats.alias_size_in_bytes),
+        "temporary": float(stats.temp_size_in_bytes),
+        "code": float(stats.generated_code_size_in_bytes),
+    }
+
+
+def bytes_on_device(tree: Any) -> float:
+    """Bytes of one device's part of a tree of arrays, or of shapes with a sharding."""
+
+    def own(x: Any) -> float:
+        sharding = getattr(x, "sharding", None)
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        itemsize = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype.itemsize
+        return float(math.prod(shape) * itemsize)
+
+    return sum(own(x) for x in jax.tree.leaves(tree))

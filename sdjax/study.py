@@ -1,0 +1,152 @@
+"""Studies: arms that are run once, what they measured in files, and means over seeds with their intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax import checkpoint, policies
+from sdjax.contexts import question
+from sdjax.diagnostics import epistemic_count, per_thousand
+from sdjax.fit import fit
+from sdjax.generate import Sampling, first
+from sdjax.log import replace_text
+from sdjax.policies import Policy
+from sdjax.train import Experiment, models
+from sdjax.types import Example, Messages, Method, Verdict
+
+# ---- arms ---------------------------------------------------------------------------------------------------------
+
+
+def key_of(arguments: Mapping[str, Any]) -> str:
+    """A short hash of arguments, the same whatever their order."""
+    return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def arm(
+    folder: str | Path, name: str, arguments: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What an arm of a study measured: read from its file if it was run before, else `run(its own folder)`.
+
+    The file is `NAME-HASH.json` with the arguments beside the result; other arguments make another file.  The arm's own
+    folder, `NAME-HASH/`, is where an interrupted run is resumed from.
+    """
+    folder = Path(folder)
+    path = folder / f"{name}-{key_of(arguments)}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))["result"]
+    folder.mkdir(parents=True, exist_ok=True)
+    result = run(path.with_suffix(""))
+    text = json.dumps({"name": name, "arguments": arguments, "result": result}, indent=1)
+    replace_text(path, text)
+    return json.loads(text)["result"]
+
+
+def trained(
+    experiment: Experiment, folder: Path, probe: Callable[[Policy], Mapping[str, Any]], every: int
+) -> list[dict[str, Any]]:
+    """What `probe(live policy)` says before, every `every` steps of, and after a run: rows that begin with `step`.
+
+    The run is resumed if it was interrupted; what was measured before is kept with its checkpoints.
+    """
+    experiment = watched(experiment, probe, every)
+    result = fit(experiment, folder, resume=(folder / "arguments.json").exists())
+    if result.interrupted:
+        raise KeyboardInterrupt(f"{folder.name} was interrupted: run the same command again")
+    student = experiment.student
+    live = Policy(models(experiment)["live"], result.state.params, student.tokenizer, experiment.shapes)
+    seen = checkpoint.restore(folder / "checkpoints", result.state)[1]["memory"]["probes"]
+    return [*seen, {"step": experiment.steps, **probe(live)}]
+
+
+def watched(experiment: Experiment, probe: Callable[[Policy], Mapping[str, Any]], every: int) -> Experiment:
+    """The experiment with `probe(live policy)` called before every `every`-th batch, kept in the method's memory."""
+    method: Method = experiment.method
+
+    def collect(environment, examples, key, memory):
+        step, probes = memory["step"], memory["probes"]
+        if step % every == 0:
+            probes = [*probes, {"step": step, **probe(environment.live)}]
+        rollouts, own = method.collect(environment, examples, key, memory["own"])
+        return rollouts, {"step": step + 1, "probes": probes, "own": own}
+
+    memory = {"step": 0, "probes": [], "own": method.memory}
+    return dataclasses.replace(experiment, method=method._replace(collect=collect, memory=memory))
+
+
+# ---- what a policy does -------------------------------------------------------------------------------------------
+
+
+def behaviour(
+    policy: Policy,
+    examples: Sequence[Example],
+    verify: Callable[[Example, str], Verdict],
+    key: Array,
+    *,
+    n: int = 1,
+    context: Callable[[Example], Messages] = question,
+    sampling: Sampling | None = None,
+    choose: Callable = first,
+) -> dict[str, float]:
+    """Accuracy, length in tokens, epistemic count and its density per 1,000 tokens, and the share finished.
+
+    Means over `n` samples of every example; `context` is what the policy reads.
+    """
+    written = policies.sample(policy, [context(e) for e in examples], key, n=n, sampling=sampling, choose=choose)
+    rows = [(e, s) for e, some in zip(examples, written, strict=True) for s in some]
+    tokens, hedges = sum(len(s.tokens) for _, s in rows), sum(epistemic_count(s.text) for _, s in rows)
+    return {
+        "accuracy": float(np.mean([verify(e, s.text).reward >= 0.5 for e, s in rows])),
+        "length": tokens / len(rows),
+        "epistemic": hedges / len(rows),
+        "density": per_thousand(hedges, tokens),
+        "finished": float(np.mean([s.finished for _, s in rows])),
+    }
+
+
+def forbidding(tokens: Sequence[int]) -> Callable[[Array, Array], Array]:
+    """A `choose` for the sampler under which these tokens are never drawn."""
+    tokens = tuple(tokens)
+
+    def choose(logits: Array, keys: Array) -> Array:
+        return logits[0].at[:, jnp.asarray(tokens)].set(jnp.finfo(jnp.float32).min)
+
+    return choose
+
+
+# ---- seeds --------------------------------------------------------------------------------------------------------
+
+STUDENT_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5 % points of Student's distribution for 1, 2, ... degrees of freedom."""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % interval by Student's t over independent runs (infinite for one)."""
+    values = np.asarray(values, np.float64)
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return mean, -math.inf, math.inf
+    t = STUDENT_T[count - 1] if count <= len(STUDENT_T) else 1.96
+    half = t * float(values.std(ddof=1)) / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def shown(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """`mean +- half the interval` of independent runs, or the value of one."""
+    mean, low, _ = interval([scale * v for v in values])
+    return f"{mean:.{digits}f}" + (f" +- {mean - low:.{digits}f}" if len(values) > 1 else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,212 @@
+"""The study's base model: a small decoder pre-trained on scratchpads, alone and with every kind of context."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+
+from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution, without_thinking
+from sdjax.host.plans import with_plan
+from sdjax.models import pretrained
+from sdjax.models.configs import ModelConfig, from_hf
+from sdjax.models.pretrained import Pretrained
+from sdjax.policies import Policy
+from sdjax.pretrain import batches, pretrain, rows, word_tokenizer
+from sdjax.study import behaviour
+from sdjax.tasks import scratchpad
+from sdjax.tasks.scratchpad import FAMILIES, Author, Problem
+from sdjax.tokens import Shapes
+from sdjax.types import Example, Messages
+
+LONGEST = 384
+"""Most tokens of a chat and its answer together in pre-training."""
+
+SHARES = (0.5, 0.15, 0.15, 0.2)
+"""How much of the pre-training texts is of each of the families."""
+
+AUTHORS = {
+    "alone": scratchpad.ALONE,
+    "plan": Author(0.9, 0.9),
+    "feedback": Author(0.9, 0.9),
+    "answer": scratchpad.ALONE,
+    "steps": Author(0.1, 0.1),
+    "solution": Author(0.05, 0.03),
+}
+"""Who writes after which context: the more the context says, the fewer slips and hedges."""
+
+KINDS = {
+    "drill": 0.2,
+    "alone": 0.45,
+    "plan": 0.03,
+    "feedback": 0.03,
+    "answer": 0.08,
+    "steps": 0.08,
+    "solution": 0.13,
+}
+"""How much of the pre-training texts has each context; a drill is a single step, done with care."""
+
+
+def answer_only(example: Example) -> str:
+    """What a context that gives away the answer says: `answer 0 6`."""
+    return f"answer {example.answer}"
+
+
+def told(example: Example, problem: Problem, kind: str, rng: random.Random) -> Messages:
+    """The chat of one pre-training text."""
+    asked = question(example)
+    if kind == "alone":
+        return asked
+    if kind == "plan":
+        return with_plan(asked, example.meta["plan"])
+    if kind == "feedback":
+        return with_feedback(asked, feedback=scratchpad.remark(rng.randrange(len(problem.steps))))
+    full = example.solution if rng.random() < 0.4 else scratchpad.peer(problem, rng)
+    text = {"answer": answer_only(example), "steps": without_thinking(full), "solution": full}[kind]
+    form = rng.choices((with_solution, with_reference, with_demonstration), (0.7, 0.15, 0.15))[0]
+    return form(asked, text)
+
+
+def texts(seed: int) -> Iterator[tuple[Messages, str]]:
+    """Endless pre-training texts, `(chat, answer)`; no held-out question among them."""
+    rng = random.Random(f"texts:{seed}")
+    while True:
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        if kind == "drill":
+            request, answer = scratchpad.drill(rng)
+            yield ({"role": "user", "content": request},), answer
+            continue
+        family = rng.choices(FAMILIES, SHARES)[0]
+        problem = scratchpad.draw(family, rng)
+        if scratchpad.held_out(problem):
+            continue
+        example = scratchpad.example(problem, family.name)
+        sure = (len(problem.steps) - 1,) if kind == "answer" else ()
+        yield told(example, problem, kind, rng), scratchpad.trace(problem, AUTHORS[kind], rng, sure)
+
+
+def words() -> tuple[str, ...]:
+    """The vocabulary: the task's and that of all contexts' wordings."""
+    asked = ({"role": "user", "content": ""},)
+    forms = [f(asked, "") for f in (with_solution, with_reference, with_demonstration)]
+    chats = [*forms, with_feedback(asked, solution="", feedback=""), with_plan(asked, "0")]
+    said = [word for chat in chats for word in chat[-1]["content"].split()]
+    return tuple(dict.fromkeys((*scratchpad.vocabulary(), *said)))
+
+
+def shape(size: int, *, width: int, layers: int) -> ModelConfig:
+    """A decoder with a vocabulary of `size`, Qwen3's family."""
+    return from_hf(
+        {
+            "model_type": "qwen3",
+            "vocab_size": size,
+            "hidden_size": width,
+            "intermediate_size": width * 5 // 2,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 32,
+            "head_dim": 32,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+        }
+    )
+
+
+def base(
+    *,
+    width: int = 64,
+    layers: int = 3,
+    steps: int = 1000,
+    tokens: int = 4096,
+    lr: float = 2e-2,
+    seed: int = 0,
+    cache: str = "",
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> Path:
+    """The folder of the base model, pre-trained on the first call with these arguments and kept under their hash.
+
+    Args:
+      width, layers: of the decoder.
+      steps: batches of about `tokens` tokens, the contexts' included.
+      lr: peak learning rate.
+      seed: of the parameters and of the texts.
+      cache: the folder of all base models; by default `sdjax/testbed` in the user's cache folder.
+      report: called with the step and its loss now and then.
+    """
+    arguments = {"width": width, "layers": layers, "steps": steps, "tokens": tokens, "lr": lr, "seed": seed}
+    folder = cache_folder(cache) / f"scratchpad-{fingerprint(arguments)}"
+    if folder.is_dir():
+        return folder
+    tokenizer = word_tokenizer(words())
+    config = shape(len(tokenizer), width=width, layers=layers)
+    data = batches(rows(tokenizer, texts(seed), LONGEST), tokens, LONGEST)
+    params = pretrain(config, data, steps=steps, lr=lr, seed=seed, report=report)
+    keep(folder, Pretrained(config, params, tokenizer), arguments)
+    return folder
+
+
+def cache_folder(cache: str = "") -> Path:
+    """Where base models are kept: `cache`, else `SDJAX_TESTBED`, else a folder in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(cache or os.environ.get("SDJAX_TESTBED") or home / "sdjax" / "testbed")
+
+
+def fingerprint(arguments: Mapping[str, Any], sample: int = 100) -> str:
+    """A hash of the arguments and of the first texts: another grammar is another base model."""
+    said = [(chat[-1]["content"], text) for chat, text in itertools.islice(texts(arguments["seed"]), sample)]
+    return hashlib.sha256(json.dumps([arguments, words(), said], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def keep(folder: Path, model: Pretrained, arguments: Mapping[str, Any]) -> None:
+    """Writes a model's folder, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".unfinished"))
+    try:
+        pretrained.save(unfinished, *model)
+        (unfinished / "testbed.json").write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
+        if not folder.is_dir():  # another process may have been faster, with the same model
+            os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ---- what the study's experiments share -----------------------------------------------------------------------------
+
+SMOKE = {"width": 32, "layers": 1, "steps": 1, "tokens": 512}
+"""A base model of seconds, which knows nothing."""
+
+SHAPES = Shapes(context=320, completion=192, rows=128, tokens_per_chunk=None)
+"""Sizes that hold every family's problems and every context."""
+
+
+def student(model: str = "", smoke: bool = False) -> tuple[Pretrained, str]:
+    """The base model, or the one in a folder, and a hash of its parameters."""
+    folder = Path(model) if model else base(**(SMOKE if smoke else {}))
+    loaded = pretrained.load(folder)
+    return loaded, hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def held_out_problems(
+    size: int, seed: int = 0, families: Sequence[scratchpad.Family] = FAMILIES
+) -> dict[str, tuple[Example, ...]]:
+    """`size` held-out examples of each family, by its name."""
+    return {f.name: scratchpad.scratchpad(train_size=1, test_size=size, seed=seed, family=f).test for f in families}
+
+
+def everywhere(
+    policy: Policy, problems: Mapping[str, Sequence[Example]], key: Array, n: int = 1
+) -> dict[str, dict[str, float]]:
+    """The policy's `behaviour` at temperature 1 on every family."""
+    keys = zip(problems.items(), jax.random.split(key, len(problems)), strict=True)
+    return {name: behaviour(policy, some, scratchpad.verify, own, n=n) for (name, some), own in keys}

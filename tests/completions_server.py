@@ -1,0 +1,106 @@
+"""A small OpenAI-compatible completions server on loopback, which serves a policy through the project's own sampler.
+
+It answers like vLLM where the project asks: prompts are token ids, `n`, `seed`, `temperature`, `top_p`, `top_k`,
+`min_p`, `max_tokens`, `stop_token_ids`; the answer has `token_ids` and `logprobs`.  `POST /update_weights_from_disk`
+loads a folder, as SGLang does.
+"""
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.generate import Sampling, generate
+from sdjax.models import pretrained
+from sdjax.policies import row_keys
+from sdjax.tokens import left_pad
+
+
+def completions(policy, body):
+    """The answer to one request."""
+    prompt, n = body["prompt"], body["n"]
+    sampling = Sampling(body["temperature"], body["top_p"], max(body["top_k"], 0), body["min_p"])
+    keys = row_keys(jax.random.key(body["seed"]), jnp.arange(1), n)
+    stop, limit = jnp.asarray(body["stop_token_ids"], jnp.int32), body["max_tokens"]
+    context, length = left_pad([prompt], policy.shapes.context), policy.shapes.completion
+    done = generate((policy.model,), (policy.params,), (context,), keys, sampling, stop, limit, length=length)
+    done = jax.tree.map(np.asarray, done)
+    return {"model": body["model"], "choices": [choice(policy, done, row) for row in range(n)]}
+
+
+def choice(policy, done, row):
+    """One completion, as in the protocol."""
+    count = int(done.present[row].sum())
+    tokens = [int(t) for t in done.tokens[row, :count]]
+    logprobs = [float(x) for x in done.logprobs[row, :count]]
+    names = [f"token_id:{t}" for t in tokens]
+    return {
+        "index": row,
+        "text": policy.tokenizer.decode(tokens, skip_special_tokens=True),
+        "token_ids": tokens,
+        "finish_reason": "stop" if done.finished[row] else "length",
+        "logprobs": {"tokens": names, "token_logprobs": logprobs},
+    }
+
+
+class Served:
+    """A policy being served: the requests it has seen, and what it shall do wrong next."""
+
+    def __init__(self, policy):
+        self.policy, self.requests, self.wrong, self.lock = policy, [], [], threading.Lock()
+        self.change = lambda answer: answer
+        self.url = ""
+
+    def answer(self, path, body):
+        """Status and JSON of the answer to one POST."""
+        self.requests.append((path, body))
+        if self.wrong:
+            wrong = self.wrong.pop(0)
+            if wrong == "slow":
+                time.sleep(3)
+            return (500, {}) if wrong == "slow" else (wrong, {"error": f"made to answer {wrong}"})
+        with self.lock:
+            if path == "/v1/completions":
+                return 200, self.change(completions(self.policy, body))
+            if path == "/update_weights_from_disk":
+                loaded = pretrained.load(body["model_path"])
+                self.policy = dataclasses.replace(self.policy, params=loaded.params)
+                return 200, {"success": True}
+        return 404, {"error": "no such path"}
+
+
+@contextlib.contextmanager
+def serving(policy):
+    """While entered, the policy is served at `.url`."""
+    served = Served(policy)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, answer = served.answer(self.path, {**body, "authorization": self.headers.get("Authorization")})
+            with contextlib.suppress(OSError):  # whoever asked may have gone
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

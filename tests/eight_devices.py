@@ -1,0 +1,264 @@
+"""What `test_sharding.py` runs in a process of its own: methods and the sampler on meshes of eight virtual devices.
+
+The tiny model is made wider here: heads and vocabulary divide by 8, and no other size is a vocabulary's or a part of it.
+"""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+VOCABULARY = 88
+
+
+@functools.cache
+def config():
+    """Eight heads, 88 vocabulary entries (the tokenizer uses the first of them)."""
+    return tiny.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-6,
+        }
+    )
+
+
+tiny.config = config
+
+import test_methods_base as base
+import test_methods_host as host
+import test_methods_pairs as pairs
+
+from sdjax import programs, sharding, train
+from sdjax.contexts import question, with_solution
+from sdjax.generate import GREEDY, Sampling, first, generate, mixture
+from sdjax.kernels.top_k import top_k
+from sdjax.options import method_factory, method_names
+from sdjax.planning import scaling
+from sdjax.policies import row_keys
+from sdjax.tokens import collate
+
+LAYOUTS = ("8x1", "4x2", "2x4", "1x8")
+QUICK = {("sdpo", "4x2"), ("grpo", "8x1"), ("opsd", "2x4"), ("gkd", "1x8")}
+"""What the quick set looks at; the slow one looks at everything."""
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch):
+    """Tiny parameters are split over the data axis too."""
+    monkeypatch.setattr(sharding, "LEAST", 1)
+
+
+def on(layout):
+    return sharding.on(sharding.make_mesh(sharding.mesh_shape(layout)))
+
+
+def vocabulary_gathers(text):
+    """Exchanges of arrays with a vocabulary axis, or a part of one, that are not the embedding's or the head's."""
+    parts = {VOCABULARY // m for m in (1, 2, 4, 8)}
+    width = {32 // d for d in (1, 2, 4, 8)}
+    weights = lambda shape: len(shape) == 2 and bool({*shape} & width)
+    moved = [c for c in programs.collectives(text) if c.kind in ("all-gather", "all-to-all")]
+    return [c for c in moved if any({*shape} & parts and not weights(shape) for shape in c.shapes)]
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+
+
+def recorded():
+    """An optimizer that changes nothing and keeps the gradient as its state."""
+    update = lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads)
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def told(rollout, rollouts):
+    return with_solution(question(rollout.example), rollout.example.solution)
+
+
+@functools.cache
+def material(name):
+    """A method, the rows that it collected on one device, and its other policies' parameters and networks."""
+    if name in host.OPTIONS:
+        method, rows = host.made(name), host.written(name)
+    elif (factory := method_factory(name)) in pairs.OPTIONS:
+        method, rows = pairs.made(factory), pairs.written(factory)[0][0]
+    elif factory in base.FACTORIES:
+        method, rows = base.made(factory), base.written(factory)
+    else:
+        known = inspect.signature(factory).parameters
+        method = factory(**{k: v for k, v in {"group_size": 4, "lesson": told}.items() if k in known})
+        rows, _ = method.collect(tiny.environment(method), tiny.TASK.train[:2], jax.random.key(0), method.memory)
+    others, networks = tiny.others(tiny.environment(method))
+    # Another teacher than the student: else some methods have nothing to learn from the first batch.
+    others = {policy: tiny.pretrained(1).params for policy in others}
+    batch = collate(rows, train.all_views(method), tiny.tokenizer(), tiny.SHAPES, multiple=8)
+    return method, batch, others, networks
+
+
+def updates(name, shapes=tiny.SHAPES):
+    """The method's update programs, one per objective, that hand out their gradient."""
+    method, _, _, networks = material(name)
+    return [train.make_update(o, networks, recorded(), shapes) for o in method.objectives]
+
+
+def taken(update, batch, others):
+    """Loss and gradient of an update on the host, and the parameters' and gradient's shardings."""
+    params = jax.tree.map(jnp.array, sharding.place_parameters(tiny.pretrained().params))
+    state = jax.jit(lambda p: sharding.constrain_parameters(jax.tree.map(jnp.zeros_like, p)))(params)
+    others = {policy: sharding.place_parameters(tree) for policy, tree in others.items()}
+    arguments = params, state, others, sharding.place_rows(batch), jnp.asarray(1)
+    program = update.lower(*arguments).compile()
+    before = jax.tree.map(lambda x: x.sharding, (params, state))
+    params, grads, outcome = program(*arguments)
+    same = jax.tree.map(lambda x, old: x.sharding.is_equivalent_to(old, x.ndim), (params, grads), before)
+    return jax.device_get((outcome.loss, grads, outcome.useful)), same, program.as_text()
+
+
+@functools.cache
+def alone(name):
+    """Losses and gradients on one device."""
+    _, batch, others, _ = material(name)
+    return [taken(update, batch, others)[0] for update in updates(name)]
+
+
+def assert_equal(found, wanted):
+    (loss, grads, useful), (expected, expected_grads, _) = found, wanted
+    assert useful
+    np.testing.assert_allclose(loss, expected, atol=1e-5, rtol=1e-5)
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(expected_grads))
+    assert largest > 0
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(largest, 1.0), rtol=1e-5)
+
+
+marked = [
+    pytest.param(name, layout, marks=() if (name, layout) in QUICK else pytest.mark.slow, id=f"{name}-{layout}")
+    for name in method_names()
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("name, layout", marked)
+def test_an_update_is_that_of_one_device(name, layout):
+    _, batch, others, _ = material(name)
+    for update, wanted in zip(updates(name), alone(name), strict=True):
+        with on(layout):
+            found, same, text = taken(update, batch, others)
+        assert_equal(found, wanted)
+        assert all(jax.tree.leaves(same)), "the state came back in another layout"
+        assert not vocabulary_gathers(text)
+
+
+def test_chunks_stay_split():
+    """Rows and tokens in chunks, on two axes."""
+    _, batch, others, _ = material("sdpo")
+    shapes = tiny.SHAPES.__class__(128, 8, 8, rows_per_chunk=16, tokens_per_chunk=32)
+    with on("4x2"):
+        found, _, text = taken(updates("sdpo", shapes)[0], batch, others)
+    assert_equal(found, alone("sdpo")[0])
+    assert not vocabulary_gathers(text)
+
+
+def test_gathers_are_seen():
+    """The negative control: the library's own top-k gathers its argument."""
+    text = lambda function, z: jax.jit(lambda z: function(z, 3)).lower(z).compile().as_text()
+    with on("4x2"):
+        z = sharding.place(np.ones((8, 4, VOCABULARY), np.float32), sharding.P("data", None, "model"))
+        assert vocabulary_gathers(text(jax.lax.top_k, z)) and not vocabulary_gathers(text(top_k, z))
+
+
+# ---- the sampler ----------------------------------------------------------------------------------------------------
+
+SAMPLINGS = {"plain": Sampling(), "greedy": GREEDY, "filtered": Sampling(0.8, top_p=0.9, top_k=20, min_p=0.01)}
+
+
+def sampled(sampling, choose=first):
+    """16 completions of 8 prompts, two of each, by one model or by two."""
+    rng = np.random.default_rng(0)
+    count = 1 if choose is first else 2
+    contexts = tuple(
+        (rng.integers(6, 28, (8, 16 + 8 * k)).astype(np.int32), np.ones((8, 16 + 8 * k), bool)) for k in range(count)
+    )
+    params = tuple(sharding.place_parameters(spread(tiny.pretrained(k).params)) for k in range(count))
+    keys = row_keys(jax.random.key(1), jnp.arange(8), 2)
+    stop = jnp.asarray([1], jnp.int32)
+    arguments = ((tiny.model(),) * count, params, sharding.place_rows(contexts), keys, sampling, stop, 12)
+    program = generate.lower(*arguments, length=12, choose=choose).compile()
+    return jax.device_get(generate(*arguments, length=12, choose=choose)), program.as_text()
+
+
+def spread(params):
+    """Parameters whose distributions are neither flat nor certain."""
+    return jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)
+
+
+CHOICES = {"first": first, "mixture": mixture(0.5)}
+
+
+@functools.cache
+def sampled_alone(name, choice):
+    return sampled(SAMPLINGS[name], CHOICES[choice])[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampled_tokens_are_those_of_one_device(layout):
+    for name, choice in [*((name, "first") for name in SAMPLINGS), ("plain", "mixture")]:
+        with on(layout):
+            found, text = sampled(SAMPLINGS[name], CHOICES[choice])
+        wanted = sampled_alone(name, choice)
+        np.testing.assert_array_equal(found.tokens, wanted.tokens, err_msg=name)
+        np.testing.assert_array_equal(found.present, wanted.present)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=2e-5, rtol=1e-5)
+        assert not vocabulary_gathers(text)
+
+
+@pytest.mark.parametrize("layout", ["4x2", "1x8"])
+def test_collected_rows_are_those_of_one_device(layout):
+    """The host half: padding to whole devices, sampling, scoring."""
+    wanted = pairs.written(pairs.rlrt)[0][0]
+    with on(layout):
+        env = pairs.environment_of(pairs.made(pairs.rlrt))
+        split = lambda policy: dataclasses.replace(policy, params=sharding.place_parameters(policy.params))
+        env = env._replace(policies={name: split(policy) for name, policy in env.policies.items()})
+        found, _ = pairs.made(pairs.rlrt).collect(env, tiny.TASK.train[:2], jax.random.key(0), None)
+    assert [r.tokens for r in found] == [r.tokens for r in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.extras.keys() == other.extras.keys()
+        for name, value in one.extras.items():
+            np.testing.assert_allclose(value, other.extras[name], atol=1e-4, rtol=1e-4)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_shrink_and_grow_with_the_mesh():
+    """One device exchanges nothing; eight along data do an eighth each and receive parameters and gradients."""
+    method, batch, _, _ = material("sdpo")
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    rows = {}
+    for shape in ((1, 1), (8, 1), (1, 8)):
+        with sharding.on(sharding.make_mesh(shape, jax.devices()[: shape[0] * shape[1]])):
+            rows[shape] = scaling.row_of(method, tiny.model(), batch, tiny.SHAPES, shape, 8)
+    one, data, model = rows.values()
+    assert not one.exchanged and one.flops > 0
+    assert data.flops == pytest.approx(one.flops / 8, rel=0.02)
+    assert one.flops / 8 <= model.flops * 1.02 and model.flops < one.flops / 6
+    assert data.state < one.state / 7
+    size = sum(x.size * 4 for x in jax.tree.leaves(tiny.pretrained().params))
+    assert data.exchanged["all-gather"] > size  # every parameter is gathered, and the teacher's too
+    # Along the model axis activations are summed, parameters stay where they are.
+    assert model.exchanged["all-reduce"] > model.exchanged.get("all-gather", 0.0)
+    assert scaling.table(list(rows.values())).count("\n") == 4

@@ -1,0 +1,240 @@
+"""The study of degradation: its base model, its arms, and that every experiment's quick form runs."""
+
+import importlib.util
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from sdjax import study, testbed
+from sdjax.methods.grpo import grpo
+from sdjax.methods.sdpo import sdpo
+from sdjax.methods.sft import sft
+from sdjax.models import pretrained
+from sdjax.models.transformer import Transformer
+from sdjax.options import Choice
+from sdjax.policies import Policy
+from sdjax.policies import sample as write
+from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
+from sdjax.tasks import scratchpad
+from sdjax.train import Experiment
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "degrade"
+SMALL = {"width": 32, "layers": 1, "steps": 1, "tokens": 256}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Base models of these tests are kept by no one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDJAX_TESTBED", str(tmp_path_factory.mktemp("testbed")))
+        yield
+
+
+# ---- pre-training -------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_batched_by_length_and_chats_are_not_trained():
+    examples = iter([([1] * n, 2) for n in (10, 30, 12, 9, 31, 14, 11)])
+    found = list(batches(examples, tokens=64, most=48))
+    assert [b["tokens"].shape for b in found] == [(2, 32), (4, 16)]
+    batch = padded([([5, 6, 7], 2), ([8], 0)], 4)
+    np.testing.assert_array_equal(batch["tokens"], [[5, 6, 7, 0], [8, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["present"], [[1, 1, 1, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["trained"], [[0, 0, 1, 0], [1, 0, 0, 0]])
+
+
+def test_texts_that_are_too_long_are_left_out():
+    tokenizer, chat = word_tokenizer(["a", "b"]), ({"role": "user", "content": "a"},)
+    found = list(rows(tokenizer, iter([(chat, "b b b"), (chat, "b")]), most=6))
+    assert found == [(tokenizer.encode("user: a assistant: b") + [tokenizer.eos_token_id], 3)]
+
+
+def test_pre_training_learns_to_copy_from_a_chat():
+    tokenizer = word_tokenizer([str(d) for d in range(8)])
+    config = testbed.shape(len(tokenizer), width=32, layers=1)
+    rng = np.random.default_rng(0)
+
+    def texts():
+        while True:
+            digit = str(rng.integers(8))
+            yield ({"role": "user", "content": digit},), digit
+
+    losses = {}
+    data = batches(rows(tokenizer, texts(), 16), 512, 16)
+    pretrain(config, data, steps=101, lr=1e-2, report=lambda step, loss: losses.update({step: loss}))
+    assert losses[0] > 2.0 and losses[100] < 0.1
+
+
+def test_a_base_model_is_made_once_and_is_reproducible_from_its_seed(tmp_path):
+    said = []
+    made = lambda cache, **more: testbed.base(
+        **SMALL, cache=str(tmp_path / cache), report=lambda *_: said.append(1), **more
+    )
+    first = made("one")
+    count = len(said)
+    assert count and made("one") == first and len(said) == count
+    weights = lambda folder: (folder / "model.safetensors").read_bytes()
+    again = made("two")
+    assert again.name == first.name and weights(again) == weights(first)
+    other = made("one", seed=1)
+    assert other.name != first.name and weights(other) != weights(first)
+    assert not list((tmp_path / "one").glob("*.unfinished"))
+    assert json.loads((first / "testbed.json").read_text()) == {**SMALL, "lr": 2e-2, "seed": 0}
+    loaded = pretrained.load(first)
+    assert loaded.tokenizer.encode("3 7 * 4 =") == word_tokenizer(testbed.words()).encode("3 7 * 4 =")
+
+
+def test_another_grammar_is_another_base_model(monkeypatch):
+    before = testbed.fingerprint({"seed": 0})
+    monkeypatch.setitem(scratchpad.SLIP, "*", 0.5)
+    assert testbed.fingerprint({"seed": 0}) != before
+
+
+def test_contexts_are_written_as_the_methods_write_them():
+    seen = {chat[-1]["content"].split("=", 1)[1].strip()[:13] for chat, _ in itertools.islice(testbed.texts(0), 400)}
+    assert seen == {"", "Correct solut", "Here is a ref", "This is an ex", "The following", "A plan for th"}
+
+
+# ---- arms ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_is_run_once_for_the_same_arguments(tmp_path):
+    ran = []
+
+    def run(folder):
+        ran.append(folder)
+        return {"score": len(ran)}
+
+    assert study.arm(tmp_path, "a", {"x": 1, "y": 2}, run) == {"score": 1}
+    assert study.arm(tmp_path, "a", {"y": 2, "x": 1}, run) == {"score": 1}
+    assert study.arm(tmp_path, "a", {"x": 1, "y": 3}, run) == {"score": 2}
+    assert study.arm(tmp_path, "b", {"x": 1, "y": 2}, run) == {"score": 3}
+    assert len(ran) == 3 and all(folder.parent == tmp_path for folder in ran)
+    kept = json.loads(next(tmp_path.glob("b-*.json")).read_text())
+    assert kept == {"name": "b", "arguments": {"x": 1, "y": 2}, "result": {"score": 3}}
+
+
+def test_an_arm_that_fails_leaves_no_result(tmp_path):
+    def fails(folder):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        study.arm(tmp_path, "a", {}, fails)
+    assert study.arm(tmp_path, "a", {}, lambda _: {"ok": 1}) == {"ok": 1}
+
+
+def sft_run(steps=2):
+    return Experiment(
+        method=sft(),
+        task=tiny.TASK,
+        student=tiny.pretrained(),
+        optimizer=optax.adam(1e-2),
+        shapes=tiny.SHAPES,
+        steps=steps,
+        prompts=2,
+        evaluation=0,
+        save_every=1,
+        export=False,
+    )
+
+
+def weight(policy):
+    return {"weight": float(np.asarray(jax.tree.leaves(policy.params)[0]).sum())}
+
+
+def test_a_run_is_probed_before_every_few_steps_and_after_and_goes_on_where_it_was_interrupted(tmp_path):
+    whole = study.trained(sft_run(), tmp_path / "whole", weight, every=1)
+    assert [row["step"] for row in whole] == [0, 1, 2]
+    assert len({row["weight"] for row in whole}) == 3
+
+    def dies(policy):
+        if dies.calls == 1:
+            raise OSError("out of luck")
+        dies.calls += 1
+        return weight(policy)
+
+    dies.calls = 0
+    with pytest.raises(OSError, match="luck"):
+        study.trained(sft_run(), tmp_path / "cut", dies, every=1)
+    probed = []
+    again = study.trained(sft_run(), tmp_path / "cut", lambda p: probed.append(1) or weight(p), every=1)
+    assert again == whole and len(probed) == 2
+
+
+def test_intervals_of_independent_runs():
+    mean, low, high = study.interval([1.0, 2.0, 3.0])
+    assert (mean, high - mean) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert low == pytest.approx(4.0 - high)
+    assert study.interval([5.0])[1:] == (-math.inf, math.inf)
+    assert study.shown([0.5, 0.5, 0.5], 100) == "50.0 +- 0.0" and study.shown([0.25], 100) == "25.0"
+
+
+# ---- what a policy does -------------------------------------------------------------------------------------------
+
+
+def test_forbidden_tokens_are_never_drawn():
+    policy = tiny.policy()
+    chats = [e.prompt for e in tiny.TASK.test]
+    free = write(policy, chats, jax.random.key(0), n=4)
+    seen = {t for some in free for s in some for t in s.tokens}
+    half = sorted(seen)[::2]
+    bound = write(policy, chats, jax.random.key(0), n=4, choose=study.forbidding(half))
+    assert half and not {t for some in bound for s in some for t in s.tokens} & set(half)
+
+
+def test_behaviour_is_what_the_texts_say():
+    base, _ = testbed.student(smoke=True)
+    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    examples = scratchpad.scratchpad(train_size=1, test_size=3).test
+    found = study.behaviour(policy, examples, scratchpad.verify, jax.random.key(0), n=2)
+    texts = [s for some in write(policy, [e.prompt for e in examples], jax.random.key(0), n=2) for s in some]
+    tokens, hedges = sum(len(s.tokens) for s in texts), sum(s.text.count(h) for s in texts for h in scratchpad.HEDGES)
+    assert hedges > 0
+    assert found["length"] == pytest.approx(tokens / 6) and found["epistemic"] == pytest.approx(hedges / 6)
+    assert found["density"] == pytest.approx(1000 * hedges / tokens)
+
+
+# ---- experiments --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["testbed", "richness", "hedging", "on_policy", "off_policy"])
+def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatch):
+    module = load(name)
+    said = module.study(out=str(tmp_path), smoke=True)
+    head, _, *lines = said.splitlines()
+    assert len(lines) >= 3 and all(line.count("|") == head.count("|") for line in lines)
+    monkeypatch.setattr(study, "fit", None)
+    monkeypatch.setattr(study, "replace_text", None)
+    assert module.study(out=str(tmp_path), smoke=True) == said
+
+
+@pytest.mark.parametrize("factory", [grpo, sdpo])
+def test_on_policy_arms_are_experiments_for_the_command_line_too(factory):
+    module = load("on_policy")
+    experiment = module.experiment(method=Choice(factory, module.OPTIONS[factory.__name__]), smoke=True)
+    assert experiment.steps == 2 and experiment.task.name == "scratchpad-in_domain"
+
+
+def test_every_arm_has_its_method():
+    module = load("on_policy")
+    teachers = {name: module.method_of(name, 2).objectives[0].views.get("teacher") for name in module.ARMS}
+    assert teachers.pop("GRPO") is None
+    assert {name.rsplit(", ", 1)[1]: view.policy for name, view in teachers.items()} == {
+        "frozen": "teacher",
+        "EMA": "teacher",
+        "live": "live",
+    }
