@@ -39,6 +39,7 @@ def experiment(
     peers: bool = False,
     steps: int = 40,
     prompts: int = 4,
+    rounds: int = 1,
     lr: float = 2e-5,
     warmup: int = 5,
     completion: int = 28,
@@ -47,6 +48,7 @@ def experiment(
     evaluate_every: int = 0,
     save_every: int = 20,
     bf16: bool = False,
+    remat: bool = False,
     lora_rank: int = 0,
     lora_base: Literal["float", "int8", "nf4"] = "float",
     mesh: str = "",
@@ -62,12 +64,14 @@ def experiment(
       peers: the teacher reads another correct attempt of the group where there is one, instead of the reference.
       steps: batches.
       prompts: problems per batch; the method's group size is attempts per problem.
+      rounds: batches in a row with the same problems and fresh attempts (RESD: 4).
       lr: peak learning rate of AdamW, after `warmup` steps of linear rise.
       completion: most tokens of an attempt.
       train_size: distinct training problems.
       evaluation: held-out problems, read greedily before and after, and every `evaluate_every` steps.
       save_every: steps between checkpoints.
       bf16: compute in bfloat16 (parameters stay float32).
+      remat: recompute blocks in the backward pass: less memory, more time.
       lora_rank: train adapters of this rank on frozen weights instead of the weights; 0 is none.  A larger `lr` suits
         them.
       lora_base: how the frozen matrices are kept: as they are, in int8 or in NF4 (needs `sdjax[lora]`).
@@ -102,8 +106,10 @@ def experiment(
         shapes=Shapes(context=512, completion=completion, rows=64, tokens_per_chunk=256),
         steps=steps,
         prompts=prompts,
+        rounds=rounds,
         seed=seed,
         dtype=jnp.bfloat16 if bf16 else jnp.float32,
+        remat=remat,
         lora=lora,
         evaluation=evaluation,
         evaluate_every=evaluate_every,

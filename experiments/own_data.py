@@ -34,6 +34,7 @@ def experiment(
     model: str = "smollm2",
     steps: int = 100,
     prompts: int = 8,
+    rounds: int = 1,
     minibatches: int = 1,
     lr: float = 1e-6,
     warmup: int = 10,
@@ -63,6 +64,7 @@ def experiment(
       skip_bad_rows: count and list bad lines instead of refusing the file.
       model: a hub name, a folder in the transformers format, or "smollm2" (embedded).
       steps: batches of `prompts` problems; the method's group size is attempts per problem.
+      rounds: batches in a row with the same problems and fresh attempts (RESD: 4).
       minibatches: updates per batch, of whole groups.
       lr: peak learning rate of AdamW, after `warmup` steps of linear rise.
       clip_norm: the gradient's largest norm.
@@ -94,6 +96,7 @@ def experiment(
         ),
         steps=steps,
         prompts=prompts,
+        rounds=rounds,
         minibatches=minibatches,
         seed=seed,
         dtype=jnp.bfloat16 if bf16 else jnp.float32,

@@ -216,7 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    commands = {"train": train, "evaluate": evaluate, "report": report, "methods": methods, "bench": bench, "plan": plan}
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "report": report,
+        "methods": methods,
+        "bench": bench,
+        "plan": plan,
+    }
     try:
         if arguments[0] not in commands:
             near = options.nearest(arguments[0], list(commands))

@@ -48,10 +48,14 @@ class Result:
 
 
 class Prompts:
-    """Examples in shuffled order, epoch after epoch, `size` at a time; its position is part of the saved state."""
+    """Examples in shuffled order, epoch after epoch, `size` at a time and each batch `rounds` times in a row.
 
-    def __init__(self, examples: Sequence[Example], size: int, seed: int):
-        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
+    Its position is part of the saved state.
+    """
+
+    def __init__(self, examples: Sequence[Example], size: int, seed: int, rounds: int = 1):
+        batches = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
+        order = grain.MapDataset.range(len(batches)).map(lambda step: batches[step // rounds])
         reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # indices need no threads
         self.examples, self.iterator = examples, iter(order.to_iter_dataset(reading))
 
@@ -204,7 +208,7 @@ class Run:
         # Once, not in every step: published parameters lie on the host.
         put = jax.device_put if sharding.current() is None else sharding.place_parameters
         self.teachers = {name: put(teacher.params) for name, teacher in experiment.teachers.items()}
-        self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed)
+        self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed, experiment.rounds)
         self.updates = [
             train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
             for o in experiment.method.objectives

@@ -39,7 +39,7 @@ class ExperimentError(ValueError):
 
 
 LEAST = {
-    **dict.fromkeys(("steps", "prompts", "minibatches", "epochs", "most_skipped", "group_size"), 1),
+    **dict.fromkeys(("steps", "prompts", "rounds", "minibatches", "epochs", "most_skipped", "group_size"), 1),
     **dict.fromkeys(("context", "completion", "rows", "train_size"), 1),
     **dict.fromkeys(("evaluation", "evaluate_every", "save_every", "seed", "warmup", "temperature", "most"), 0),
 }
@@ -67,7 +67,7 @@ def check_numbers(values: Mapping[str, Any]) -> None:
 class Experiment:
     """Everything a run is made of, as Python objects.
 
-    `prompts` examples are taken per step; a batch is split into `minibatches` of whole groups, one update each, and
+    `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into `minibatches` of whole groups, one update each, and
     read `epochs` times.  `teachers` are external policies by name.  `dtype` is what the models compute in; parameters
     and the optimizer stay float32.  `reduce` averages the terms that do not say how.  Evaluation reads `evaluation`
     test examples greedily every `evaluate_every` steps (0: only before and after); `save_every` likewise (0: at the
@@ -86,6 +86,7 @@ class Experiment:
     shapes: Shapes = dataclasses.field(default_factory=Shapes)
     steps: int = 100
     prompts: int = 4
+    rounds: int = 1
     minibatches: int = 1
     epochs: int = 1
     seed: int = 0

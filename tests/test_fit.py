@@ -133,12 +133,11 @@ def test_a_step_without_rollouts(tmp_path, capsys):
 
 def test_epochs_minibatches_objectives_and_programs(tmp_path, capsys, monkeypatch):
     """Two epochs of two minibatches; the second objective every other step; one program each for the whole run."""
-    calls, updates = collections.Counter(), []
+    calls = collections.Counter()
     make = train.make_update
 
     def counted(objective, *rest):
         update = make(objective, *rest)
-        updates.append(update)
 
         def call(*arguments):
             calls[objective.every] += 1
@@ -151,9 +150,10 @@ def test_epochs_minibatches_objectives_and_programs(tmp_path, capsys, monkeypatc
     own = own._replace(objectives=(own.objectives[0], own.objectives[0]._replace(every=2)))
     # Long answers all, so that every batch has one shape.
     task = tiny.TASK._replace(verify=lambda example, text: Verdict(float(len(text))))
+    before = tiny.programs("update")
     fit(experiment(own, task=task, steps=4, prompts=4, epochs=2, minibatches=2), tmp_path / "run")
     assert calls == {1: 4 * 4, 2: 2 * 4}
-    assert [update._cache_size() for update in updates] == [1, 1]
+    assert tiny.programs("update") == before + 2
 
 
 def test_nothing_crosses_to_the_device_unasked(tmp_path, capsys):
@@ -197,6 +197,20 @@ def test_prompts_are_shuffled_and_go_on_from_a_position():
     assert all(sorted(epoch) == examples for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert Prompts(examples, 3, seed=6).take() != first[0] or Prompts(examples, 3, seed=7).take() != first[0]
+
+
+def test_each_batch_is_taken_again_in_every_round():
+    once, thrice = (Prompts(list(range(7)), 3, seed=5, rounds=rounds) for rounds in (1, 3))
+    for _ in range(6):
+        batch = once.take()
+        assert [thrice.take() for _ in range(3)] == 3 * [batch]
+    position = json.loads(json.dumps(thrice.position()))
+    thrice.take()
+    rest = [thrice.take() for _ in range(3)]
+    again = Prompts(list(range(7)), 3, seed=5, rounds=3)
+    again.go_to(position)
+    again.take()
+    assert [again.take() for _ in range(3)] == rest
 
 
 # ---- refused before the first step ----------------------------------------------------------------------------------

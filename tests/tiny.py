@@ -1,5 +1,6 @@
 """What test files share: a tiny random model that reads the recall task, environments of it, and batches without it."""
 
+import collections
 import functools
 import itertools
 
@@ -76,6 +77,24 @@ def model():
 
 def policy(params=None, shapes=SHAPES):
     return Policy(model(), pretrained().params if params is None else params, tokenizer(), shapes)
+
+
+# ---- what was compiled ----------------------------------------------------------------------------------------------
+
+COMPILED: collections.Counter = collections.Counter()
+
+
+def count(event, seconds, fun_name=None, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED[fun_name] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(count)
+
+
+def programs(name):
+    """How many programs of a jitted function of this name were made in this process so far."""
+    return COMPILED[f"jit({name})"]
 
 
 # ---- environments -------------------------------------------------------------------------------------------------

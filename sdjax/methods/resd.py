@@ -29,7 +29,7 @@ CARD = Card(
         "the paper averages over rows (Eq. 3), its code over tokens (default)",
         "balance is on for two of four tasks in the paper, for three in the scripts (default: on)",
         "the divergence depends on the task: KL(student||teacher) (default) or alpha=0.5",
-        "four rounds of fresh rollouts per prompt are the data's business: repeat the examples",
+        "four rounds of fresh rollouts per prompt are the run's business: `Experiment(rounds=4)`, --rounds 4",
         "texts the policy wrote are cut where the context would not hold them",
     ),
 )
