@@ -9,7 +9,19 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # This release compiles tiny programs four times faster without its newer code generator; 0.12 has no such switch.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
+import jax
 import whole_runs
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder():
+    """Commands choose a folder for compiled programs: not for the tests that follow."""
+    there = jax.config.jax_compilation_cache_dir
+    yield
+    if jax.config.jax_compilation_cache_dir != there:
+        jax.config.update("jax_compilation_cache_dir", there)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

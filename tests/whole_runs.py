@@ -105,7 +105,10 @@ def assert_same_end(folder, reference) -> None:
 
 @contextlib.contextmanager
 def compiled_into(folder):
-    """Programs are kept in, and read from, a folder."""
+    """Programs are kept in, and read from, a folder: those that this process has made before are forgotten.
+
+    What was compiled elsewhere, in another process or test, may round differently.
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -114,6 +117,7 @@ def compiled_into(folder):
     for name, value in zip(names, (str(folder), 0.0), strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+    jax.clear_caches()
     yield
     for name, value in old.items():
         jax.config.update(name, value)
