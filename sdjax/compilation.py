@@ -23,8 +23,12 @@ def keep_programs() -> None:
         except (OSError, StopIteration):
             flags = platform.processor()
         kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "sdjax" / kind))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / kind))
+
+
+def user_cache() -> Path:
+    """The package's folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax"
 
 
 def give_back_memory() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from sdjax.compilation import user_cache
 from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution, without_thinking
 from sdjax.host.plans import with_plan
 from sdjax.models import pretrained
@@ -158,8 +159,7 @@ def base(
 
 def cache_folder(cache: str = "") -> Path:
     """Where base models are kept: `cache`, else `SDJAX_TESTBED`, else a folder in the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(cache or os.environ.get("SDJAX_TESTBED") or home / "sdjax" / "testbed")
+    return Path(cache or os.environ.get("SDJAX_TESTBED") or user_cache() / "testbed")
 
 
 def fingerprint(arguments: Mapping[str, Any], sample: int = 100) -> str:

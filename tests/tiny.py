@@ -14,6 +14,7 @@ from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.policies import Environment, Policy
+from sdjax.pretrain import CHAT, word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
 from sdjax.tokens import Shapes, collate
 from sdjax.train import all_views
@@ -22,7 +23,7 @@ from sdjax.types import Batch, Context, Verdict
 KEYS = 8
 TASK = recall(keys=KEYS)
 SHAPES = Shapes(context=128, completion=8, rows=8, tokens_per_chunk=None)
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"
+TEMPLATE = CHAT
 
 
 # ---- a model ------------------------------------------------------------------------------------------------------
@@ -31,20 +32,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor
 @functools.cache
 def tokenizer():
     """A word-level tokenizer with a chat template; words that recall does not use are all `<unk>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ("<pad>", "<end>", "<unk>", "user:", "assistant:", "system:", *vocabulary(keys=KEYS))
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=TEMPLATE,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return word_tokenizer(vocabulary(keys=KEYS))
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from sdjax.options import Choice, nearest
 from sdjax.planning import chips, flops, sketch
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.tokens import Shapes
-from sdjax.types import Method
+from sdjax.types import Batch, Method
 
 
 class Cost(NamedTuple):
@@ -96,6 +96,13 @@ def laid_whole(*shape: int, dtype: Any = jnp.int32) -> Any:
     return laid(jax.ShapeDtypeStruct(shape, dtype), P())
 
 
+def laid_state(method: Method, network: Transformer, optimizer: optax.GradientTransformation) -> tuple[Any, Any, dict]:
+    """Shapes of the parameters, the optimizer's state and the snapshots, split by the rules."""
+    params = laid_parameters(jax.eval_shape(lambda: initialise(network, jax.random.key(0))))
+    opt_state = laid_parameters(jax.eval_shape(optimizer.init, params))
+    return params, opt_state, dict.fromkeys(method.snapshots, params)
+
+
 # ---- compiling --------------------------------------------------------------------------------------------------------
 
 
@@ -152,9 +159,7 @@ def plan(
     """
     train.check_numbers({"prompts": prompts, "context": context, "completion": completion})
     config, over = model_config(model), chips.mesh_of(topology, mesh)
-    built = method(lesson=lambda rollout, rollouts: with_solution(question(rollout.example), rollout.example.solution))
-    refuse_other_teachers(built)
-    sketched = sketch.sketched(built)
+    built, sketched = self_taught(method)
     rows, other = sketch.rows_per_prompt(sketched), teacher_context or context + completion
     batch = sketch.sized(
         sketched, prompts, rows, completion, {v: context if v == "student" else other for v in sketched.contexts}
@@ -163,6 +168,13 @@ def plan(
     shapes = Shapes(context, completion, prompts * rows, rows_per_chunk, tokens_per_chunk)
     with sharding.on(over):
         return compiled_plan(built, network, batch, shapes, prompts, rows)
+
+
+def self_taught(method: Choice) -> tuple[Method, Batch]:
+    """The method with solutions as lessons, and a small batch of it.  Raises `PlanError` if another model teaches."""
+    built = method(lesson=lambda rollout, rollouts: with_solution(question(rollout.example), rollout.example.solution))
+    refuse_other_teachers(built)
+    return built, sketch.sketched(built)
 
 
 def refuse_other_teachers(method: Method) -> None:
@@ -178,9 +190,8 @@ def compiled_plan(method: Method, network: Transformer, batch: Any, shapes: Shap
     """The plan on the entered mesh."""
     mesh = jax.sharding.get_mesh()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
-    params = laid_parameters(jax.eval_shape(lambda: initialise(network, jax.random.key(0))))
-    opt_state = laid_parameters(jax.eval_shape(optimizer.init, params))
-    snapshots, networks = dict.fromkeys(method.snapshots, params), dict.fromkeys(("live", *method.snapshots), network)
+    params, opt_state, snapshots = laid_state(method, network, optimizer)
+    networks = dict.fromkeys(("live", *method.snapshots), network)
     updates = tuple(
         cost(
             train.make_update(objective, networks, optimizer, shapes),

@@ -9,15 +9,13 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sdjax import programs, sharding, train
-from sdjax.contexts import question, with_solution
-from sdjax.models.transformer import Transformer, initialise
+from sdjax.models.transformer import Transformer
 from sdjax.options import Choice
 from sdjax.planning import sketch
-from sdjax.planning.plan import laid_parameters, laid_rows, laid_whole, model_config, refuse_other_teachers
+from sdjax.planning.plan import laid_rows, laid_state, laid_whole, model_config, self_taught
 from sdjax.tokens import Shapes
 
 
@@ -55,9 +53,7 @@ def scaling(
     """
     config = model_config(model)
     config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers])
-    built = method(lesson=lambda rollout, rollouts: with_solution(question(rollout.example), rollout.example.solution))
-    refuse_other_teachers(built)
-    sketched = sketch.sketched(built)
+    built, sketched = self_taught(method)
     rows, lengths = sketch.rows_per_prompt(sketched), {v: context + completion for v in sketched.contexts}
     found = []
     for shape in map(sharding.mesh_shape, meshes):
@@ -72,17 +68,12 @@ def scaling(
 def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: tuple[int, int], prompts: int) -> Row:
     """The cost of all objectives' updates of one batch on the entered mesh."""
     optimizer = optax.adamw(1e-6)
-    params = laid_parameters(jax.eval_shape(lambda: initialise(network, jax.random.key(0))))
-    opt_state = laid_parameters(jax.eval_shape(optimizer.init, params))
-    snapshots, networks = dict.fromkeys(method.snapshots, params), dict.fromkeys(("live", *method.snapshots), network)
+    params, opt_state, snapshots = laid_state(method, network, optimizer)
+    networks = dict.fromkeys(("live", *method.snapshots), network)
     flops, exchanged = 0.0, {}
     for objective in method.objectives:
         update = train.make_update(objective, networks, optimizer, shapes)
-        text = (
-            update.lower(params, opt_state, snapshots, laid_rows(batch), laid_whole(dtype=jnp.int32))
-            .compile()
-            .as_text()
-        )
+        text = update.lower(params, opt_state, snapshots, laid_rows(batch), laid_whole()).compile().as_text()
         flops += programs.product_flops(text)
         for kind, size in programs.collective_bytes(text).items():
             exchanged[kind] = exchanged.get(kind, 0.0) + size
