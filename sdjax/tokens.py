@@ -141,7 +141,8 @@ def collate(
     """One padded batch of rollouts: groups in order of appearance, every group padded to the largest.
 
     Args:
-      rollouts: at least one.  Rows of a group share the context of every view that is not `per_rollout`.
+      rollouts: at least one.  Rows of a group share the context of every view that is not `per_rollout`, and of one
+        that is where no group of the batch differs.
       views: whose contexts go into the batch.
       groups: pad to at least this many groups, so that a short batch keeps its shape, and to a `multiple` of groups,
         so that devices have equally many.
@@ -198,9 +199,9 @@ def rows_of(slots, length: int, default, dtype, of) -> np.ndarray:
 
 
 def collate_context(slots, name: str, view: View, per_group: int, tokenizer: Any, shapes: Shapes) -> Context:
-    """The context of one view: one per row if `view.per_rollout`, else one per group."""
+    """The context of one view: one per group, or, if `view.per_rollout` and a group does differ, one per row."""
     chats = [None if r is None else r.contexts.get(name) for r in slots]
-    shared = 1 if view.per_rollout else per_group
+    shared = 1 if view.per_rollout and not alike(chats, per_group) else per_group
     rows: list[Sequence[int]] = []
     for start in range(0, len(chats), shared):
         spoken = [c for c in chats[start : start + shared] if c is not None]
@@ -213,6 +214,12 @@ def collate_context(slots, name: str, view: View, per_group: int, tokenizer: Any
     # A context nobody speaks still needs one real token, or its rows would attend to nothing.
     mask[~mask.any(-1), -1] = True
     return Context(tokens, mask, np.asarray([c is not None for c in chats]))
+
+
+def alike(chats: Sequence[Messages | None], per_group: int) -> bool:
+    """Whether some rows have a context and no group has two different ones: it need then be read only once."""
+    groups = [[c for c in chats[i : i + per_group] if c is not None] for i in range(0, len(chats), per_group)]
+    return any(groups) and all(c == spoken[0] for spoken in groups for c in spoken)
 
 
 def collate_extras(slots, length: int) -> dict[str, np.ndarray]:

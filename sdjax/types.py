@@ -129,7 +129,8 @@ class View(NamedTuple):
     """One named reader of the completion; its context goes by the view's own name.
 
     `policy` is "live", a snapshot's name or an external policy's name; gradients flow through trainable views only.
-    A view's context is the same for all rollouts of a prompt, and is read once for all of them, unless `per_rollout`.
+    A view's context is the same for all rollouts of a prompt, and is read once for all of them; with `per_rollout` it
+    may differ, and is read once per rollout in a batch where it does.
     """
 
     policy: str = "live"

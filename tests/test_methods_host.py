@@ -1267,8 +1267,8 @@ def test_one_update(name):
             moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, before)
             assert all(jax.tree.leaves(moved))
         assert tiny.programs("update") == made_before + len(buckets)
-    # Lengths fall into few buckets; that of most methods is the same in both batches.
-    assert len(buckets) == 1 or name in ("cipo", "tessy", "mixsd", "sort", "brts")
+    # Lengths fall into few buckets; that of most methods is the same in both batches.  OP2SD's contexts may be alike.
+    assert len(buckets) == 1 or name in ("cipo", "tessy", "mixsd", "sort", "brts", "op2sd")
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -68,7 +68,9 @@ def test_batches_of_a_method_are_sized_by_what_it_collects():
     assert rows == 4
     assert found.completion.shape == found.mask.shape == found.behavior_logprobs.shape == (12, 100)
     assert found.contexts["student"].tokens.shape == (3, 10)  # a group shares its question
-    assert found.contexts["teacher"].tokens.shape == (12, 20)  # and not what each attempt is told
+    assert found.contexts["teacher"].tokens.shape == (3, 20)  # and here the lesson
+    own = sketch.sized(batch, 3, rows, 100, {"student": 10, "teacher": 20}, own={"teacher"})
+    assert own.contexts["teacher"].tokens.shape == (12, 20)  # which may be one of each attempt's own
     assert found.reward.shape == (12,)
     assert found.completion.dtype == jnp.int32 and found.mask.dtype == jnp.bool_
 

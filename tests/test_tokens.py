@@ -218,6 +218,17 @@ def test_shared_contexts_are_stored_once_per_group_and_own_ones_per_rollout():
     assert own.valid.tolist() == [True, False, True, True] + [False] * 5
 
 
+def test_own_contexts_that_do_not_differ_are_stored_once_per_group():
+    rows = [rollout(1, 2), rollout(1, 4), rollout(2, 3, teacher=False), rollout(2, 3)]
+    alike = collated(rows).contexts["teacher"]
+    assert alike.tokens.shape[0] == 2 and alike.valid.tolist() == [True, True, False, True]
+    rows[1] = rollout(1, 4, 1)
+    differing = collated(rows).contexts["teacher"]
+    assert differing.tokens.shape[0] == 4
+    silent = [r.read_by(teacher=None) for r in rows]
+    assert collated(silent).contexts["teacher"].tokens.shape[0] == 4  # nothing is known of them
+
+
 def test_every_context_has_a_token_to_read_and_ends_at_the_last_column():
     for context in collated(groups=3).contexts.values():
         assert context.mask[:, -1].all()

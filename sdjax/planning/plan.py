@@ -159,22 +159,25 @@ def plan(
     """
     train.check_numbers({"prompts": prompts, "context": context, "completion": completion})
     config, over = model_config(model), chips.mesh_of(topology, mesh)
-    built, sketched = self_taught(method)
+    built, sketched, own = self_taught(method)
     rows, other = sketch.rows_per_prompt(sketched), teacher_context or context + completion
-    batch = sketch.sized(
-        sketched, prompts, rows, completion, {v: context if v == "student" else other for v in sketched.contexts}
-    )
+    lengths = {v: context if v == "student" else other for v in sketched.contexts}
+    batch = sketch.sized(sketched, prompts, rows, completion, lengths, own)
     network = Transformer(config, jnp.bfloat16 if bf16 else jnp.float32, remat)
     shapes = Shapes(context, completion, prompts * rows, rows_per_chunk, tokens_per_chunk)
     with sharding.on(over):
         return compiled_plan(built, network, batch, shapes, prompts, rows)
 
 
-def self_taught(method: Choice) -> tuple[Method, Batch]:
-    """The method with solutions as lessons, and a small batch of it.  Raises `PlanError` if another model teaches."""
+def self_taught(method: Choice) -> tuple[Method, Batch, set[str]]:
+    """The method with solutions as lessons, a small batch of it, and the views whose own lessons differ within a group.
+
+    Raises `PlanError` if another model teaches.
+    """
     built = method(lesson=lambda rollout, rollouts: with_solution(question(rollout.example), rollout.example.solution))
     refuse_other_teachers(built)
-    return built, sketch.sketched(built)
+    own = {name for name, view in train.all_views(method()).items() if view.per_rollout}
+    return built, sketch.sketched(built), own
 
 
 def refuse_other_teachers(method: Method) -> None:

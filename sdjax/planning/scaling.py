@@ -53,12 +53,12 @@ def scaling(
     """
     config = model_config(model)
     config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers])
-    built, sketched = self_taught(method)
+    built, sketched, own = self_taught(method)
     rows, lengths = sketch.rows_per_prompt(sketched), {v: context + completion for v in sketched.contexts}
     found = []
     for shape in map(sharding.mesh_shape, meshes):
         count = prompts * (shape[0] if weak else 1)
-        batch = sketch.sized(sketched, count, rows, completion, {**lengths, "student": context})
+        batch = sketch.sized(sketched, count, rows, completion, {**lengths, "student": context}, own)
         shapes = Shapes(context, completion, count * rows, None, tokens_per_chunk)
         with sharding.on(sharding.make_mesh(shape, jax.devices()[: shape[0] * shape[1]])):
             found.append(row_of(built, Transformer(config), batch, shapes, shape, count))

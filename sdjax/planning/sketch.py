@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -63,10 +63,13 @@ def rows_per_prompt(batch: Batch, prompts: int = 2) -> int:
     return max(1, math.ceil(len(batch.reward) / prompts))
 
 
-def sized(batch: Batch, prompts: int, rows: int, completion: int, contexts: Mapping[str, int]) -> Batch:
+def sized(
+    batch: Batch, prompts: int, rows: int, completion: int, contexts: Mapping[str, int], own: Collection[str] = ()
+) -> Batch:
     """The shapes (`jax.ShapeDtypeStruct`) of a batch of `prompts` x `rows` completions of `completion` tokens.
 
-    `contexts` gives tokens by view.  A context that a group shares in the sketch is shared here.
+    `contexts` gives tokens by view.  A context that a group shares in the sketch is shared here, but for views of `own`,
+    which may differ in every row.
     """
     total, (few, length) = prompts * rows, batch.completion.shape
 
@@ -77,7 +80,8 @@ def sized(batch: Batch, prompts: int, rows: int, completion: int, contexts: Mapp
         return jax.ShapeDtypeStruct(tuple(shape), jnp.asarray(x).dtype)
 
     def read(name: str, context: Context) -> Context:
-        tokens = jax.ShapeDtypeStruct((max(1, total * len(context.tokens) // few), contexts[name]), jnp.int32)
+        count = total if name in own else max(1, total * len(context.tokens) // few)
+        tokens = jax.ShapeDtypeStruct((count, contexts[name]), jnp.int32)
         return Context(tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), grown(context.valid))
 
     plain = {f: jax.tree.map(grown, getattr(batch, f)) for f in batch.__dataclass_fields__ if f != "contexts"}
