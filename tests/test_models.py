@@ -160,6 +160,48 @@ def test_remat_keeps_one_block_instead_of_all():
     assert activations(True) < activations(False) / 3
 
 
+# ---- layers in a loop ---------------------------------------------------------------------------------------------
+
+
+def six_layers(golden):
+    """A deeper model of the family: its pattern of windows and rotations twice or thrice."""
+    times = 6 // golden.config.layers
+    deep = {"layers": 6, "windows": golden.config.windows * times, "ropes": golden.config.ropes * times}
+    return dataclasses.replace(golden.config, **deep)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_loop_over_periods_of_layers_changes_neither_value_nor_gradient(golden, remat):
+    config = six_layers(golden)
+    unrolled, looped = (transformer.Transformer(config, remat=remat, scan=scan) for scan in (False, True))
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, transformer.initialise(unrolled, jax.random.key(0)))
+    tokens, mask = jnp.asarray(golden.tokens), jnp.asarray(golden.mask)
+    positions = transformer.positions_of(mask)
+
+    def loss(params, model):
+        first, rest = (slice(None), slice(0, 12)), (slice(None), slice(12, None))
+        _, past = transformer.hidden(model, params, tokens[first], positions[first], mask[first])
+        hidden, written = transformer.hidden(model, params, tokens[rest], positions[rest], mask[rest], past)
+        return jnp.mean(jax.nn.logsumexp(transformer.logits(model, params, hidden), axis=-1)), (hidden, past, written)
+
+    of = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    for one, other in zip(jax.tree.leaves(of(params, unrolled)), jax.tree.leaves(of(params, looped)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_is_as_long_as_the_pattern_of_layers_allows(golden):
+    config = six_layers(golden)
+    assert transformer.period_of(config) == {"llama": 1, "olmo3": 3, "qwen2": 2, "qwen3": 1}[golden.config.family]
+    uneven = dataclasses.replace(config, windows=(7, *config.windows[1:]))
+    assert transformer.period_of(uneven) == 6
+    model, tokens = transformer.Transformer(config, scan=True), jnp.zeros((1, 8), jnp.int32)
+    params = jax.eval_shape(lambda: transformer.initialise(model, jax.random.key(0)))
+    mask = jnp.ones_like(tokens, bool)
+    traced = jax.make_jaxpr(lambda p: transformer.hidden(model, p, tokens, tokens, mask)[0])(params)
+    loops = [equation.params["length"] for equation in traced.eqns if equation.primitive.name == "scan"]
+    assert loops == [6 // transformer.period_of(config)]
+
+
 # ---- configurations -----------------------------------------------------------------------------------------------
 
 

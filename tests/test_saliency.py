@@ -17,7 +17,8 @@ from sdjax.kernels.reductions import masked_mean
 from sdjax.methods import atmanrl as atmanrl_module
 from sdjax.methods.atmanrl import atmanrl
 from sdjax.methods.grpo import grpo
-from sdjax.models.transformer import attend, hidden, positions_of
+from sdjax.models.attention import Keys, attend
+from sdjax.models.transformer import hidden, positions_of
 from sdjax.tokens import render
 from sdjax.types import Rollout
 
@@ -48,10 +49,16 @@ def test_shares():
     near(restored(jnp.asarray([START, 0.0, 0.3, -5.0, -0.2])), (0.0, 1.0, 1.0, 0.0, 0.5))
 
 
+def read_by_one(keys, values, bias):
+    """What one query of ones, after all keys, reads under a bias of its scores."""
+    count = keys.shape[1]
+    run = Keys(keys, values, jnp.zeros((1, count), jnp.int32), jnp.ones((1, count), bool))
+    return attend(jnp.ones((1, 1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32), [run], bias=bias)[0, 0, 0, 0]
+
+
 def two_keys(bias):
     """What one query reads from a prompt key (1, 0) and a reasoning key (0, 1) of equal scores."""
-    keys, values = jnp.zeros((1, 2, 1, 2)), jnp.eye(2)[None, :, None]
-    return attend(jnp.ones((1, 1, 1, 1, 2)), [(keys, values, jnp.ones((1, 1, 2), bool))], bias[None, None])[0, 0, 0, 0]
+    return read_by_one(jnp.zeros((1, 2, 1, 2)), jnp.eye(2)[None, :, None], bias[None, None])
 
 
 def test_suppressed_attention():
@@ -59,9 +66,7 @@ def test_suppressed_attention():
     near(two_keys(jnp.asarray([-3.0, -7.0])), (0.982014, 0.017986))  # a constant for all keys changes nothing
     near(jax.nn.softmax(jnp.asarray([-3.0, -2.0, -1.0])), (0.090031, 0.244728, 0.665241))
     # One key alone: whatever is added, it is read.
-    one = lambda bias: attend(
-        jnp.ones((1, 1, 1, 1, 2)), [(jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1), bool))], bias
-    ).sum()
+    one = lambda bias: read_by_one(jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)), bias).sum()
     assert jax.grad(one)(jnp.full((1, 1, 1), -4.0)).item() == 0.0
 
 

@@ -7,6 +7,7 @@ however many completions share it, in sampling and in training.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,10 +17,23 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.models.adapters import Adapted
+from sdjax.models.attention import Keys, attend
 from sdjax.models.configs import ModelConfig
 from sdjax.models.recompute import recomputed
 from sdjax.models.ropes import Rope
-from sdjax.sharding import DATA, MODEL, constrain, current
+from sdjax.sharding import DATA, MODEL, constrain, current, divisors
+
+
+def period_of(config: ModelConfig) -> int:
+    """After how many layers their windows and rotations repeat; all of them if they do not."""
+    kinds = list(zip(config.windows, config.ropes, strict=True))
+    return next(p for p in divisors(config.layers) if kinds == kinds[:p] * (config.layers // p))
+
+
+def spread(written: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """What a block returns, laid over the mesh."""
+    x, key, value = written
+    return constrain(x, DATA), constrain(key, DATA, None, MODEL), constrain(value, DATA, None, MODEL)
 
 
 @flax.struct.dataclass
@@ -32,9 +46,9 @@ class KeyValues:
     mask: Array  # [N, S] bool: False for padding and for cache columns not yet written
 
 
-def layer_of(past: KeyValues | None, layer: int) -> tuple[Array, Array] | None:
-    """Keys and values of one layer, or `None` of none."""
-    return None if past is None else (past.keys[layer], past.values[layer])
+def layer_of(run: KeyValues | None, layer: int) -> Keys | None:
+    """What one layer reads of a run, or `None` of none."""
+    return None if run is None else Keys(run.keys[layer], run.values[layer], run.positions, run.mask)
 
 
 def rotate(x: Array, positions: Array, rope: Rope) -> Array:
@@ -47,41 +61,6 @@ def rotate(x: Array, positions: Array, rope: Rope) -> Array:
     cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def allowed(query_positions: Array, positions: Array, mask: Array, window: int | None) -> Array:
-    """Which keys a query may read: `[B, S]` queries against `[B, P]` keys -> bool `[B, S, P]`."""
-    distance = query_positions[:, :, None] - positions[:, None, :]
-    reachable = (distance >= 0) & mask[:, None, :]
-    return reachable if window is None else reachable & (distance < window)
-
-
-def attend(query: Array, segments: list[tuple[Array, Array, Array]], bias: Array | None = None) -> Array:
-    """Grouped-query attention of `query [B, S, K, G, H]` over several runs of keys, under one softmax.
-
-    A segment is `(keys [N, P, K, H], values [N, P, K, H], allowed [B, S, P])` with `N` dividing `B`: consecutive rows
-    share its keys, which are never copied.  Softmax in float32; a query with nothing to read gets a finite garbage row.
-    `bias [B, S, P]` is added to the scores of the last segment, the same in every head.
-    """
-    batch, length, kv_heads, per_kv, head_dim = query.shape
-    query = query * head_dim**-0.5
-    scores = []
-    for keys, _, reachable in segments:
-        rows = query.reshape(keys.shape[0], -1, *query.shape[1:])
-        score = jnp.einsum("nrskgh,npkh->nrkgsp", rows, keys, preferred_element_type=jnp.float32)
-        score = score.reshape(batch, kv_heads, per_kv, length, -1)
-        if bias is not None and len(scores) + 1 == len(segments):
-            score = score + bias[:, None, None]
-        scores.append(jnp.where(reachable[:, None, None], score, jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    result, start = 0, 0
-    for keys, values, _ in segments:
-        part = weights[..., start : start + keys.shape[1]]
-        part = part.reshape(keys.shape[0], -1, *part.shape[1:])
-        read = jnp.einsum("nrkgsp,npkh->nrskgh", part, values)
-        result = result + read.reshape(batch, length, kv_heads, per_kv, head_dim)
-        start += keys.shape[1]
-    return result
 
 
 def project(x: Array, weights: Array) -> Array:
@@ -118,29 +97,28 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, positions, own_reach, past, past_reach, cache, column, score_bias):
+    def __call__(self, x, positions, mask, past, cache, column, bias):
         c, init = self.config, nn.initializers.normal(0.02)
         per_kv = c.heads // c.kv_heads
         qkv = self.param("qkv", init, (c.width, c.kv_heads, per_kv + 2, c.head_dim))
         out = self.param("out", init, (c.kv_heads, per_kv, c.head_dim, c.width))
         mixed = project(x, qkv)
         if c.qkv_bias:
-            bias = self.param("qkv_bias", nn.initializers.zeros, (c.kv_heads, per_kv + 2, c.head_dim))
-            mixed = mixed + bias.astype(x.dtype)
+            added = self.param("qkv_bias", nn.initializers.zeros, (c.kv_heads, per_kv + 2, c.head_dim))
+            mixed = mixed + added.astype(x.dtype)
         query, key, value = mixed[..., :per_kv, :], mixed[..., per_kv, :], mixed[..., per_kv + 1, :]
         if c.qk_norm != "none":
             query, key = self.normalised(query, key)
         query, key = rotate(query, positions, c.ropes[self.layer]), rotate(key, positions, c.ropes[self.layer])
+        own = Keys(key, value, positions, mask)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), column, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), column, axis=1)
-        segments = [(key, value, own_reach)]
-        if past is not None:
-            segments.insert(0, (*past, past_reach))
-        read = attend(query, segments, score_bias)
+            put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column, axis=1)
+            own = cache._replace(keys=put(cache.keys, key), values=put(cache.values, value))
+        runs = (own,) if past is None else (past, own)
+        read = attend(query, positions, runs, c.windows[self.layer], bias)
         if isinstance(out, Adapted):
-            return out.applied(read, inputs=3), key, value
-        return jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype)), key, value
+            return out.applied(read, inputs=3), own.keys, own.values
+        return jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype)), own.keys, own.values
 
     def normalised(self, query, key):
         """RMS norm of queries and keys, per head or over all heads together."""
@@ -172,11 +150,11 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x, positions, own_reach, past, past_reach, cache, column, score_bias):
+    def __call__(self, x, positions, mask, past, cache, column, bias):
         attention, mlp = Attention(self.config, self.layer, name="attention"), MLP(self.config, name="mlp")
         attention_norm = RMSNorm(self.config.norm_eps, name="attention_norm")
         mlp_norm = RMSNorm(self.config.norm_eps, name="mlp_norm")
-        rest = (positions, own_reach, past, past_reach, cache, column, score_bias)
+        rest = (positions, mask, past, cache, column, bias)
         if self.config.post_norm:
             read, key, value = attention(x, *rest)
             x = x + attention_norm(read)
@@ -190,12 +168,14 @@ class Transformer(nn.Module):
     """A decoder-only language model.  Parameters are float32; `dtype` is what it computes in.
 
     `remat` recomputes each block in the backward pass: memory for one block's activations instead of all, for one more
-    forward pass of the blocks.
+    forward pass of the blocks.  `scan` compiles one period of layers and loops over it, where nothing is decoded: programs
+    of deep models compile many times faster, for a copy of the parameters and of their gradients.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    scan: bool = False
 
     def setup(self):
         c = self.config
@@ -210,28 +190,57 @@ class Transformer(nn.Module):
         if mask is not None:
             # Attention weighs what it may not read by 0, and 0 times an infinity is NaN.
             x = jnp.where(mask[..., None], x, 0)
-        own_positions, own_mask = (positions, mask) if cache is None else (cache.positions, cache.mask)
-        own = {w: allowed(positions, own_positions, own_mask, w) for w in set(self.config.windows)}
-        before = {w: None for w in own}
-        if past is not None:
-            repeat = lambda a: jnp.repeat(a, tokens.shape[0] // a.shape[0], axis=0)
-            before = {w: allowed(positions, repeat(past.positions), repeat(past.mask), w) for w in own}
+        looped = self.scan and cache is None and not self.is_initializing()
+        x, keys, values = (
+            self.over_periods(x, positions, mask, past, bias)
+            if looped
+            else self.over_layers(x, positions, mask, past, cache, column, bias)
+        )
+        at, present = (positions, mask) if cache is None else (cache.positions, cache.mask)
+        return self.final_norm(x), KeyValues(keys, values, at, present)
+
+    def over_layers(self, x, positions, mask, past, cache, column, bias):
+        """One layer after the other."""
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
-            window = self.config.windows[layer]
             if self.remat and cache is None and not self.is_initializing():
-                block = self.recomputed_block(layer)
+                block = partial(self.pure_block(layer), self.variables["params"][f"layers_{layer}"])
             read, written = layer_of(past, layer), layer_of(cache, layer)
-            x, key, value = block(x, positions, own[window], read, before[window], written, column, bias)
-            x = constrain(x, DATA)
-            keys.append(constrain(key, DATA, None, MODEL))
-            values.append(constrain(value, DATA, None, MODEL))
-        return self.final_norm(x), KeyValues(tuple(keys), tuple(values), own_positions, own_mask)
+            x, key, value = spread(block(x, positions, mask, read, written, column, bias))
+            keys.append(key)
+            values.append(value)
+        return x, tuple(keys), tuple(values)
 
-    def recomputed_block(self, layer):
-        block, params = Block(self.config, layer, parent=None), self.variables["params"][f"layers_{layer}"]
-        pure = recomputed(lambda x, params, *rest: block.apply({"params": params}, x, *rest))
-        return lambda x, *rest: pure(x, params, *rest)
+    def over_periods(self, x, positions, mask, past, bias):
+        """A loop over rounds of `period` layers each, which differ in their parameters alone."""
+        c, params, period = self.config, self.variables["params"], period_of(self.config)
+        rounds = range(0, c.layers, period)
+        stacked = lambda of: jax.tree.map(
+            lambda *x: jnp.stack(x), *[[of(r + i) for i in range(period)] for r in rounds]
+        )
+        blocks = [self.pure_block(layer) for layer in range(period)]
+
+        def one_round(x, inputs):
+            weights, before = inputs
+            written = []
+            for block, own, read in zip(blocks, weights, before, strict=True):
+                x, key, value = spread(block(own, x, positions, mask, read, None, None, bias))
+                written.append((key, value))
+            return x, written
+
+        inputs = stacked(lambda layer: params[f"layers_{layer}"]), [None] * period
+        if past is not None:
+            inputs = inputs[0], stacked(lambda layer: layer_of(past, layer))
+        x, written = jax.lax.scan(one_round, x, inputs)
+        of = lambda which: tuple(written[layer % period][which][layer // period] for layer in range(c.layers))
+        return x, of(0), of(1)
+
+    def pure_block(self, layer):
+        """A layer as a function of its parameters, too; recomputed in the backward pass if the model is."""
+        block = Block(self.config, layer, parent=None)
+        call = lambda x, params, *rest: block.apply({"params": params}, x, *rest)
+        call = recomputed(call) if self.remat else call
+        return lambda params, x, *rest: call(x, params, *rest)
 
     def hidden(self, tokens, positions, mask, past=None, bias=None):
         return self.run(tokens, positions, mask, past, None, None, bias)
