@@ -47,6 +47,7 @@ def experiment(
     rows_per_chunk: int | None = None,
     tokens_per_chunk: int | None = 512,
     remat: bool = False,
+    scan: bool = False,
     bf16: bool = False,
     lora_rank: int = 0,
     lora_base: Literal["float", "int8", "nf4"] = "float",
@@ -73,6 +74,7 @@ def experiment(
       completion: most tokens of an attempt.
       rows: attempts sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits.
       remat: recompute blocks in the backward pass, for memory.
+      scan: loop over the layers instead of compiling each, for deep models on TPUs.
       bf16: compute in bfloat16 (parameters stay float32).
       lora_rank: train adapters of this rank on frozen weights instead of the weights; 0 is none.  A larger `lr` suits
         them.
@@ -102,6 +104,7 @@ def experiment(
         dtype=jnp.bfloat16 if bf16 else jnp.float32,
         lora=lora,
         remat=remat,
+        scan=scan,
         evaluation=evaluation,
         evaluate_every=evaluate_every,
         save_every=save_every,

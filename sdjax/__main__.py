@@ -90,7 +90,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
     from sdjax import processes
     from sdjax.controls import controlled
-    from sdjax.fit import check_folder, fit
+    from sdjax.fit import fit
+    from sdjax.run_folder import check_folder
     from sdjax.train import check_numbers
 
     out, resume = chosen.pop("out"), chosen.pop("resume")

@@ -2,13 +2,13 @@
 
 from sdjax.checkpoint import CheckpointError
 from sdjax.engines import EngineError
-from sdjax.fit import RunError
 from sdjax.models.fields import ModelError
 from sdjax.options import OptionError
 from sdjax.planning.chips import PlanError
 from sdjax.processes import ProcessError
 from sdjax.report.runs import ReportError
 from sdjax.rollouts import RolloutError
+from sdjax.run_folder import RunError
 from sdjax.sharding import MeshError
 from sdjax.tasks.errors import TaskError
 from sdjax.tokens import LengthError

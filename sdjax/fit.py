@@ -23,15 +23,11 @@ from sdjax.evaluate import Accuracy, accuracy
 from sdjax.interrupts import Interrupted, Interrupts, SharedInterrupts
 from sdjax.log import NoLog, RunLog, replace_text
 from sdjax.models import adapters, pretrained
-from sdjax.options import nearest
 from sdjax.policies import Environment, Policy
+from sdjax.run_folder import RunError, as_json, check_folder, claim
 from sdjax.tokens import collate, encode_context
 from sdjax.train import Experiment, ExperimentError, Outcome, State
 from sdjax.types import STUDENT, Batch, Example, Rollout, Verdict
-
-
-class RunError(RuntimeError):
-    """A run cannot start or go on; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,46 +115,6 @@ def fit(
 # ---- before a run ---------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> None:
-    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing."""
-    file, arguments = folder / "arguments.json", as_json(arguments, "the arguments")
-    try:
-        used = folder.is_dir() and any(path.suffix != ".unfinished" for path in folder.iterdir())
-        old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error}): name another folder with --out") from error
-    if old is None and used:
-        raise RunError(
-            f"{folder} is not empty and holds no run ({file.name} is missing): name another folder with --out"
-        )
-    if old is None and resume:
-        others = [str(p.parent) for p in folder.parent.glob("*/arguments.json")]
-        raise RunError(f"{folder} holds no run to resume{nearest(str(folder), others)}: start it without --resume")
-    if old is not None and not resume:
-        raise RunError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
-    # Where it runs may change.
-    old, arguments = ({k: v for k, v in (some or {}).items() if k != "mesh"} for some in (old, arguments))
-    if file.exists() and old != arguments:
-        changed = [
-            f"{name} was {old.get(name)!r} and is {arguments.get(name)!r}"
-            for name in sorted({*old, *arguments})
-            if old.get(name) != arguments.get(name)
-        ]
-        raise RunError(
-            f"{folder} was started with other arguments: {'; '.join(changed)}: resume with the old values, or start a "
-            "new run with --out"
-        )
-
-
-def claim(folder: Path, arguments: Mapping[str, Any]) -> None:
-    """Makes the run folder and writes `arguments.json`.  Raises `RunError` if the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "arguments.json", json.dumps(as_json(arguments, "the arguments"), indent=1))
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
-
-
 def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
     """Raises before the first step what would end the run at some later one: a question that does not fit.
 
@@ -179,14 +135,6 @@ def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
     length = lambda example: sum(len(turn["content"]) for turn in example.prompt)
     for example in sorted(examples, key=length, reverse=True)[:most]:
         encode_context(student.tokenizer, question(example), shapes)
-
-
-def as_json(value: Any, what: str) -> Any:
-    """A value as it comes back from a JSON file.  Raises `RunError` if it cannot."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{what} cannot be saved as JSON: {error}") from error
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jax import Array
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
 from sdjax.models.transformer import Transformer
-from sdjax.sharding import with_whole_head
+from sdjax.sharding import DATA, axis_size, with_whole_head
 from sdjax.types import Batch, Context, View
 
 
@@ -107,9 +107,10 @@ def token_signals(
       views: who reads the completion; gradients flow through the parameters of trainable views only.
       signals: `({view: log-probabilities [..., V]}, token [...]) -> {name: [...]}`, one position at a time.
       models, params: by policy name.  A view's context is `batch.contexts[view's name]`.
-      rows: at most about this many rows at a time (activations); tokens: about this many positions at a time (logits).
-        `None` is all at once.  They change memory and time, never the result.
+      rows: at most about this many rows at a time (activations); tokens: about this many positions at a time (logits),
+        on each device of the data axis.  `None` is all at once.  They change memory and time, never the result.
     """
+    rows, tokens = (size and size * axis_size(DATA) for size in (rows, tokens))
     total, length = batch.completion.shape
     units = math.gcd(*(batch.contexts[name].tokens.shape[0] for name in views))
     row_chunks = divisor_at_least(units, math.ceil(total / rows)) if rows else 1

@@ -65,8 +65,8 @@ class Shapes:
     """The sizes programs are compiled for.
 
     `context` and `completion` are the most tokens of a context and of a completion; `rows` is how many completions are
-    sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits in the engine (`None`: no
-    bound).  `too_long` says what happens to a chat that exceeds `context`.
+    sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits in the engine, on each device
+    of the data axis (`None`: no bound).  `too_long` says what happens to a chat that exceeds `context`.
     """
 
     context: int = 512

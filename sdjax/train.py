@@ -67,9 +67,10 @@ def check_numbers(values: Mapping[str, Any]) -> None:
 class Experiment:
     """Everything a run is made of, as Python objects.
 
-    `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into `minibatches` of whole groups, one update each, and
-    read `epochs` times.  `teachers` are external policies by name.  `dtype` is what the models compute in; parameters
-    and the optimizer stay float32.  `reduce` averages the terms that do not say how.  Evaluation reads `evaluation`
+    `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into
+    `minibatches` of whole groups, one update each, and read `epochs` times.  `teachers` are external policies by name.
+    `dtype` is what the models compute in; parameters and the optimizer stay float32.  `remat` and `scan` are those of
+    `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that do not say how.  Evaluation reads `evaluation`
     test examples greedily every `evaluate_every` steps (0: only before and after); `save_every` likewise (0: at the
     end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library.  `mesh` is
@@ -92,6 +93,7 @@ class Experiment:
     seed: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
+    scan: bool = False
     teachers: Mapping[str, Pretrained] = dataclasses.field(default_factory=dict)
     reduce: Reducer = token_mean
     evaluation: int = 100
@@ -206,7 +208,7 @@ def initial_state(experiment: Experiment, params: Any) -> State:
 
 def models(experiment: Experiment) -> dict[str, Transformer]:
     """The network of every policy: live, snapshots, external teachers."""
-    build = lambda config: Transformer(config, experiment.dtype, experiment.remat)
+    build = lambda config: Transformer(config, experiment.dtype, experiment.remat, experiment.scan)
     own = {name: build(experiment.student.config) for name in ("live", *experiment.method.snapshots)}
     return {**own, **{name: build(teacher.config) for name, teacher in experiment.teachers.items()}}
 

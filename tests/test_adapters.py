@@ -19,7 +19,7 @@ from networks import network, padded, prompts, unoptimised
 from safetensors.numpy import load_file
 
 from sdjax.contexts import question, with_solution
-from sdjax.fit import RunError, fit
+from sdjax.fit import fit
 from sdjax.generate import Sampling, generate
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import adapters, pretrained, transformer, weights
@@ -28,6 +28,7 @@ from sdjax.models.configs import FAMILIES, from_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.transformer import Transformer
 from sdjax.policies import frozen
+from sdjax.run_folder import RunError
 from sdjax.sharding import parameter_specs
 from sdjax.tokens import Shapes
 from sdjax.train import Experiment

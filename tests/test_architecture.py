@@ -25,7 +25,7 @@ FLOORS = (
         *("controls", "instruments", "host/*", "engines", "refill", "staleness"),
     ),
     ("methods/*",),
-    ("train", "evaluate", "checkpoint", "log", "records", "options", "interrupts", "compilation", "fit"),
+    ("train", "evaluate", "checkpoint", "log", "records", "options", "interrupts", "compilation", "run_folder", "fit"),
     ("report", "report/*", "errors", "cards", "measure", "bench", "planning/*", "pretrain", "study", "testbed"),
     ("__main__",),
 )

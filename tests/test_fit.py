@@ -19,11 +19,12 @@ from whole_runs import lines
 from sdjax import fit as loop
 from sdjax import train
 from sdjax.checkpoint import CheckpointError
-from sdjax.fit import Prompts, RunError, fit
+from sdjax.fit import Prompts, fit
 from sdjax.interrupts import Interrupts
 from sdjax.kernels.distributions import logprob
 from sdjax.models.pretrained import Pretrained
 from sdjax.rollouts import attempts
+from sdjax.run_folder import RunError
 from sdjax.tokens import LengthError, Shapes, shorten
 from sdjax.train import Experiment, ExperimentError
 from sdjax.types import Method, Objective, Term, Verdict, View

@@ -1,0 +1,63 @@
+"""A run's folder before the run begins: whether it can be used, and the arguments in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdjax.log import replace_text
+from sdjax.options import nearest
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> None:
+    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing."""
+    file, arguments = folder / "arguments.json", as_json(arguments, "the arguments")
+    try:
+        used = folder.is_dir() and any(path.suffix != ".unfinished" for path in folder.iterdir())
+        old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error}): name another folder with --out") from error
+    if old is None and used:
+        raise RunError(
+            f"{folder} is not empty and holds no run ({file.name} is missing): name another folder with --out"
+        )
+    if old is None and resume:
+        others = [str(p.parent) for p in folder.parent.glob("*/arguments.json")]
+        raise RunError(f"{folder} holds no run to resume{nearest(str(folder), others)}: start it without --resume")
+    if old is not None and not resume:
+        raise RunError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
+    # Where it runs may change.
+    old, arguments = ({k: v for k, v in (some or {}).items() if k != "mesh"} for some in (old, arguments))
+    if file.exists() and old != arguments:
+        changed = [
+            f"{name} was {old.get(name)!r} and is {arguments.get(name)!r}"
+            for name in sorted({*old, *arguments})
+            if old.get(name) != arguments.get(name)
+        ]
+        raise RunError(
+            f"{folder} was started with other arguments: {'; '.join(changed)}: resume with the old values, or start a "
+            "new run with --out"
+        )
+
+
+def claim(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Makes the run folder and writes `arguments.json`.  Raises `RunError` if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "arguments.json", json.dumps(as_json(arguments, "the arguments"), indent=1))
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
+
+
+def as_json(value: Any, what: str) -> Any:
+    """A value as it comes back from a JSON file.  Raises `RunError` if it cannot."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{what} cannot be saved as JSON: {error}") from error
