@@ -46,6 +46,7 @@ from sdjax import programs, sharding, train
 from sdjax.contexts import question, with_solution
 from sdjax.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.kernels.top_k import top_k
+from sdjax.models import attention, transformer
 from sdjax.options import method_factory, method_names
 from sdjax.planning import scaling
 from sdjax.policies import row_keys
@@ -165,7 +166,7 @@ def test_an_update_is_that_of_one_device(name, layout):
 def test_chunks_stay_split():
     """Rows and tokens in chunks, on two axes."""
     _, batch, others, _ = material("sdpo")
-    shapes = tiny.SHAPES.__class__(128, 8, 8, rows_per_chunk=16, tokens_per_chunk=32)
+    shapes = tiny.SHAPES.__class__(128, 8, 8, rows_per_chunk=4, tokens_per_chunk=8)  # of each device along data
     with on("4x2"):
         found, _, text = taken(updates("sdpo", shapes)[0], batch, others)
     assert_equal(found, alone("sdpo")[0])
@@ -178,6 +179,43 @@ def test_gathers_are_seen():
     with on("4x2"):
         z = sharding.place(np.ones((8, 4, VOCABULARY), np.float32), sharding.P("data", None, "model"))
         assert vocabulary_gathers(text(jax.lax.top_k, z)) and not vocabulary_gathers(text(top_k, z))
+
+
+# ---- the network ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["4x2", "1x8"])
+def test_layers_in_a_loop_are_those_of_one_device(layout):
+    params, tokens = tiny.pretrained().params, np.random.default_rng(0).integers(6, 28, (8, 16)).astype(np.int32)
+    mask = np.arange(16) >= np.arange(8)[:, None]
+
+    def loss(params, model):
+        states, _ = transformer.hidden(model, params, tokens, transformer.positions_of(mask), mask)
+        return jnp.sum(jnp.where(mask[..., None], states, 0) ** 2)
+
+    of = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    wanted = jax.device_get(of(params, tiny.model()))
+    with on(layout):
+        looped = transformer.Transformer(config(), remat=True, scan=True)
+        found = jax.device_get(of(sharding.place_parameters(params), looped))
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted[1]))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["4x2", "1x8"])
+def test_the_attention_kernel_is_that_of_one_device(layout, monkeypatch):
+    monkeypatch.setattr(attention, "TILE", 128)
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    positions = np.broadcast_to(np.arange(24), (4, 24))
+    run = attention.Keys(draw(0, 4, 24, 8, 4), draw(1, 4, 24, 8, 4), positions, np.ones((4, 24), bool))
+    query = draw(2, 4, 24, 8, 2, 4)
+    of = lambda how: jax.jit(jax.value_and_grad(lambda q, run: jnp.sum(jnp.sin(how(q, positions, (run,))))))
+    wanted = jax.device_get(of(attention.at_once)(query, run))
+    with on(layout):
+        found = jax.device_get(of(functools.partial(attention.by_kernel, interpret=True))(query, run))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-4)
 
 
 # ---- the sampler ----------------------------------------------------------------------------------------------------
