@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ def arm(
 ) -> dict[str, Any]:
     """What an arm of a study measured: read from its file if it was run before, else `run(its own folder)`.
 
-    The file is `NAME-HASH.json` with the arguments beside the result; other arguments make another file.  The arm's own
+    The file is `NAME-HASH.json` with arguments and seconds beside the result; other arguments make another file.  The arm's own
     folder, `NAME-HASH/`, is where an interrupted run is resumed from.
     """
     folder = Path(folder)
@@ -45,27 +49,62 @@ def arm(
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))["result"]
     folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     result = run(path.with_suffix(""))
-    text = json.dumps({"name": name, "arguments": arguments, "result": result}, indent=1)
+    seconds = round(time.perf_counter() - started, 1)
+    text = json.dumps({"name": name, "arguments": arguments, "seconds": seconds, "result": result}, indent=1)
     replace_text(path, text)
     return json.loads(text)["result"]
 
 
+def every_seed(
+    folder: str | Path,
+    name: str,
+    arms: Iterable[str],
+    seeds: int,
+    prepared: Callable[[str, int], tuple[Mapping[str, Any], Callable[[Path], Any]]],
+) -> dict[str, list[Any]]:
+    """What every arm measured with every seed, `{arm: [result of each seed]}`; all arms of a seed before the next seed.
+
+    `prepared(arm, seed)` gives the arguments and the run of `arm`.
+    """
+    found: dict[str, list[Any]] = {own: [] for own in arms}
+    for seed, own in itertools.product(range(seeds), found):
+        found[own].append(arm(folder, name, *prepared(own, seed)))
+    return found
+
+
 def trained(
-    experiment: Experiment, folder: Path, probe: Callable[[Policy], Mapping[str, Any]], every: int
+    experiment: Experiment,
+    folder: Path,
+    probe: Callable[[Policy], Mapping[str, Any]],
+    every: int,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """What `probe(live policy)` says before, every `every` steps of, and after a run: rows that begin with `step`.
 
-    The run is resumed if it was interrupted; what was measured before is kept with its checkpoints.
+    `every` 0 is after the run only.  A run that was interrupted is resumed; what was measured before is kept with its
+    checkpoints.  `arguments` are what `sdjax report` knows the run by; it finds the rows among the evaluations.
     """
     experiment = watched(experiment, probe, every)
-    result = fit(experiment, folder, resume=(folder / "arguments.json").exists())
+    result = fit(experiment, folder, resume=(folder / "arguments.json").exists(), arguments=arguments)
     if result.interrupted:
         raise KeyboardInterrupt(f"{folder.name} was interrupted: run the same command again")
     student = experiment.student
     live = Policy(models(experiment)["live"], result.state.params, student.tokenizer, experiment.shapes)
     seen = checkpoint.restore(folder / "checkpoints", result.state)[1]["memory"]["probes"]
-    return [*seen, {"step": experiment.steps, **probe(live)}]
+    rows = [*seen, {"step": experiment.steps, **probe(live)}]
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": row["step"], "evaluation": flat(row)}) + "\n" for row in rows)
+    return rows
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers under one name each, `{"in_domain": {"length": 9}}` as `length_in_domain`, without its step."""
+    nested = {
+        f"{what}_{name}": n for name, some in row.items() if isinstance(some, Mapping) for what, n in some.items()
+    }
+    return {n: x for n, x in row.items() if n != "step" and not isinstance(x, Mapping)} | nested
 
 
 def watched(experiment: Experiment, probe: Callable[[Policy], Mapping[str, Any]], every: int) -> Experiment:
@@ -74,7 +113,7 @@ def watched(experiment: Experiment, probe: Callable[[Policy], Mapping[str, Any]]
 
     def collect(environment, examples, key, memory):
         step, probes = memory["step"], memory["probes"]
-        if step % every == 0:
+        if every and step % every == 0:
             probes = [*probes, {"step": step, **probe(environment.live)}]
         rollouts, own = method.collect(environment, examples, key, memory["own"])
         return rollouts, {"step": step + 1, "probes": probes, "own": own}
@@ -140,13 +179,18 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def across(results: Iterable[Any], *path: Any, scale: float = 1.0, digits: int = 1) -> str:
+    """`shown` of the numbers that stand at `path` in the results of all seeds."""
+    return shown([functools.reduce(operator.getitem, path, result) for result in results], scale, digits)
+
+
 def shown(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     """`mean +- half the interval` of independent runs, or the value of one."""
     mean, low, _ = interval([scale * v for v in values])
     return f"{mean:.{digits}f}" + (f" +- {mean - low:.{digits}f}" if len(values) > 1 else "")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of rows `{column: cell}`."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

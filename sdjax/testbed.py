@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -14,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax import Array
 
 from sdjax.compilation import user_cache
 from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution, without_thinking
 from sdjax.host.plans import with_plan
+from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.policies import Policy
 from sdjax.pretrain import batches, pretrain, rows, word_tokenizer
-from sdjax.study import behaviour
+from sdjax.study import across, behaviour, trained
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, Author, Problem
 from sdjax.tokens import Shapes
-from sdjax.types import Example, Messages
+from sdjax.train import Experiment
+from sdjax.types import Example, Messages, Method, Task
 
 LONGEST = 384
 """Most tokens of a chat and its answer together in pre-training."""
@@ -207,6 +211,92 @@ def held_out_problems(
 def everywhere(
     policy: Policy, problems: Mapping[str, Sequence[Example]], key: Array, n: int = 1
 ) -> dict[str, dict[str, float]]:
-    """The policy's `behaviour` at temperature 1 on every family."""
+    """The policy's `behaviour` at temperature 1 on every set of problems."""
     keys = zip(problems.items(), jax.random.split(key, len(problems)), strict=True)
     return {name: behaviour(policy, some, scratchpad.verify, own, n=n) for (name, some), own in keys}
+
+
+def behaves(results: Sequence[Mapping[str, Any]], *path: Any) -> dict[str, str]:
+    """Cells of a table: the `behaviour` that stands at `path` in the results of all seeds."""
+    of = lambda what, scale=1.0: across(results, *path, what, scale=scale)
+    cells = {"accuracy, %": of("accuracy", 100.0), "length": of("length"), "E(y)": of("epistemic")}
+    return {**cells, "E(y) per 1,000 tokens": of("density")}
+
+
+def fares(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Cells of a table: how `everywhere` came out over seeds; accuracy of every set, length and hedges where trained."""
+    sets = [name for name, value in results[0].items() if isinstance(value, Mapping)]
+    cells = {f"{name.replace('_', ' ')}, %": across(results, name, "accuracy", scale=100) for name in sets}
+    cells |= {"length": across(results, "in_domain", "length"), "E(y)": across(results, "in_domain", "epistemic")}
+    further = across(results, "more_steps", "epistemic") if "more_steps" in sets else ""
+    return cells | ({"E(y), more steps": further} if further else {})
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+SDPO = {"alpha": 0.5, "top_k": None}
+"""The study's SDPO: Jensen-Shannon over the whole vocabulary."""
+
+GRPO = {"normalised": False, "clip": (0.2, 0.28)}
+"""The GRPO that Kim et al. 2026 (arXiv:2603.24472) compare with: no deviation, an asymmetric clip."""
+
+
+def peer(thinking: bool = True) -> Callable:
+    """The lesson `c = s`: a correct answer of the group, with or without its thinking, and no feedback."""
+    return peer_or_feedback(thinking=thinking, use_feedback=False)
+
+
+def run(
+    method: Method,
+    base: Pretrained,
+    task: Task,
+    *,
+    steps: int,
+    prompts: int,
+    lr: float,
+    seed: int,
+    evaluation: int = 0,
+    save_every: int = 0,
+    export: bool = False,
+) -> Experiment:
+    """One run of the study: AdamW with gradients clipped at norm 1."""
+    return Experiment(
+        method=method,
+        task=task,
+        student=base,
+        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.01)),
+        shapes=SHAPES,
+        steps=steps,
+        prompts=prompts,
+        seed=seed,
+        evaluation=evaluation,
+        save_every=save_every,
+        export=export,
+    )
+
+
+def on_policy(
+    method: Method,
+    base: Pretrained,
+    families: Sequence[scratchpad.Family],
+    *,
+    steps: int,
+    every: int,
+    prompts: int,
+    lr: float,
+    train_size: int,
+    problems: int,
+    seed: int,
+    **known: Any,
+) -> Callable[[Path], list[dict[str, Any]]]:
+    """A run of `study.arm` on `train_size` in-domain problems, measured on `problems` of them and of every family.
+
+    Where there are fewer to train on, each is read several times; `known` are the arm's further arguments.
+    """
+    task = scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed)
+    experiment = run(method, base, task, steps=steps, prompts=prompts, lr=lr, seed=seed, save_every=every)
+    sets = {"train": tuple(itertools.islice(itertools.cycle(task.train), problems))}
+    sets |= held_out_problems(problems, seed, families)
+    probe = functools.partial(everywhere, problems=sets, key=jax.random.key(1000 + seed))
+    told = {"experiment": "on-policy", **known, "train_size": train_size, "lr": lr, "seed": seed}
+    return lambda folder: trained(experiment, folder, probe, every, told)

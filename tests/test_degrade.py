@@ -1,5 +1,6 @@
 """The study of degradation: its base model, its arms, and that every experiment's quick form runs."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -7,23 +8,28 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
 
 from sdjax import study, testbed
+from sdjax.fit import Prompts
+from sdjax.kernels.divergences import clip_entries, jsd_entries
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.options import Choice
-from sdjax.policies import Policy
+from sdjax.policies import Environment, Policy
 from sdjax.policies import sample as write
 from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
+from sdjax.report.runs import read_run
 from sdjax.tasks import scratchpad
 from sdjax.train import Experiment
+from sdjax.types import STUDENT, Verdict
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "degrade"
 SMALL = {"width": 32, "layers": 1, "steps": 1, "tokens": 256}
@@ -125,7 +131,23 @@ def test_an_arm_is_run_once_for_the_same_arguments(tmp_path):
     assert study.arm(tmp_path, "b", {"x": 1, "y": 2}, run) == {"score": 3}
     assert len(ran) == 3 and all(folder.parent == tmp_path for folder in ran)
     kept = json.loads(next(tmp_path.glob("b-*.json")).read_text())
+    assert kept.pop("seconds") >= 0
     assert kept == {"name": "b", "arguments": {"x": 1, "y": 2}, "result": {"score": 3}}
+
+
+def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path):
+    ran = []
+
+    def prepared(name, seed):
+        return {"arm": name, "seed": seed}, lambda _: ran.append((name, seed)) or {"score": 10 * seed + len(name)}
+
+    found = study.every_seed(tmp_path, "some", ("a", "bb"), 2, prepared)
+    assert ran == [("a", 0), ("bb", 0), ("a", 1), ("bb", 1)]
+    assert found == {"a": [{"score": 1}, {"score": 11}], "bb": [{"score": 2}, {"score": 12}]}
+    more = study.every_seed(tmp_path, "some", ("a", "bb"), 3, prepared)
+    assert ran[4:] == [("a", 2), ("bb", 2)] and more["bb"] == [*found["bb"], {"score": 22}]
+    assert study.across(found["a"], "score", digits=0) == "6 +- 64"  # 12.706 * 7.07 / sqrt(2)
+    assert study.table([{"arm": "a", "score": "6"}]) == "| arm | score |\n| --- | --- |\n| a | 6 |"
 
 
 def test_an_arm_that_fails_leaves_no_result(tmp_path):
@@ -157,8 +179,11 @@ def weight(policy):
 
 
 def test_a_run_is_probed_before_every_few_steps_and_after_and_goes_on_where_it_was_interrupted(tmp_path):
-    whole = study.trained(sft_run(), tmp_path / "whole", weight, every=1)
+    whole = study.trained(sft_run(), tmp_path / "whole", weight, every=1, arguments={"experiment": "try", "arm": "a"})
     assert [row["step"] for row in whole] == [0, 1, 2]
+    run = read_run(tmp_path / "whole")
+    assert run.arguments["arm"] == "a"
+    assert run.evaluations == {"weight": {row["step"]: row["weight"] for row in whole}}
     assert len({row["weight"] for row in whole}) == 3
 
     def dies(policy):
@@ -211,7 +236,10 @@ def test_behaviour_is_what_the_texts_say():
 # ---- experiments --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["testbed", "richness", "hedging", "on_policy", "off_policy"])
+QUICK = ["testbed", "richness", "hedging", "on_policy", "off_policy", "coverage", "remedies"]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatch):
     module = load(name)
     said = module.study(out=str(tmp_path), smoke=True)
@@ -238,3 +266,42 @@ def test_every_arm_has_its_method():
         "EMA": "teacher",
         "live": "live",
     }
+
+
+def test_few_problems_are_repeated_within_a_batch():
+    """Coverage: the batch stays as large, and every problem is in it equally often, or nearly."""
+    batches = [Prompts(["a", "b", "c"][:size], 8, seed=0).take() for size in (1, 3)]
+    assert batches[0] == ["a"] * 8
+    assert sorted(batches[1].count(name) for name in "abc") == [2, 3, 3]
+
+
+def test_remedies_write_the_same_rollouts_and_differ_in_what_is_done_with_them():
+    module = load("remedies")
+    base, _ = testbed.student(smoke=True)
+    policy = Policy(
+        Transformer(base.config), base.params, base.tokenizer, dataclasses.replace(testbed.SHAPES, completion=8)
+    )
+    # A verdict that this model sometimes earns: then there are peers to read.
+    environment = Environment({"live": policy}, lambda example, text: Verdict(float(len(text) % 2)))
+    examples = list(scratchpad.scratchpad(train_size=2, test_size=1).train)
+    written, told = {}, {}
+    for name in (*module.ARMS, *module.CONTROLS):
+        method = module.method_of(name, 4)
+        rollouts, _ = method.collect(environment, examples, jax.random.key(0), method.memory)
+        written[name] = [r.tokens for r in rollouts if r.source == STUDENT]
+        told[name] = [r.contexts.get("teacher") for r in rollouts if r.source == STUDENT]
+    assert len(written["GRPO"]) == 8 and all(some == written["GRPO"] for some in written.values())
+    assert {name for name, chats in told.items() if not any(chats)} == {"GRPO", "no teacher (OPSA)"}
+    assert told["SDPO"] == told["RLRT"] == told["AntiSD"] and told["OPSD"] == told["vOPD"] == told["DASD"]
+    assert told["SDPO"] != told["SDPO, mismatched"] != told["SDPO, reference only"]
+    assert set(map(str, told["SDPO, no lesson"])) <= {str(e.prompt) for e in examples} | {"None"}
+
+
+def test_the_clip_of_opsd_turns_the_pull_on_hedges_round():
+    """A teacher who hedges in 2.5 % of cases and a student who does in 60 %: the addend of going on is clipped away."""
+    student, teacher = jnp.log(jnp.array([0.4, 0.6])), jnp.log(jnp.array([0.975, 0.025]))  # go on, hedge
+    entries = lambda logits: jsd_entries(jax.nn.log_softmax(logits), teacher, 0.0)
+    plain = jax.grad(lambda logits: entries(logits).sum())(student)
+    clipped = jax.grad(lambda logits: clip_entries(entries(logits), 0.05))(student)
+    np.testing.assert_allclose(plain, [0.4 - 0.975, 0.6 - 0.025], atol=1e-6)  # p - q: fewer hedges
+    np.testing.assert_allclose(clipped, [0.025 * 0.4, -0.025 * 0.4], atol=1e-6)  # more of them

@@ -20,7 +20,7 @@ from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models.transformer import Transformer
 from sdjax.policies import Environment, Policy, score
 from sdjax.rollouts import attempts
-from sdjax.study import arm, shown, table
+from sdjax.study import across, every_seed, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Rollout, View
 
@@ -99,13 +99,15 @@ def study(
     problems, group, seeds = (2, 2, 1) if smoke else (problems, group, seeds)
     base, identity = testbed.student(model, smoke)
     policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
-    runs = []
-    for seed in range(seeds):
+
+    def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "group": group, "seed": seed}
-        runs.append(arm(out, "hedging", arguments, lambda _, seed=seed: measured(policy, problems, group, seed)))
-    kinds = ("right", "wrong", "share wrong")
-    rows = [[name, *(shown([r[name][kind] for r in runs], 100) for kind in kinds)] for name in READERS]
-    return table(("reads besides the question", "after a right result, %", "after a wrong one, %", "wrong, %"), rows)
+        return arguments, lambda _: measured(policy, problems, group, seed)
+
+    runs = every_seed(out, "hedging", ("base",), seeds, prepared)["base"]
+    columns = {"after a right result, %": "right", "after a wrong one, %": "wrong", "wrong, %": "share wrong"}
+    cells = lambda name: {column: across(runs, name, kind, scale=100) for column, kind in columns.items()}
+    return table([{"reads besides the question": name, **cells(name)} for name in READERS])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import optax
 import tyro
 
 from sdjax import policies, testbed
@@ -20,9 +19,8 @@ from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
-from sdjax.study import arm, shown, table, trained
+from sdjax.study import arm, every_seed, shown, table, trained
 from sdjax.tasks import scratchpad
-from sdjax.train import Experiment
 from sdjax.types import Example
 
 ARMS = ("unguided", "guided", "guided, equal tokens")
@@ -55,19 +53,8 @@ def traces(base: Pretrained, train_size: int, samples: int, seed: int, only_corr
 def fine_tuning(base: Pretrained, texts: dict[str, str], train_size: int, steps: int, batch: int, lr: float, seed: int):
     """One run of SFT on texts by example id."""
     task = scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed)
-    return Experiment(
-        method=sft(texts=lambda e: texts[e.id]),
-        task=task._replace(train=tuple(e for e in task.train if e.id in texts)),
-        student=base,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.01)),
-        shapes=testbed.SHAPES,
-        steps=steps,
-        prompts=batch,
-        seed=seed,
-        evaluation=0,
-        save_every=0,
-        export=False,
-    )
+    task = task._replace(train=tuple(e for e in task.train if e.id in texts))
+    return testbed.run(sft(texts=lambda e: texts[e.id]), base, task, steps=steps, prompts=batch, lr=lr, seed=seed)
 
 
 def study(
@@ -102,30 +89,26 @@ def study(
     families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
     base, identity = testbed.student(model, smoke)
     common = {"model": identity, "train_size": train_size, "samples": samples}
-    runs: dict[str, list] = {name: [] for name in ARMS}
-    for seed in range(seeds):
-        write = partial(traces, base, train_size, samples, seed, not smoke)
-        texts = arm(out, "traces", {**common, "seed": seed}, lambda _, write=write: write())
+
+    def prepared(name: str, seed: int):
+        write = lambda _: traces(base, train_size, samples, seed, not smoke)
+        texts = arm(out, "traces", {**common, "seed": seed}, write)
         tokens = {kind: sum(len(t.split()) + 1 for t in some.values()) for kind, some in texts.items()}
-        more = round(steps * tokens["unguided"] / tokens["guided"])
+        many = round(steps * tokens["unguided"] / tokens["guided"]) if name == "guided, equal tokens" else steps
+        e = fine_tuning(base, texts[name.split(",")[0]], train_size, many, batch, lr, seed)
         measured = testbed.held_out_problems(problems, seed, families)
         probe = partial(testbed.everywhere, problems=measured, key=jax.random.key(1000 + seed))
-        for name in ARMS:
-            many = more if name == "guided, equal tokens" else steps
-            e = fine_tuning(base, texts[name.split(",")[0]], train_size, many, batch, lr, seed)
-            arguments = {**common, "arm": name, "steps": many, "batch": batch, "lr": lr}
-            arguments |= {"problems": problems, "seed": seed}
-            run = partial(trained, e, probe=probe, every=many)
-            runs[name].append(arm(out, "off-policy", arguments, lambda f, run=run: run(f)))
+        arguments = {**common, "arm": name, "steps": many, "batch": batch, "lr": lr}
+        arguments |= {"problems": problems, "seed": seed}
+        told = {"experiment": "off-policy", "arm": name, "seed": seed}
+        return arguments, lambda folder: trained(e, folder, probe, many, told)
+
+    runs = every_seed(out, "off-policy", ARMS, seeds, prepared)
     rows = []
     for name, at in (("base", 0), *((name, -1) for name in ARMS)):
         some = [r[at] for r in runs[ARMS[0] if name == "base" else name]]
-        of = lambda what, kind, scale=1.0, some=some: shown([r[kind][what] for r in some], scale)
-        sets = [of("accuracy", f.name, 100) for f in families]
-        many = "0" if name == "base" else shown([r["step"] for r in some], digits=0)
-        rows.append([name, many, *sets, of("length", "in_domain"), of("epistemic", "in_domain")])
-    sets = [f"{f.name.replace('_', ' ')}, %" for f in families]
-    return table(("texts", "steps", *sets, "length", "E(y)"), rows)
+        rows.append({"texts": name, "steps": shown([r["step"] for r in some], digits=0), **testbed.fares(some)})
+    return table(rows)
 
 
 if __name__ == "__main__":

@@ -9,26 +9,21 @@ frozen, a moving average, or the student itself.
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
-import optax
 import tyro
 
 from sdjax import testbed
 from sdjax.methods.grpo import grpo
-from sdjax.methods.sdpo import peer_or_feedback, sdpo
-from sdjax.models.pretrained import Pretrained
+from sdjax.methods.sdpo import sdpo
 from sdjax.options import Choice
-from sdjax.study import arm, shown, table, trained
+from sdjax.study import every_seed, table
 from sdjax.tasks import scratchpad
 from sdjax.train import Experiment
 from sdjax.types import Method
 
 METHOD = "sdpo"
 OPTIONS = {
-    "sdpo": {"group_size": 8, "alpha": 0.5, "top_k": None, "ema_rate": 0.0},
-    "grpo": {"group_size": 8, "normalised": False, "clip": (0.2, 0.28)},
+    "sdpo": {"group_size": 8, **testbed.SDPO, "ema_rate": 0.0},
+    "grpo": {"group_size": 8, **testbed.GRPO},
 }
 TEACHERS = {"frozen": 0.0, "EMA": 0.05, "live": 1.0}
 ARMS = {
@@ -71,39 +66,10 @@ def experiment(
     """
     if smoke:
         steps, prompts, train_size, evaluation, save_every = 2, 2, 8, 4, 0
-    lesson = peer_or_feedback(thinking=thinking, use_feedback=False)
     base, _ = testbed.student(model, smoke)
-    return assembled(
-        method(lesson=lesson), base, steps, prompts, lr, train_size, evaluation, save_every, seed, export=True
-    )
-
-
-def assembled(
-    method: Method,
-    base: Pretrained,
-    steps: int,
-    prompts: int,
-    lr: float,
-    train_size: int,
-    evaluation: int,
-    save_every: int,
-    seed: int,
-    export: bool = False,
-) -> Experiment:
-    """One run of a method from a base model."""
-    return Experiment(
-        method=method,
-        task=scratchpad.scratchpad(train_size=train_size, test_size=max(evaluation, 1), seed=seed),
-        student=base,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.01)),
-        shapes=testbed.SHAPES,
-        steps=steps,
-        prompts=prompts,
-        seed=seed,
-        evaluation=evaluation,
-        save_every=save_every,
-        export=export,
-    )
+    task = scratchpad.scratchpad(train_size=train_size, test_size=evaluation, seed=seed)
+    how = {"steps": steps, "prompts": prompts, "lr": lr, "seed": seed, "evaluation": evaluation}
+    return testbed.run(method(lesson=testbed.peer(thinking)), base, task, **how, save_every=save_every, export=True)
 
 
 def method_of(name: str, group: int) -> Method:
@@ -111,8 +77,8 @@ def method_of(name: str, group: int) -> Method:
     kind, options = ARMS[name]
     if kind == "grpo":
         return grpo(**{**OPTIONS["grpo"], "group_size": group})
-    lesson = peer_or_feedback(thinking=options["thinking"], use_feedback=False)
-    return sdpo(**{**OPTIONS["sdpo"], "group_size": group, "ema_rate": options["ema_rate"]}, lesson=lesson)
+    rate, lesson = options["ema_rate"], testbed.peer(options["thinking"])
+    return sdpo(**{**OPTIONS["sdpo"], "group_size": group, "ema_rate": rate}, lesson=lesson)
 
 
 def study(
@@ -149,29 +115,22 @@ def study(
         arms = ("GRPO", "SDPO, c = s without thinking, EMA")
     families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
     base, identity = testbed.student(model, smoke)
-    common = {"model": identity, "steps": steps, "every": every, "prompts": prompts, "group": group, "lr": lr}
-    common |= {"train_size": train_size, "problems": problems}
-    runs: dict[str, list] = {name: [] for name in arms}
-    for seed in range(seeds):
-        for name in arms:
-            e = assembled(method_of(name, group), base, steps, prompts, lr, train_size, 0, every, seed)
-            measured = {"train": e.task.train[:problems], **testbed.held_out_problems(problems, seed, families)}
-            probe = partial(testbed.everywhere, problems=measured, key=jax.random.key(1000 + seed))
-            run = partial(trained, e, probe=probe, every=every)
-            runs[name].append(arm(out, "on-policy", {**common, "arm": name, "seed": seed}, lambda f, run=run: run(f)))
-    return shown_runs(runs)
+    sizes = {"steps": steps, "every": every, "prompts": prompts, "lr": lr, "train_size": train_size}
+
+    def prepared(name: str, seed: int):
+        own = {**sizes, "problems": problems, "seed": seed}
+        run = testbed.on_policy(method_of(name, group), base, families, **own, arm=name)
+        return {"model": identity, "group": group, "arm": name, **own}, run
+
+    runs = every_seed(out, "on-policy", arms, seeds, prepared)
+    before = next(iter(runs.values()))  # at step 0 all arms are the base model
+    return table([line("base", before, 0), *(line(n, r, at) for n, r in runs.items() for at in range(1, len(r[0])))])
 
 
-def shown_runs(runs: dict[str, list]) -> str:
-    """A table of every arm at every measured step: accuracy of every set of problems, in-domain length and hedges."""
-    rows = []
-    for name, seeds in runs.items():
-        for at, row in enumerate(seeds[0]):
-            of = lambda what, kind, scale=1.0, at=at, seeds=seeds: shown([s[at][kind][what] for s in seeds], scale)
-            sets = [of("accuracy", kind, 100) for kind in row if kind != "step"]
-            rows.append([name, str(row["step"]), *sets, of("length", "in_domain"), of("epistemic", "in_domain")])
-    sets = [kind.replace("_", " ") for kind in seeds[0][0] if kind != "step"]
-    return table(("arm", "step", *(f"{s}, %" for s in sets), "length", "E(y)"), rows)
+def line(name: str, runs: list[list[dict]], at: int) -> dict[str, str]:
+    """A row of the table: all seeds of an arm at one of the measured steps."""
+    rows = [run[at] for run in runs]
+    return {"arm": name, "seeds": str(len(rows)), "step": str(rows[0]["step"]), **testbed.fares(rows)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from sdjax import policies, testbed
 from sdjax.contexts import question, with_solution, without_thinking
 from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
-from sdjax.study import arm, behaviour, shown, table
+from sdjax.study import behaviour, every_seed, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Example
 
@@ -77,15 +77,13 @@ def study(
     problems, samples, seeds = (3, 2, 1) if smoke else (problems, samples, seeds)
     base, identity = testbed.student(model, smoke)
     policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
-    runs = []
-    for seed in range(seeds):
+
+    def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "samples": samples, "seed": seed}
-        runs.append(arm(out, "richness", arguments, lambda _, seed=seed: sweep(policy, problems, samples, seed)))
-    rows = []
-    for level in LEVELS:
-        of = lambda what, scale=1.0, level=level: shown([r[level][what] for r in runs], scale)
-        rows.append([level, of("accuracy", 100), of("length"), of("epistemic"), of("density")])
-    return table(("context", "accuracy, %", "length", "E(y)", "E(y) per 1,000 tokens"), rows)
+        return arguments, lambda _: sweep(policy, problems, samples, seed)
+
+    runs = every_seed(out, "richness", ("base",), seeds, prepared)["base"]
+    return table([{"context": level, **testbed.behaves(runs, level)} for level in LEVELS])
 
 
 if __name__ == "__main__":

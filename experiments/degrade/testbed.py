@@ -18,7 +18,7 @@ from sdjax.contexts import question, with_solution, without_thinking
 from sdjax.generate import GREEDY
 from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
-from sdjax.study import arm, behaviour, forbidding, shown, table
+from sdjax.study import behaviour, every_seed, forbidding, table
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, HEDGES, Family
 
@@ -64,16 +64,19 @@ def study(
     base, identity = testbed.student(model, smoke)
     print(f"base model {identity} after {time.perf_counter() - started:.0f} s", flush=True)
     policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
-    runs = []
-    for seed in range(seeds):
+
+    def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "seed": seed}
-        runs.append(arm(out, "facts", arguments, lambda _, seed=seed: facts(policy, problems, seed, families)))
-    rows = []
-    for family in (f.name for f in families):
-        for way in runs[0]:
-            of = lambda what, scale=1.0, way=way, family=family: shown([r[way][family][what] for r in runs], scale)
-            rows.append([family, way, of("accuracy", 100), of("length"), of("epistemic"), of("density")])
-    return table(("problems", "context", "accuracy, %", "length", "E(y)", "E(y) per 1,000 tokens"), rows)
+        return arguments, lambda _: facts(policy, problems, seed, families)
+
+    runs = every_seed(out, "facts", ("base",), seeds, prepared)["base"]
+    return table(
+        [
+            {"problems": family.name.replace("_", " "), "context": way, **testbed.behaves(runs, way, family.name)}
+            for family in families
+            for way in runs[0]
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""What has been proposed against the degradation, side by side: one testbed, one budget of rollouts, one rate.
+
+    python experiments/degrade/remedies.py
+
+All arms sample at temperature 1 and without filters, so that they differ in what is done with the rollouts only.  Teachers
+that are told a peer's answer read one with its thinking (`c = s`); those of OPSD's family the reference solution, which has
+neither slips nor hedges.  vOPD and StableOPD, made for a larger teacher, have the initial model with the reference.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import tyro
+
+from sdjax import testbed
+from sdjax.controls import with_teacher_context
+from sdjax.evaluate import pass_at_k
+from sdjax.methods.antisd import antisd
+from sdjax.methods.dasd import dasd
+from sdjax.methods.egrsd import egrsd
+from sdjax.methods.grpo import grpo
+from sdjax.methods.opsa import opsa
+from sdjax.methods.opsd import opsd, reference_solution
+from sdjax.methods.rlrt import rlrt
+from sdjax.methods.sdpo import sdpo
+from sdjax.methods.stable_opd import stable_opd
+from sdjax.methods.trace import trace
+from sdjax.methods.vopd import vopd
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Policy
+from sdjax.study import across, every_seed, table, trained
+from sdjax.tasks import scratchpad
+from sdjax.types import Method
+
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+"""OPSD's and EGRSD's sampling without their filters."""
+
+KS = (1, 2, 4, 8, 16)
+
+ARMS = {
+    "GRPO": partial(grpo, **testbed.GRPO),
+    "SDPO": partial(sdpo, **testbed.SDPO, ema_rate=0.0, lesson=testbed.peer()),
+    "OPSD": partial(opsd, **PLAIN),
+    "OPSD without its clip": partial(opsd, **PLAIN, clip=None),
+    "AntiSD": partial(antisd, lesson=testbed.peer()),
+    "RLRT": partial(rlrt, lesson=testbed.peer()),
+    "EGRSD": partial(egrsd, **PLAIN),
+    "DASD": dasd,
+    "TRACE": partial(trace, temperature=1.0),
+    "vOPD": partial(vopd, lesson=reference_solution),
+    "StableOPD": partial(stable_opd, lesson=reference_solution),
+    "no teacher (OPSA)": opsa,
+}
+"""Name to method, with its paper's options but for sampling and what the teacher reads."""
+
+CONTROLS = {
+    "SDPO, mismatched": ("SDPO", "mismatched"),
+    "SDPO, reference only": ("SDPO", "reference-only"),
+    "SDPO, no lesson": ("SDPO", "none"),
+    "OPSD, mismatched": ("OPSD", "mismatched"),
+    "OPSD, reference only": ("OPSD", "reference-only"),
+}
+"""Name to arm and what its teacher reads instead: another problem's lesson, the lesson alone, the question alone."""
+
+
+def method_of(name: str, group: int) -> Method:
+    """The method of an arm or of a control."""
+    arm, context = CONTROLS.get(name, (name, "matched"))
+    return with_teacher_context(ARMS[arm](group_size=group), context)
+
+
+def probed(policy: Policy, problems: dict, samples: int, some: int, key) -> dict:
+    """The policy on all families, and the share of the first `some` in-domain problems solved by one of k samples."""
+    everywhere, repeated = jax.random.split(key)
+    tried = problems["in_domain"][:some]
+    solved = pass_at_k(policy, tried, scratchpad.verify, repeated, n=samples, ks=KS)
+    found = testbed.everywhere(policy, problems, everywhere)
+    return {**found, **{f"pass@{k}": share for k, share in solved.items()}}
+
+
+def study(
+    *,
+    out: str = "runs/degrade",
+    model: str = "",
+    arms: tuple[str, ...] = (*ARMS, *CONTROLS),
+    steps: int = 30,
+    prompts: int = 8,
+    group: int = 8,
+    lr: float = 3e-4,
+    train_size: int = 512,
+    problems: int = 96,
+    repeated: int = 48,
+    samples: int = 16,
+    seeds: int = 3,
+    smoke: bool = False,
+) -> str:
+    """Runs every method and control with every seed, and shows how all families fare, and pass@k where it was trained.
+
+    Args:
+      out: the folder of results; finished arms are not run again.
+      model: a model's folder instead of the base model.
+      arms: which of the arms and controls; the base model stands above them.
+      steps: batches.
+      prompts, group: problems per batch and attempts per problem.
+      lr: learning rate of AdamW.
+      train_size: distinct training problems.
+      problems: of each family, held out, answered once.
+      repeated, samples: so many of the in-domain ones are answered so many times, for pass@k.
+      seeds: of problems, order and samples.
+      smoke: two steps of two arms with a base model that knows nothing.
+    """
+    if smoke:
+        steps, prompts, group, train_size, problems, repeated, samples, seeds = 2, 2, 2, 4, 2, 2, 2, 1
+        arms = ("OPSD", "SDPO, mismatched")
+    families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
+    base, identity = testbed.student(model, smoke)
+    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    measured = {"model": identity, "problems": problems, "repeated": repeated, "samples": samples}
+    sizes = {"steps": steps, "prompts": prompts, "lr": lr}
+
+    def prepared(name: str, seed: int):
+        held_out = testbed.held_out_problems(problems, seed, families)
+        probe = partial(probed, problems=held_out, samples=samples, some=repeated, key=jax.random.key(1000 + seed))
+        own = {**measured, "arm": name, "seed": seed}
+        if name == "base":
+            return own, lambda _: [{"step": 0, **probe(policy)}]
+        task = scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed)
+        experiment = testbed.run(method_of(name, group), base, task, **sizes, seed=seed)
+        told = {"experiment": "remedies", "arm": name, "seed": seed}
+        own |= {**sizes, "group": group, "train_size": train_size}
+        return own, lambda folder: trained(experiment, folder, probe, 0, told)
+
+    runs = every_seed(out, "remedies", ("base", *arms), seeds, prepared)
+    return table([{"arm": name, **cells([r[-1] for r in some])} for name, some in runs.items()])
+
+
+def cells(results: list[dict]) -> dict[str, str]:
+    """What the table says of one arm."""
+    solved = {name: across(results, name, scale=100) for name in results[0] if name.startswith("pass@")}
+    return {"seeds": str(len(results)), **testbed.fares(results), **{f"{name}, %": x for name, x in solved.items()}}
+
+
+if __name__ == "__main__":
+    print(tyro.cli(study))
