@@ -30,6 +30,8 @@ COMMANDS = """usage: sdjax COMMAND ...
                       the methods, their papers and equations
   plan [--topology v5e:4x8] [--model qwen3-8b] [--method NAME]
                       one step compiled for devices that need not be here: memory, exchanges, seconds at best
+  scaling [--weak] [--model qwen3-1.7b] [--method NAME]
+                      exchanges and operations of each of 1 to 8 devices as the mesh grows
   bench [--model NAME]
                       rollout tokens/s, update seconds and memory beside this machine's ceilings
 
@@ -173,18 +175,37 @@ def bench(arguments: list[str]) -> int:
 def plan(arguments: list[str]) -> int:
     """`sdjax plan ...`"""
     from sdjax.planning import plan as planning
+    from sdjax.planning import verdict
 
+    chosen = of_method(planning.plan, arguments, "sdjax plan")
+    prepare()
+    print(verdict.report(planning.plan(**chosen)))
+    return 0
+
+
+def scaling(arguments: list[str]) -> int:
+    """`sdjax scaling ...`"""
+    # Before jax looks for devices: eight that share this processor.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from sdjax.planning import scaling as planning
+
+    print(planning.table(planning.scaling(**of_method(planning.scaling, arguments, "sdjax scaling"))))
+    return 0
+
+
+def of_method(function: Any, arguments: list[str], command: str) -> dict[str, Any]:
+    """The arguments of a function of a method: its own options and those of `--method`."""
     name, rest = options.take_option(arguments, "method")
     factory = options.method_factory(name or "sdpo")
     nested = options.options_class("MethodOptions", factory, {})
     extra = [("method", nested, dataclasses.field(default_factory=nested))]
-    own = options.options_class("Options", planning.plan, {}, extra)
+    own = options.options_class("Options", function, {}, extra)
     options.check_names(rest, options.option_names(own))
-    chosen = options.shallow(tyro.cli(own, args=rest, prog="sdjax plan", description=planning.plan.__doc__))
-    method = options.Choice(factory, options.shallow(chosen.pop("method")))
-    prepare()
-    print(planning.report(planning.plan(method=method, **chosen)))
-    return 0
+    chosen = options.shallow(tyro.cli(own, args=rest, prog=command, description=function.__doc__))
+    # Options that say nothing are left to the method: a plan may choose its teacher.
+    given = {k: v for k, v in options.shallow(chosen["method"]).items() if v != getattr(nested(), k)}
+    return {**chosen, "method": options.Choice(factory, given)}
 
 
 def prepare() -> None:
@@ -224,6 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         "methods": methods,
         "bench": bench,
         "plan": plan,
+        "scaling": scaling,
     }
     try:
         if arguments[0] not in commands:

@@ -56,10 +56,13 @@ def join(how: str = "") -> None:
         else:
             address, count, number = checked(*values)
             jax.distributed.initialize(address, count, number, initialization_timeout=120, **limits)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ProcessError):
             raise
-        raise ProcessError(f"this process cannot join the others: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        if "should be defined" in said or "must be defined" in said:
+            said = f"jax finds no cluster here; set {', '.join(VARIABLES)} in place of --processes auto"
+        raise ProcessError(f"this process cannot join the others: {said}") from error
     if many():
         watch()
         sys.excepthook = failing(sys.excepthook)

@@ -89,16 +89,28 @@ def times(parts: Mapping[str, list[Instruction]], entry: str, trips: int = 1) ->
             for _, called in CALLED.findall(instruction.rest):
                 for other in re.findall(r"[\w.-]+", called):
                     if other in parts:
-                        visit(other, often * (loop_trips(instruction, trips) if instruction.kind == "while" else 1))
+                        visit(
+                            other, often * (loop_trips(parts, instruction, trips) if instruction.kind == "while" else 1)
+                        )
 
     visit(entry, 1)
     return found
 
 
-def loop_trips(loop: Instruction, unknown: int) -> int:
-    """How often a loop's body runs, if XLA says so."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-    return int(known[1]) if known else unknown
+def loop_trips(parts: Mapping[str, list[Instruction]], loop: Instruction, unknown: int) -> int:
+    """How often a loop's body runs, if XLA says so, or compares a counter that starts at 0 with a constant."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    condition = parts.get(
+        next((name.lstrip("%") for how, name in CALLED.findall(loop.rest) if how == "condition"), ""), []
+    )
+    bounds = {x.name: x.rest.split(")")[0] for x in condition if x.kind == "constant"}
+    last = condition[-1] if condition else None
+    if last is None or last.kind != "compare" or "direction=LT" not in last.rest:
+        return unknown
+    compared = re.findall(r"%?([\w.-]+)", last.rest.split(")")[0])
+    bound = bounds.get(compared[-1], "")
+    return int(bound) if bound.isdigit() else unknown
 
 
 def group_size(rest: str, everybody: int) -> int:
@@ -179,6 +191,7 @@ def memory(compiled: Any) -> dict[str, float]:
         "donated": float(stats.alias_size_in_bytes),
         "temporary": float(stats.temp_size_in_bytes),
         "code": float(stats.generated_code_size_in_bytes),
+        "peak": float(stats.peak_memory_in_bytes),
     }
 
 

@@ -52,8 +52,15 @@ def make_mesh(shape: tuple[int, int] | None = None, devices: Sequence[Any] | Non
             f"mesh={named(shape)} is a mesh of {math.prod(shape)} devices and there are {len(devices)}: expected "
             f"{' or '.join(named((len(devices) // m, m)) for m in divisors(len(devices)))}"
         )
-    # Not the default: under explicit axes every gather and reshape of the model would have to name its sharding.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    try:
+        # Not the default: under explicit axes every gather and reshape of the model would have to name its sharding.
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    except NotImplementedError as error:  # of TPUs, which lie on a torus
+        torus = named([1 + max(at) for at in zip(*(d.coords for d in devices), strict=True)])
+        raise MeshError(
+            f"mesh={named(shape)} cannot be laid over the {torus} devices of this slice: take axes that are "
+            "products of whole axes of the slice"
+        ) from error
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -1,6 +1,10 @@
 """Plans: FLOP against closed forms, shapes of batches, bytes by hand, and what is refused."""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,14 +14,17 @@ import tiny
 
 from sdjax.__main__ import main
 from sdjax.contexts import question, with_solution
+from sdjax.methods.gkd import gkd
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opd import opd
 from sdjax.methods.sdpo import sdpo
+from sdjax.models.attention import Keys, by_kernel
 from sdjax.models.configs import from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.recompute import recomputed
-from sdjax.options import Choice
-from sdjax.planning import chips, flops, plan, sketch
+from sdjax.options import Choice, method_factory, method_names
+from sdjax.planning import chips, flops, plan, sketch, traffic, verdict
+from sdjax.sharding import MeshError
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 SMALL = {"model": str(GOLDEN), "prompts": 2, "context": 16, "completion": 8, "bf16": False}
@@ -58,6 +65,126 @@ def test_a_gradient_costs_two_more_products_and_recomputation_a_third():
     assert counted(jax.grad(loss(recomputed(layer)), (0, 1)), (8, 4), (4, 4)) == pytest.approx(4 * forward, rel=0.13)
 
 
+def test_a_kernel_costs_its_tiles():
+    """Attention by tiles: the products of scores and of what is read, at every tile of the grid."""
+    rows, length, kv_heads, per_kv, width = 2, 1024, 2, 2, 128
+    run = Keys(*2 * (jnp.ones((rows, length, kv_heads, width)),), *2 * (jnp.ones((rows, length), bool),))
+    read = lambda query: by_kernel(query, run.positions, (run,))
+    scores = rows * kv_heads * per_kv * length * length
+    assert counted(read, (rows, length, kv_heads, per_kv, width)) == 2 * 2 * scores * width
+
+
+# ---- memory read and written, exchanges -------------------------------------------------------------------------------
+
+STEP = """
+HloModule step
+
+%slice.1 (x: f32[10,64], i: s32[]) -> f32[64] {
+  %x = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,64]{1,0} dynamic-slice(%x, %i, %zero), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64]{0} bitcast(%row)
+}
+
+%put.1 (y: f32[10,64], row: f32[1,64], i: s32[]) -> f32[10,64] {
+  %y = f32[10,64]{1,0} parameter(0)
+  %row = f32[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = f32[10,64]{1,0} dynamic-update-slice(%y, %row, %i, %zero)
+}
+
+%body.1 (carry: (s32[], f32[10,64])) -> (s32[], f32[10,64]) {
+  %carry = (s32[], f32[10,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[10,64]{1,0} get-tuple-element(%carry), index=1
+  %row = f32[64]{0} fusion(%x, %i), kind=kLoop, calls=%slice.1
+  %wide = f32[1,64]{1,0:S(1)} copy(%row)
+  %new = f32[10,64]{1,0} fusion(%x, %wide, %i), kind=kLoop, calls=%put.1
+  ROOT %out = (s32[], f32[10,64]{1,0}) tuple(%i, %new)
+}
+
+%condition.1 (carry: (s32[], f32[10,64])) -> pred[] {
+  %carry = (s32[], f32[10,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %last = s32[] constant(10)
+  ROOT %go = pred[] compare(%i, %last), direction=LT
+}
+
+ENTRY %main.1 (p: f32[10,64]) -> (s32[], f32[10,64]) {
+  %p = f32[10,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %tuple = (s32[], f32[10,64]{1,0}) tuple(%zero, %p)
+  ROOT %loop = (s32[], f32[10,64]{1,0}) while(%tuple), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_memory_is_counted_by_what_is_sliced_and_as_often_as_loops_run():
+    row, index = 64 * 4, 4
+    sliced = row + row + index  # read, written, and where
+    copied = row  # to memory on the chip
+    put = row + index  # from there: only the row is written
+    compared = 1 + 2 * index
+    assert traffic.accessed_bytes(STEP) == 10 * (sliced + copied + put + compared)
+
+
+EIGHT = """
+import jax, jax.numpy as jnp, json
+from jax.sharding import PartitionSpec as P
+from sdjax import programs
+mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+step = lambda _, c: jax.lax.psum(jnp.sin(c), "x")
+loop = jax.shard_map(lambda c: jax.lax.fori_loop(0, 5, step, c), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+text = jax.jit(loop).lower(jnp.ones((4, 8))).compile().as_text()
+print(json.dumps(programs.collective_bytes(text)))
+"""
+
+
+def on_eight_devices(*command) -> str:
+    """The output of a Python program whose processor counts as eight devices."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    unoptimised = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        command, env=os.environ | flags | unoptimised, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_exchanges_of_a_compiled_loop():
+    """A sum of 128 bytes over eight devices, five times: a ring receives 2 * 7/8 of it each time."""
+    assert json.loads(on_eight_devices("-c", EIGHT)) == {"all-reduce": 5 * 2 * 7 / 8 * 128}
+
+
+def test_the_scaling_command():
+    """Exchanges only where there are several devices; operations halve along data and model; weak: they stay."""
+    common = (
+        "--method",
+        "grpo",
+        "--model",
+        GOLDEN,
+        "--layers",
+        "1",
+        "--prompts",
+        "2",
+        "--context",
+        "8",
+        "--completion",
+        "8",
+    )
+    rows = {}
+    for how in ((), ("--weak",)):
+        text = on_eight_devices("-m", "sdjax", "scaling", *common, *how, "--meshes", "1x1", "2x1", "1x2")
+        heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+        rows[how] = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
+    strong, weak = rows[()], rows["--weak",]
+    assert strong["1x1"]["all-reduce MB"] == "0.0" and float(strong["2x1"]["all-reduce MB"]) > 0
+    assert [strong[mesh]["prompts"] for mesh in strong] == ["2", "2", "2"]
+    assert [weak[mesh]["prompts"] for mesh in weak] == ["2", "4", "2"]
+    assert weak["2x1"]["GFLOP per device"] == weak["1x1"]["GFLOP per device"]
+
+
 # ---- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -90,12 +217,13 @@ def test_a_plan_of_this_machine(small):
     assert small.state["optimizer"] == pytest.approx(8 * count, rel=1e-3)  # two moments
     assert small.state["snapshots"] == 0
     columns = 2 * config.layers * config.kv_heads * config.head_dim  # keys and values
-    assert small.cache == pytest.approx(8 * 8 * 4 * columns, rel=0.05)  # rows, tokens, bytes; positions beside them
+    tokens = 8 * 8 + 2 * 16  # of all completions, and of the prompts that they share
+    assert small.cache == pytest.approx(tokens * 4 * columns, rel=0.05)  # positions beside them
     assert small.decoding == pytest.approx(4 * count + small.cache)
     assert small.sampler.exchanged == small.updates[0].exchanged == {}  # one device
-    needed = plan.totals(small)
+    needed = verdict.totals(small)
     assert needed["update"] >= sum(small.state.values()) + small.gradients
-    text = plan.report(small)
+    text = verdict.report(small)
     assert "parameters" in text and "sampler, in all" in text
 
 
@@ -114,12 +242,12 @@ def test_a_step_takes_as_long_as_its_slowest_part(small):
     chip = chips.Chip(memory=1e9, flops=1e12, bandwidth=1e11, link=1e9, links=4)
     one = small.updates[0]._replace(flops=2e12, accessed=1e11, exchanged={"all-reduce": 4e9})
     fast = small._replace(chip=chip, updates=(one,), sampler=one._replace(flops=0.0), decoding=1e9, steps=50)
-    found = plan.seconds(fast)
+    found = verdict.seconds(fast)
     assert found["update"] == pytest.approx(2 + 2)  # products, then exchanges over two links
     assert found["sampler"] == pytest.approx(50 * 1e9 / 1e11 + 2)
-    assert "fits: " in plan.report(fast)
+    assert "fits: " in verdict.report(fast)
     large = fast._replace(state={"parameters": 9e9})
-    assert "does not fit: " in plan.report(large) and "use more devices" in plan.report(large)
+    assert "does not fit: " in verdict.report(large) and "use more devices" in verdict.report(large)
 
 
 def test_the_command(capsys):
@@ -144,9 +272,51 @@ def test_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_other_models_are_not_planned():
-    with pytest.raises(chips.PlanError, match="reads teacher, another model"):
+# ---- every method, and other teachers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unoptimised():
+    """Programs that are compiled to run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_can_be_sketched(name, unoptimised):
+    built, batch, _ = plan.self_taught(Choice(method_factory(name)))
+    assert {view for o in built.objectives for view in o.views} <= {*batch.contexts}
+    assert sketch.rows_per_prompt(batch) >= 1 and batch.mask.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_can_be_planned(name, unoptimised):
+    found = plan.plan(method=Choice(method_factory(name)), **SMALL)
+    assert len(found.updates) >= 1 and all(cost.flops > 0 for cost in found.updates)
+    assert verdict.totals(found)["update"] > sum(found.state.values())
+
+
+def test_another_model_teaches(unoptimised):
+    """A teacher of the student's shape: its parameters once more, and its forward pass in the place of the snapshot's."""
+    own = plan.plan(method=Choice(gkd), **SMALL)
+    taught = plan.plan(method=Choice(gkd), teacher=str(GOLDEN), **SMALL)
+    assert own.state["snapshots"] == taught.state["teacher"] == taught.state["parameters"]
+    assert taught.state["snapshots"] == 0
+    assert taught.updates[0].flops == own.updates[0].flops
+    assert "teacher  " in verdict.report(taught)
+
+
+def test_teachers_that_cannot_be_planned():
+    with pytest.raises(chips.PlanError, match="reads teacher, another model: name its shape with --teacher"):
         plan.refuse_other_teachers(opd(teacher="teacher"))
+    with pytest.raises(chips.PlanError, match="grpo reads no other model: leave out --teacher"):
+        plan.plan(method=Choice(grpo), teacher="qwen3-8b", **SMALL)
+    with pytest.raises(chips.PlanError, match="has 151936 vocabulary entries and the student"):
+        plan.plan(method=Choice(opd), teacher="qwen3-8b", **SMALL)
+    with pytest.raises(chips.PlanError, match="leave it out beside --teacher"):
+        plan.plan(method=Choice(opd, {"teacher": "big"}), teacher=str(GOLDEN), **SMALL)
 
 
 def test_public_shapes_have_their_names():
@@ -160,8 +330,14 @@ def test_without_the_tpu_compiler_the_extra_is_named():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sdjax[tpu]")
+def test_a_mesh_that_a_torus_has_not():
+    with pytest.raises(MeshError, match="mesh=64x2 cannot be laid over the 4x4x8 devices"):
+        chips.mesh_of("v5p:4x4x8", "64x2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sdjax[tpu]")
 def test_a_plan_of_tpus():
     found = plan.plan(method=Choice(grpo, {"group_size": 4}), topology="v5e:2x2", mesh="2x2", **SMALL)
     assert (found.device, found.devices) == ("v5e", 4)
     assert found.updates[0].exchanged and found.sampler.exchanged
-    assert "fits: 0.0 of 16 GB" in plan.report(found)
+    assert "fits: 0.0 of 16 GB" in verdict.report(found)

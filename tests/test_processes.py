@@ -90,6 +90,16 @@ def test_one_process_is_the_plain_call(monkeypatch):
         processes.join("2")
 
 
+def test_without_a_cluster_the_variables_are_named(monkeypatch):
+    def finds_none(**_):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", finds_none)
+    with pytest.raises(ProcessError, match="jax finds no cluster here; set JAX_COORDINATOR_ADDRESS, .* in place of"):
+        processes.join("auto")
+
+
 # ---- working together -----------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,17 @@ def test_a_loop_of_unknown_length_counts_as_told():
     assert gathers == [((128,),), ((32,),)]
 
 
+def test_a_loop_to_a_constant_counts_as_often():
+    """As programs for TPUs are written: XLA's count is missing, and the condition compares with a constant."""
+    counter = "%i = s32[] get-tuple-element(%carry), index=0\n  %last = s32[] constant(6)\n  "
+    compared = f"{counter}ROOT %go = pred[] compare(%i, %last), direction=LT"
+    bounded = TEXT.replace("LOOP", "").replace("ROOT %go = pred[] constant(true)", compared)
+    once = programs.collective_bytes(TEXT.replace("LOOP", ""))["all-reduce"]
+    assert programs.collective_bytes(bounded)["all-reduce"] - once == 5 * 2 * 3 / 4 * 128
+    either = bounded.replace(", direction=LT", ", direction=NE")
+    assert programs.collective_bytes(either)["all-reduce"] == once
+
+
 GROUPS = {
     "replica_groups=[2,4]<=[8]": 4,
     "replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}": 2,

@@ -80,6 +80,11 @@ def devices_of(topology: str) -> list[Any]:
             raise PlanError(
                 f"topology={topology}: the TPU compiler is not installed; pip install 'sdjax[tpu]'"
             ) from error
+        if "lockfile" in said:
+            raise PlanError(
+                f"topology={topology}: another process uses the TPU library: wait for its end, or set "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1 where there is no TPU"
+            ) from error
         raise PlanError(f"topology={topology}: the TPU compiler says: {said}; {valid()}") from error
 
 

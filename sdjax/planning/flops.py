@@ -22,8 +22,18 @@ def product_flops(jaxpr: Any, trips: int = 1) -> float:
         elif name == "cond":
             total += max(inner, default=0.0)
         else:
-            total += sum(inner) * {"scan": equation.params.get("length", 1), "while": trips}.get(name, 1)
+            total += sum(inner) * runs(equation, trips)
     return total
+
+
+def runs(equation: Any, trips: int) -> int:
+    """How often an equation's inner jaxprs run: once, or as often as a loop turns, a kernel has tiles, a mesh devices."""
+    name, params = equation.primitive.name, equation.params
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)  # tiles that a mask skips are counted, too
+    if name == "shard_map":
+        return params["mesh"].size
+    return {"scan": params.get("length", 1), "while": trips}.get(name, 1)
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

@@ -6,6 +6,7 @@ of memory and exchanges is the compiler's word, what it says of seconds is a roo
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import time
@@ -26,7 +27,7 @@ from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
 from sdjax.options import Choice, nearest
-from sdjax.planning import chips, flops, sketch
+from sdjax.planning import chips, flops, sketch, traffic
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.tokens import Shapes
 from sdjax.types import Batch, Method
@@ -38,7 +39,7 @@ class Cost(NamedTuple):
     memory: dict[str, float]
     flops: float
     exchanged: dict[str, float]
-    accessed: float  # bytes of memory read and written, as XLA counts them
+    accessed: float  # bytes of memory read and written; all branches of a condition count
     compiling: float
 
 
@@ -48,7 +49,7 @@ class Plan(NamedTuple):
     device: str
     chip: Chip | None
     devices: int
-    state: dict[str, float]  # parameters, optimizer, snapshots: there all the time
+    state: dict[str, float]  # parameters, optimizer, snapshots, another teacher: there all the time
     updates: tuple[Cost, ...]
     gradients: float
     sampler: Cost
@@ -96,9 +97,14 @@ def laid_whole(*shape: int, dtype: Any = jnp.int32) -> Any:
     return laid(jax.ShapeDtypeStruct(shape, dtype), P())
 
 
+def shapes_of(network: Transformer) -> Any:
+    """Shapes of a network's parameters."""
+    return jax.eval_shape(lambda: initialise(network, jax.random.key(0)))
+
+
 def laid_state(method: Method, network: Transformer, optimizer: optax.GradientTransformation) -> tuple[Any, Any, dict]:
     """Shapes of the parameters, the optimizer's state and the snapshots, split by the rules."""
-    params = laid_parameters(jax.eval_shape(lambda: initialise(network, jax.random.key(0))))
+    params = laid_parameters(shapes_of(network))
     opt_state = laid_parameters(jax.eval_shape(optimizer.init, params))
     return params, opt_state, dict.fromkeys(method.snapshots, params)
 
@@ -106,24 +112,32 @@ def laid_state(method: Method, network: Transformer, optimizer: optax.GradientTr
 # ---- compiling --------------------------------------------------------------------------------------------------------
 
 
-def cost(function: Any, *arguments: Any, devices: int, trips: int = 1, **static: Any) -> Cost:
+TOO_LARGE = "it does not fit"
+
+LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
+"""What the compiler is told for a quick plan: the program's speed is not worth its time."""
+
+
+def cost(function: Any, *arguments: Any, devices: int, trips: int = 1, quick: bool = False, **static: Any) -> Cost:
     """Traces and compiles a jitted function for shapes.  Raises `PlanError` if the compiler finds it too large."""
     start = time.perf_counter()
     traced = function.trace(*arguments, **static)
     total = flops.product_flops(traced.jaxpr, trips)
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=LITTLE_EFFORT if quick else None)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        used = re.search(
+            r"Used ([\d.]+\w) of ([\d.]+\w) hbm|\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+        )
         if not used:
             raise
+        needed, there = [size for size in used.groups() if size]
         raise PlanError(
-            f"it does not fit: the compiler needs {used[1]} of the {used[2]} that a device has; use more devices, "
-            "fewer rows or tokens per chunk, or a shorter completion"
+            f"{TOO_LARGE}: the compiler needs {needed} of the {there} that a device has; use more devices, a longer "
+            "model axis, fewer rows or tokens per chunk, or a shorter completion"
         ) from error
-    analysis = compiled.cost_analysis() or {}
-    exchanged = programs.collective_bytes(compiled.as_text(), trips)
-    accessed = float(analysis.get("bytes accessed", 0.0))
+    text = compiled.as_text()
+    exchanged, accessed = programs.collective_bytes(text, trips), traffic.accessed_bytes(text, trips)
     return Cost(programs.memory(compiled), total / devices, exchanged, accessed, time.perf_counter() - start)
 
 
@@ -138,9 +152,12 @@ def plan(
     teacher_context: int = 0,
     completion: int = 512,
     rows_per_chunk: int | None = None,
-    tokens_per_chunk: int | None = 2048,
+    tokens_per_chunk: int | None = 512,
     bf16: bool = True,
     remat: bool = True,
+    scan: bool = False,
+    quick: bool = False,
+    teacher: str = "",
 ) -> Plan:
     """What one step of a method costs on every device of a slice.
 
@@ -152,21 +169,44 @@ def plan(
       context: tokens of the student's context.
       teacher_context: tokens of the other views' contexts; 0: the student's and a completion.
       completion: tokens of an attempt.
-      rows_per_chunk: rows whose activations are held at once.
-      tokens_per_chunk: positions whose logits are held at once.
+      rows_per_chunk: rows whose activations are held at once, on each device of the data axis.
+      tokens_per_chunk: positions whose logits are held at once, likewise.
       bf16: compute in bfloat16; parameters and the optimizer stay float32.
       remat: recompute blocks in the backward pass.
+      scan: loop over the layers: deep models compile many times faster, for a copy of the parameters and gradients.
+      quick: let the compiler optimise little: three times as fast; the program overlaps less and so needs less memory.
+      teacher: a public model's name or a folder: the external policy of methods that read one (opd, gkd, vopd, ...), in
+        float32 beside the student as in a run; by default the student's initial parameters teach, told the solution.
     """
     train.check_numbers({"prompts": prompts, "context": context, "completion": completion})
     config, over = model_config(model), chips.mesh_of(topology, mesh)
-    built, sketched, own = self_taught(method)
+    built, sketched, own = taught_by_another(method) if teacher else self_taught(method)
     rows, other = sketch.rows_per_prompt(sketched), teacher_context or context + completion
     lengths = {v: context if v == "student" else other for v in sketched.contexts}
     batch = sketch.sized(sketched, prompts, rows, completion, lengths, own)
-    network = Transformer(config, jnp.bfloat16 if bf16 else jnp.float32, remat)
+    network = lambda config: Transformer(config, jnp.bfloat16 if bf16 else jnp.float32, remat, scan)
+    networks = dict.fromkeys(("live", *built.snapshots), network(config))
+    if teacher:
+        networks[TEACHER] = network(teacher_config(teacher, built, config))
     shapes = Shapes(context, completion, prompts * rows, rows_per_chunk, tokens_per_chunk)
     with sharding.on(over):
-        return compiled_plan(built, network, batch, shapes, prompts, rows)
+        return compiled_plan(built, networks, batch, shapes, prompts, rows, quick)
+
+
+TEACHER = "teacher"
+"""The name of an external policy, unless the method's options name it."""
+
+
+def teacher_config(name: str, method: Method, student: ModelConfig) -> ModelConfig:
+    """The teacher's shape.  Raises `PlanError` if a view reads it and it has not the student's vocabulary."""
+    config = model_config(name)
+    read = any(view.policy == TEACHER for view in train.all_views(method).values())
+    if read and config.vocab_size != student.vocab_size:
+        raise PlanError(
+            f"teacher={name} has {config.vocab_size} vocabulary entries and the student {student.vocab_size}: it cannot "
+            "score the student's tokens"
+        )
+    return config
 
 
 def self_taught(method: Choice) -> tuple[Method, Batch, set[str]]:
@@ -176,42 +216,71 @@ def self_taught(method: Choice) -> tuple[Method, Batch, set[str]]:
     """
     built = method(lesson=lambda rollout, rollouts: with_solution(question(rollout.example), rollout.example.solution))
     refuse_other_teachers(built)
-    own = {name for name, view in train.all_views(method()).items() if view.per_rollout}
-    return built, sketch.sketched(built), own
+    return built, sketch.sketched(built), own_contexts(method())
+
+
+def taught_by_another(method: Choice) -> tuple[Method, Batch, set[str]]:
+    """The method with an external policy as teacher, and the same of it.  Raises `PlanError` if it takes none."""
+    if TEACHER not in inspect.signature(method.factory).parameters:
+        raise PlanError(f"{method.factory.__name__} reads no other model: leave out --teacher")
+    if method.options.get(TEACHER) is not None:
+        raise PlanError("--method.teacher names a policy that the plan does not know: leave it out beside --teacher")
+    built = Choice(method.factory, {**method.options, TEACHER: TEACHER}, method.change)()
+    return built, sketch.sketched(built), own_contexts(built)
+
+
+def own_contexts(method: Method) -> set[str]:
+    """The views whose contexts may differ within a group."""
+    return {name for name, view in train.all_views(method).items() if view.per_rollout}
 
 
 def refuse_other_teachers(method: Method) -> None:
     """Raises `PlanError` for a method whose teacher is another model."""
     others = {v.policy for v in train.all_views(method).values()} - {"live", *method.snapshots}
     if others:
-        raise PlanError(
-            f"the method reads {', '.join(sorted(others))}, another model: plans hold only the student's own"
-        )
+        raise PlanError(f"the method reads {', '.join(sorted(others))}, another model: name its shape with --teacher")
 
 
-def compiled_plan(method: Method, network: Transformer, batch: Any, shapes: Shapes, prompts: int, rows: int) -> Plan:
-    """The plan on the entered mesh."""
+def compiled_plan(
+    method: Method,
+    networks: Mapping[str, Transformer],
+    batch: Any,
+    shapes: Shapes,
+    prompts: int,
+    rows: int,
+    quick: bool = False,
+) -> Plan:
+    """The plan on the entered mesh, of a batch of `prompts` x `rows`; `networks` by the name of their policy."""
     mesh = jax.sharding.get_mesh()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
+    network, size = networks["live"], programs.bytes_on_device
     params, opt_state, snapshots = laid_state(method, network, optimizer)
-    networks = dict.fromkeys(("live", *method.snapshots), network)
+    state = {"parameters": size(params), "optimizer": size(opt_state), "snapshots": size(snapshots)}
+    others = {
+        name: laid_parameters(shapes_of(networks[name])) for name in networks.keys() - snapshots.keys() - {"live"}
+    }
+    state |= {name: size(tree) for name, tree in others.items()}
+    device, chip = chips.chip_of(mesh.devices.flat[0])
+    check_state(state, device, chip, mesh.size)
     updates = tuple(
         cost(
-            train.make_update(objective, networks, optimizer, shapes),
-            *(params, opt_state, snapshots, laid_rows(batch), laid_whole()),
+            train.make_update(objective, dict(networks), optimizer, shapes),
+            *(params, opt_state, {**snapshots, **others}, laid_rows(batch), laid_whole()),
             devices=mesh.size,
+            quick=quick,
         )
         for objective in method.objectives
     )
-    sampler, decoding = sampler_cost(network, params, shapes, prompts, rows, mesh.size)
-    size = programs.bytes_on_device
-    cache = jax.eval_shape(lambda: empty_cache(network, prompts * rows, shapes.completion))
-    device, chip = chips.chip_of(mesh.devices.flat[0])
+    sampler, decoding = sampler_cost(network, params, shapes, prompts, rows, quick)
+    cache = [
+        jax.eval_shape(lambda count=count, length=length: empty_cache(network, count, length))
+        for count, length in ((prompts * rows, shapes.completion), (prompts, shapes.context))
+    ]
     return Plan(
         device=device,
         chip=chip,
         devices=mesh.size,
-        state={"parameters": size(params), "optimizer": size(opt_state), "snapshots": size(snapshots)},
+        state=state,
         updates=updates,
         gradients=size(params),
         sampler=sampler,
@@ -221,8 +290,20 @@ def compiled_plan(method: Method, network: Transformer, batch: Any, shapes: Shap
     )
 
 
+def check_state(state: Mapping[str, float], device: str, chip: Chip | None, devices: int) -> None:
+    """Raises `PlanError`, before anything is compiled, if what is there all the time does not fit a device."""
+    needed = sum(state.values())
+    if chip is not None and needed > chip.memory:
+        parts = ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in state.items() if value)
+        raise PlanError(
+            f"{TOO_LARGE}: {parts} on each {device} of {chip.memory / 1e9:.0f} GB: use at least "
+            f"{math.ceil(devices * needed / chip.memory * 1.4)} devices, or adapters (--lora-rank), which need no more "
+            "than the parameters"
+        )
+
+
 def sampler_cost(
-    network: Transformer, params: Any, shapes: Shapes, prompts: int, rows: int, devices: int
+    network: Transformer, params: Any, shapes: Shapes, prompts: int, rows: int, quick: bool = False
 ) -> tuple[Cost, float]:
     """The sampler's cost for all rows at once, and the bytes of weights that a decoding step reads on one device."""
     tokens = jax.ShapeDtypeStruct((prompts, shapes.context), jnp.int32)
@@ -240,76 +321,9 @@ def sampler_cost(
             laid_whole(),
         ),
         length=shapes.completion,
-        devices=devices,
+        devices=jax.sharding.get_mesh().size,
         trips=shapes.completion,
+        quick=quick,
     )
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     return found, count * jnp.dtype(network.dtype).itemsize / sharding.axis_size(sharding.MODEL)
-
-
-# ---- what it means ----------------------------------------------------------------------------------------------------
-
-
-def totals(plan: Plan) -> dict[str, float]:
-    """Bytes of one device while it updates and while it samples; the state is there in both."""
-    state = sum(plan.state.values())
-    beside = lambda cost: cost.memory["temporary"] + max(cost.memory["outputs"] - cost.memory["donated"], 0.0)
-    return {"update": state + max(map(beside, plan.updates)), "sampler": state + beside(plan.sampler)}
-
-
-def seconds(plan: Plan) -> dict[str, float]:
-    """A roofline of one step: products at the peak, memory and links at their full speed, exchanges not hidden.
-
-    `update = max(FLOP / peak, bytes / bandwidth) + exchanged / link speed`; decoding reads weights and cache every step.
-    """
-    chip = plan.chip
-    exchange = lambda cost: sum(cost.exchanged.values()) / (2 * chip.link)  # a ring uses two links
-    update = sum(max(c.flops / chip.flops, c.accessed / chip.bandwidth) + exchange(c) for c in plan.updates)
-    reading = plan.steps * plan.decoding / chip.bandwidth
-    return {"update": update, "sampler": max(plan.sampler.flops / chip.flops, reading) + exchange(plan.sampler)}
-
-
-def advice(plan: Plan) -> str:
-    """What to change where it does not fit, by the largest part."""
-    needed = totals(plan)
-    if sum(plan.state.values()) > 0.7 * plan.chip.memory:
-        return "parameters, optimizer and snapshots alone fill the device: use more devices"
-    if needed["sampler"] > needed["update"]:
-        return "sampling needs most: a longer model axis splits the weights, fewer prompts shorten the cache"
-    return "the update's temporaries need most: fewer rows or tokens per chunk, more devices, or shorter completions"
-
-
-def report(plan: Plan) -> str:
-    """The plan as text."""
-    gigabytes = lambda name, value: f"  {name:34s}{value / 1e9:10.2f} GB"
-    activations = max(c.memory["temporary"] for c in plan.updates) - plan.gradients
-    needed = totals(plan)
-    lines = [f"{plan.devices} x {plan.device}, on each:", "memory"]
-    lines += [gigabytes(name, value) for name, value in plan.state.items()]
-    lines += [
-        gigabytes("gradients", plan.gradients),
-        gigabytes("activations, logits, gathered weights", max(activations, 0.0)),
-        gigabytes("update, in all", needed["update"]),
-        gigabytes("cache", plan.cache),
-        gigabytes("sampler, in all", needed["sampler"]),
-    ]
-    for name, costs in (("update", plan.updates), ("sampler", (plan.sampler,))):
-        exchanged: dict[str, float] = {}
-        for one in costs:
-            exchanged = {k: exchanged.get(k, 0.0) + one.exchanged.get(k, 0.0) for k in {**exchanged, **one.exchanged}}
-        lines += [name, f"  {'matrix products':34s}{sum(c.flops for c in costs) / 1e12:10.2f} TFLOP"]
-        lines += [gigabytes(kind, value) for kind, value in sorted(exchanged.items())]
-        lines.append(f"  {'compiled in':34s}{sum(c.compiling for c in costs):10.0f} s")
-    return "\n".join(lines + verdict(plan, needed))
-
-
-def verdict(plan: Plan, needed: Mapping[str, float]) -> list[str]:
-    """Whether it fits, and the estimated seconds, where the chip is known."""
-    if plan.chip is None:
-        return [f"nothing is known of the speed and memory of {plan.device!r}"]
-    lines = ["at best, by the roofline"]
-    lines += [f"  {name:34s}{value:10.3f} s" for name, value in seconds(plan).items()]
-    most = max(needed.values())
-    if most <= plan.chip.memory:
-        return [*lines, f"fits: {most / 1e9:.1f} of {plan.chip.memory / 1e9:.0f} GB"]
-    return [*lines, f"does not fit: {most / 1e9:.1f} of {plan.chip.memory / 1e9:.0f} GB; {advice(plan)}"]

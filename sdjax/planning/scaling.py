@@ -1,4 +1,4 @@
-"""How an update's exchanges and arithmetic grow with the mesh, from programs compiled for virtual devices.
+"""`sdjax scaling`: how an update's exchanges and arithmetic grow with the mesh, compiled for virtual devices.
 
 Not speed: devices that share one processor's cores say nothing of that.
 """
@@ -17,6 +17,9 @@ from sdjax.options import Choice
 from sdjax.planning import sketch
 from sdjax.planning.plan import laid_rows, laid_state, laid_whole, model_config, self_taught
 from sdjax.tokens import Shapes
+
+UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""For machine code that never runs; the exchanges are decided before."""
 
 
 class Row(NamedTuple):
@@ -39,17 +42,19 @@ def scaling(
     weak: bool = False,
     context: int = 64,
     completion: int = 64,
-    tokens_per_chunk: int | None = 1024,
+    tokens_per_chunk: int | None = 512,
 ) -> list[Row]:
     """The cost of a method's updates on each mesh.
 
     Args:
-      model: a public model's name; `layers` of its layers are compiled, since all are alike.
+      model: a public model's name.
+      layers: how many of its layers are compiled, since all are alike.
       meshes: devices along the data and the model axis.
       prompts: problems per step in all, or with `weak` for every device of the data axis.
+      weak: the batch grows with the data axis.
       context: tokens of the student's context; the other views' have those of a completion more.
       completion: tokens of an attempt.
-      tokens_per_chunk: positions whose logits are held at once.
+      tokens_per_chunk: positions whose logits are held at once, on each device of the data axis.
     """
     config = model_config(model)
     config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers])
@@ -73,7 +78,8 @@ def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: 
     flops, exchanged = 0.0, {}
     for objective in method.objectives:
         update = train.make_update(objective, networks, optimizer, shapes)
-        text = update.lower(params, opt_state, snapshots, laid_rows(batch), laid_whole()).compile().as_text()
+        lowered = update.lower(params, opt_state, snapshots, laid_rows(batch), laid_whole())
+        text = lowered.compile(compiler_options=UNOPTIMISED).as_text()
         flops += programs.product_flops(text)
         for kind, size in programs.collective_bytes(text).items():
             exchanged[kind] = exchanged.get(kind, 0.0) + size

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.planning.chips import PlanError
-from sdjax.policies import Environment, Policy
+from sdjax.policies import Environment, Policy, Sample
 from sdjax.pretrain import word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
-from sdjax.tokens import Shapes, collate
+from sdjax.tokens import Shapes, collate, decode_text
 from sdjax.train import all_views
 from sdjax.types import Batch, Context, Method, Verdict
 
@@ -26,13 +28,31 @@ SHAPES = Shapes(context=160, completion=8, rows=8, tokens_per_chunk=None)
 
 @functools.cache
 def policy() -> Policy:
-    """A random model of two layers, and a tokenizer that knows the recall task's words."""
+    """A random model of two layers whose texts end, and a tokenizer that knows the recall task's words."""
     tokenizer = word_tokenizer(vocabulary(keys=KEYS))
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    rest = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    rest = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
     model = Transformer(from_hf({**sizes, **heads, **rest}))
-    return Policy(model, initialise(model, jax.random.key(0)), tokenizer, SHAPES)
+    params = initialise(model, jax.random.key(0))
+    # A part that all hidden states have in common speaks for the end.
+    head, stop = 12.5 * params["head"], tokenizer.eos_token_id
+    head = head.at[stop].set(0.5 * head[stop]).at[stop, 0].add(0.3)
+    params = {**params, "embed": params["embed"].at[:, 0].add(0.04), "head": head}
+    return Policy(model, params, tokenizer, SHAPES, writer=random_words)
+
+
+def random_words(policy: Policy, chats: Sequence[Sequence[int]], key: Array, *, n: int, limit: int, **_: Any) -> Any:
+    """What the sampler would write, without compiling one: a few words and the end, `[len(chats)][n]` samples."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def one() -> Sample:
+        words = rng.integers(len(policy.tokenizer) // 2, len(policy.tokenizer), rng.integers(1, max(2, limit)))
+        tokens = (*map(int, words), policy.tokenizer.eos_token_id)[:limit]
+        finished = tokens[-1] == policy.tokenizer.eos_token_id
+        return Sample(tokens, (-1.0,) * len(tokens), decode_text(policy.tokenizer, tokens), finished)
+
+    return [[one() for _ in range(n)] for _ in chats]
 
 
 def coin(example: Any, text: str) -> Verdict:
@@ -46,7 +66,7 @@ def sketched(method: Method, prompts: int = 2) -> Batch:
     Raises `PlanError` if it keeps no row of them in ten tries.
     """
     task = recall(keys=KEYS)
-    names = {"live", *method.snapshots, *(view.policy for view in all_views(method).values())}
+    names = {"live", "teacher", *method.snapshots, *(view.policy for view in all_views(method).values())}
     take = iter(task.train * 50)
     more = lambda: [next(take) for _ in range(prompts)]
     environment = Environment(dict.fromkeys(names, policy()), coin, more)

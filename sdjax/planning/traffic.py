@@ -1,0 +1,110 @@
+"""Bytes that a compiled program reads from memory and writes to it, from its text.
+
+Every fusion, product and kernel reads its operands and writes its results once; what is inside it never leaves the chip,
+and of an array that it only slices or updates in part the part counts.  Loops count as often as they run, which XLA's own
+count does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from sdjax.programs import Instruction, bytes_of, computations, times
+
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "opt-barrier", "copy-done", "all-gather-done", "all-reduce-done", "async-done"),
+    *("collective-permute-done", "send", "recv", "send-done", "recv-done"),
+}
+SLICES = {"dynamic-slice", "slice", "gather"}
+UPDATE = "dynamic-update-slice"
+RUN = {"while", "conditional", "call"}
+"""What runs the computations that it names one instruction after the other."""
+
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+
+Parts = Mapping[str, list[Instruction]]
+
+
+def accessed_bytes(text: str, trips: int = 1) -> float:
+    """Bytes that one device reads and writes in one call; a loop of unknown length counts `trips` times."""
+    parts, entry = computations(text)
+    often = times(parts, entry, trips)
+    return sum(often[name] * of_computation(parts, name) for name in run_by(parts, entry))
+
+
+def run_by(parts: Parts, entry: str) -> set[str]:
+    """The computations that run instruction by instruction: not those inside a fusion or a reduction."""
+    found, waiting = set(), [entry]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        for x in parts[name]:
+            named = re.findall(r"[\w.-]+", x.rest) if x.kind in RUN else ()
+            waiting += [other for other in named if other in parts and other not in found]
+    return found
+
+
+def of_computation(parts: Parts, name: str) -> float:
+    """Bytes of one run of a computation, without those that it runs."""
+    known = {x.name: x for x in parts[name]}
+    return sum(of_instruction(parts, known, x) for x in parts[name] if x.kind not in FREE)
+
+
+def of_instruction(parts: Parts, known: Mapping[str, Instruction], x: Instruction) -> float:
+    """Bytes that an instruction reads and writes."""
+    operands = operands_of(x)
+    size = lambda name: in_memory(known[name].type) if name in known else 0.0
+    if x.kind in SLICES:
+        return 2 * in_memory(x.type)
+    if x.kind == UPDATE:
+        return 2 * size(operands[1])
+    called = re.search(r"calls=%?([\w.-]+)", x.rest)
+    if x.kind != "fusion" or called is None:
+        return in_memory(x.type) + sum(map(size, operands))
+    body = parts[called[1]]
+    share = lambda i, name: min(read_inside(parts, body, i), size(name))
+    return min(written_inside(body), in_memory(x.type)) + sum(share(i, name) for i, name in enumerate(operands))
+
+
+def read_inside(parts: Parts, body: list[Instruction], number: int) -> float:
+    """Bytes that a fusion reads of its operand of this number at most: slices, or all of it."""
+    own = next((x.name for x in body if x.kind == "parameter" and x.rest.startswith(f"{number})")), None)
+    return sum(read_by(parts, x, own) for x in body if own in operands_of(x))
+
+
+def read_by(parts: Parts, reader: Instruction, name: str) -> float:
+    """Bytes that an instruction inside a fusion reads of an operand at most."""
+    operands = operands_of(reader)
+    if reader.kind in SLICES:
+        return in_memory(reader.type)
+    if reader.kind == UPDATE and operands[0] == name:
+        return 0.0
+    called = re.search(r"calls=%?([\w.-]+)", reader.rest)
+    return read_inside(parts, parts[called[1]], operands.index(name)) if called else float("inf")
+
+
+def written_inside(body: list[Instruction]) -> float:
+    """Bytes that a fusion writes at most: the parts that it updates, or all of its results."""
+    known = {x.name: x for x in body}
+    results = [body[-1].name] if body[-1].kind != "tuple" else operands_of(body[-1])
+    updates = [known[name] for name in results if name in known]
+    if not updates or any(x.kind != UPDATE for x in updates):
+        return float("inf")
+    return sum(in_memory(known[operands_of(x)[1]].type) for x in updates)
+
+
+def operands_of(x: Instruction) -> list[str]:
+    """The names of an instruction's operands."""
+    return re.findall(r"%([\w.-]+)", x.rest.split("), ")[0])
+
+
+def in_memory(type_text: str) -> float:
+    """Bytes of a type's arrays, without those that lie in memory on the chip (`S(1)` in their layout)."""
+    arrays = ARRAY.findall(type_text)
+    return sum(
+        bytes_of(kind, tuple(int(n) for n in dims.split(",") if n))
+        for kind, dims, layout in arrays
+        if "S(" not in layout
+    )
