@@ -338,6 +338,8 @@ class Run:
             self.log.say(f"model written to {target}")
             if self.experiment.lora is not None:
                 self.export_adapter()
+        if self.before is None and after is None:
+            return
         self.log.table(
             f"{self.experiment.task.name}: held-out greedy accuracy, 95 % interval",
             ("", "accuracy", "interval", "examples"),

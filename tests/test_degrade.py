@@ -237,6 +237,7 @@ def test_behaviour_is_what_the_texts_say():
 
 
 QUICK = ["testbed", "richness", "hedging", "on_policy", "off_policy", "coverage", "remedies"]
+QUICK += [pytest.param("real_model", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", QUICK)
