@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ class Interrupts:
     """While entered, SIGINT and SIGTERM raise `Interrupted`: at once, or inside `held()` only when `check()` is called.
 
     Inside `held()` a second SIGINT raises at once all the same.  An exception raised where Python cannot pass it on (a
-    callback of the garbage collector) is lost: `check()` raises it again.
+    callback of the garbage collector) is lost, without the traceback that Python prints of such: `check()` raises it again.
     """
 
     asked: signal.Signals | None = None
@@ -31,6 +32,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         self.old: dict[int, Any] = {}
+        self.hook, sys.unraisablehook = sys.unraisablehook, self.lost
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.old[number] = signal.signal(number, self.note)
@@ -41,6 +43,12 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        sys.unraisablehook = self.hook
+
+    def lost(self, exception: Any) -> None:
+        """What Python cannot pass on, handed to whom it was handed before, but for `Interrupted`."""
+        if not issubclass(exception.exc_type, Interrupted):
+            self.hook(exception)
 
     def note(self, number: int, _: Any) -> None:
         """The signals' handler."""

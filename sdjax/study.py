@@ -41,8 +41,8 @@ def arm(
 ) -> dict[str, Any]:
     """What an arm of a study measured: read from its file if it was run before, else `run(its own folder)`.
 
-    The file is `NAME-HASH.json` with arguments and seconds beside the result; other arguments make another file.  The arm's own
-    folder, `NAME-HASH/`, is where an interrupted run is resumed from.
+    The file is `NAME-HASH.json` with arguments and seconds beside the result; other arguments make another file.  The
+    arm's own folder, `NAME-HASH/`, is where an interrupted run is resumed from.
     """
     folder = Path(folder)
     path = folder / f"{name}-{key_of(arguments)}.json"

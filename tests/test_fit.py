@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import signal
+import sys
 import threading
 
 import jax
@@ -277,6 +278,27 @@ def test_a_signal_whose_exception_is_lost(tmp_path, capsys, number):
     assert len(asked) == 1
     assert f"{number.name} before the first step: nothing to save" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_lost_signal_leaves_no_traceback_and_other_exceptions_do(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: said.append(lost.exc_type))
+
+    class Last:
+        def __init__(self, act):
+            self.act = act
+
+        def __del__(self):
+            self.act()
+
+    with Interrupts() as interrupts:
+        Last(lambda: 1 / 0)
+        Last(lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert said == [ZeroDivisionError]
+    Last(lambda: {}["nothing"])
+    assert said == [ZeroDivisionError, KeyError]
 
 
 def test_in_a_thread_signals_are_left_alone(tmp_path, capsys):
