@@ -25,7 +25,8 @@ from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
-from sdjax.policies import Policy
+from sdjax.models.transformer import Transformer
+from sdjax.policies import Policy, sample
 from sdjax.pretrain import batches, pretrain, rows, word_tokenizer
 from sdjax.study import across, behaviour, trained
 from sdjax.tasks import scratchpad
@@ -199,6 +200,23 @@ def student(model: str = "", smoke: bool = False) -> tuple[Pretrained, str]:
     folder = Path(model) if model else base(**(SMOKE if smoke else {}))
     loaded = pretrained.load(folder)
     return loaded, hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def policy_of(base: Pretrained) -> Policy:
+    """The base model as a policy."""
+    return Policy(Transformer(base.config), base.params, base.tokenizer, SHAPES)
+
+
+def first_correct(
+    policy: Policy, examples: Sequence[Example], key: Array, n: int, context: Callable[[Example], Messages] = question
+) -> list[tuple[int, str]]:
+    """For each example: how many of `n` answers are correct, and the first of them (else the first)."""
+    found = []
+    written = sample(policy, [context(e) for e in examples], key, n=n)
+    for example, some in zip(examples, written, strict=True):
+        good = [s.text for s in some if scratchpad.verify(example, s.text).reward >= 0.5]
+        found.append((len(good), (good or [s.text for s in some])[0]))
+    return found
 
 
 def held_out_problems(

@@ -70,9 +70,9 @@ class Experiment:
     `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into
     `minibatches` of whole groups, one update each, and read `epochs` times.  `teachers` are external policies by name.
     `dtype` is what the models compute in; parameters and the optimizer stay float32.  `remat` and `scan` are those of
-    `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that do not say how.  Evaluation reads `evaluation`
-    test examples greedily every `evaluate_every` steps (0: only before and after); `save_every` likewise (0: at the
-    end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
+    `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that
+    do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
+    and after); `save_every` likewise (0: at the end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library.  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.sharding`).
     With `lora` the student's weights are frozen and adapters trained: they are what is saved and what snapshots hold.

@@ -260,7 +260,7 @@ def test_on_policy_arms_are_experiments_for_the_command_line_too(factory):
 
 def test_every_arm_has_its_method():
     module = load("on_policy")
-    teachers = {name: module.method_of(name, 2).objectives[0].views.get("teacher") for name in module.ARMS}
+    teachers = {name: module.ARMS[name](group_size=2).objectives[0].views.get("teacher") for name in module.ARMS}
     assert teachers.pop("GRPO") is None
     assert {name.rsplit(", ", 1)[1]: view.policy for name, view in teachers.items()} == {
         "frozen": "teacher",

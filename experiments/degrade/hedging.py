@@ -16,8 +16,6 @@ import tyro
 
 from sdjax import testbed
 from sdjax.contexts import question
-from sdjax.methods.sdpo import peer_or_feedback
-from sdjax.models.transformer import Transformer
 from sdjax.policies import Environment, Policy, score
 from sdjax.rollouts import attempts
 from sdjax.study import across, every_seed, table
@@ -54,7 +52,7 @@ def measured(policy: Policy, problems: int, group: int, seed: int) -> dict:
     rollouts = attempts(environment, examples, jax.random.key(seed), n=group)
     hedges = jnp.asarray(policy.tokenizer.convert_tokens_to_ids(list(scratchpad.HEDGES)))
     signals = lambda dist, token: {"hedge": jnp.exp(dist["reader"])[..., hedges].sum(-1)}
-    tell = {name: peer_or_feedback(thinking=bool(told), use_feedback=False) for name, told in READERS.items()}
+    tell = {name: testbed.peer(bool(told)) for name, told in READERS.items()}
     taught = [r for r in rollouts if tell["s"](r, rollouts)]
     found = {}
     for name, told in READERS.items():
@@ -98,7 +96,7 @@ def study(
     """
     problems, group, seeds = (2, 2, 1) if smoke else (problems, group, seeds)
     base, identity = testbed.student(model, smoke)
-    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    policy = testbed.policy_of(base)
 
     def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "group": group, "seed": seed}

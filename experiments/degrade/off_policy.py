@@ -13,11 +13,10 @@ from functools import partial
 import jax
 import tyro
 
-from sdjax import policies, testbed
+from sdjax import testbed
 from sdjax.contexts import question, with_solution
 from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained
-from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
 from sdjax.study import arm, every_seed, shown, table, trained
 from sdjax.tasks import scratchpad
@@ -28,18 +27,13 @@ ARMS = ("unguided", "guided", "guided, equal tokens")
 
 def correct_texts(policy: Policy, examples: list[Example], key, n: int, context=question) -> dict[str, str]:
     """The first correct of `n` answers to each example, `{id: text}`; examples without one are left out."""
-    found = {}
-    written = policies.sample(policy, [context(e) for e in examples], key, n=n)
-    for example, some in zip(examples, written, strict=True):
-        good = [s.text for s in some if scratchpad.verify(example, s.text).reward >= 0.5]
-        if good:
-            found[example.id] = good[0]
-    return found
+    tried = testbed.first_correct(policy, examples, key, n, context)
+    return {e.id: text for e, (good, text) in zip(examples, tried, strict=True) if good}
 
 
 def traces(base: Pretrained, train_size: int, samples: int, seed: int, only_correct: bool) -> dict:
     """Unguided and guided correct traces of the same training problems: `{"unguided": {id: text}, "guided": ...}`."""
-    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    policy = testbed.policy_of(base)
     examples = list(scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed).train)
     if not only_correct:  # a model that knows nothing
         return {kind: {e.id: e.solution for e in examples} for kind in ("unguided", "guided")}

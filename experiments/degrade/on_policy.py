@@ -9,6 +9,8 @@ frozen, a moving average, or the student itself.
 
 from __future__ import annotations
 
+from functools import partial
+
 import tyro
 
 from sdjax import testbed
@@ -18,7 +20,6 @@ from sdjax.options import Choice
 from sdjax.study import every_seed, table
 from sdjax.tasks import scratchpad
 from sdjax.train import Experiment
-from sdjax.types import Method
 
 METHOD = "sdpo"
 OPTIONS = {
@@ -26,15 +27,16 @@ OPTIONS = {
     "grpo": {"group_size": 8, **testbed.GRPO},
 }
 TEACHERS = {"frozen": 0.0, "EMA": 0.05, "live": 1.0}
+KINDS = {"c = s": True, "c = s without thinking": False}
 ARMS = {
-    "GRPO": ("grpo", {}),
-    **{f"SDPO, c = s, {name}": ("sdpo", {"thinking": True, "ema_rate": rate}) for name, rate in TEACHERS.items()},
+    "GRPO": partial(grpo, **testbed.GRPO),
     **{
-        f"SDPO, c = s without thinking, {name}": ("sdpo", {"thinking": False, "ema_rate": rate})
+        f"SDPO, {kind}, {name}": partial(sdpo, **testbed.SDPO, ema_rate=rate, lesson=testbed.peer(thinking))
+        for kind, thinking in KINDS.items()
         for name, rate in TEACHERS.items()
     },
 }
-"""Name to method, whether the teacher reads the thinking, and how the teacher follows the student."""
+"""Name to method: whether the teacher reads the thinking, and how it follows the student."""
 
 
 def experiment(
@@ -70,15 +72,6 @@ def experiment(
     task = scratchpad.scratchpad(train_size=train_size, test_size=evaluation, seed=seed)
     how = {"steps": steps, "prompts": prompts, "lr": lr, "seed": seed, "evaluation": evaluation}
     return testbed.run(method(lesson=testbed.peer(thinking)), base, task, **how, save_every=save_every, export=True)
-
-
-def method_of(name: str, group: int) -> Method:
-    """The method of an arm."""
-    kind, options = ARMS[name]
-    if kind == "grpo":
-        return grpo(**{**OPTIONS["grpo"], "group_size": group})
-    rate, lesson = options["ema_rate"], testbed.peer(options["thinking"])
-    return sdpo(**{**OPTIONS["sdpo"], "group_size": group, "ema_rate": rate}, lesson=lesson)
 
 
 def study(
@@ -119,7 +112,7 @@ def study(
 
     def prepared(name: str, seed: int):
         own = {**sizes, "problems": problems, "seed": seed}
-        run = testbed.on_policy(method_of(name, group), base, families, **own, arm=name)
+        run = testbed.on_policy(ARMS[name](group_size=group), base, families, **own, arm=name)
         return {"model": identity, "group": group, "arm": name, **own}, run
 
     runs = every_seed(out, "on-policy", arms, seeds, prepared)

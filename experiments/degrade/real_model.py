@@ -27,7 +27,6 @@ from sdjax.methods.grpo import grpo
 from sdjax.methods.opsd import opsd
 from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
-from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.options import Choice, load_experiment
 from sdjax.policies import Environment, Policy
@@ -114,22 +113,17 @@ def study(
     """
     if smoke:
         steps, prompts, problems, seeds, arms = 2, 2, 4, 1, ("SDPO", "SFT")
-    start = pretrained.load(model)
     shared = {"model": model, "steps": steps, "prompts": prompts, "lr": lr, "problems": problems}
+    settings = {"model": model, "steps": steps, "lr": lr, "evaluation": problems, "save_every": 0}
 
     def prepared(name: str, seed: int):
-        build = partial(SUMS.experiment, model=model, steps=steps, lr=lr, evaluation=problems, save_every=0, seed=seed)
-        rows = prompts * (4 if name == "SFT" else 1)
-        experiment = build(method=ARMS.get(name, ARMS["SFT"]), prompts=rows)
-        tasks = held_out(experiment.task, problems, seed)
-        base = Policy(Transformer(start.config), start.params, start.tokenizer, experiment.shapes)
-
         def run(folder: Path):
+            rows = prompts * (4 if name == "SFT" else 1)
+            experiment = SUMS.experiment(method=ARMS.get(name, ARMS["SFT"]), prompts=rows, seed=seed, **settings)
+            tasks, start = held_out(experiment.task, problems, seed), experiment.student
+            base = Policy(Transformer(start.config), start.params, start.tokenizer, experiment.shapes)
             texts = rollouts.sample(
-                dataclasses.replace(base, shapes=LONGER),
-                tasks["GSM-Symbolic"].test,
-                jax.random.key(seed),
-                context=question,
+                dataclasses.replace(base, shapes=LONGER), tasks["GSM-Symbolic"].test, jax.random.key(seed)
             )
             probe = partial(probed, tasks=tasks, written=[r.read_by(student=question(r.example)) for r in texts])
             if name == "base":

@@ -28,7 +28,6 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
-from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
 from sdjax.study import across, every_seed, table, trained
 from sdjax.tasks import scratchpad
@@ -116,7 +115,6 @@ def study(
         arms = ("OPSD", "SDPO, mismatched")
     families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
     base, identity = testbed.student(model, smoke)
-    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
     measured = {"model": identity, "problems": problems, "repeated": repeated, "samples": samples}
     sizes = {"steps": steps, "prompts": prompts, "lr": lr}
 
@@ -125,7 +123,7 @@ def study(
         probe = partial(probed, problems=held_out, samples=samples, some=repeated, key=jax.random.key(1000 + seed))
         own = {**measured, "arm": name, "seed": seed}
         if name == "base":
-            return own, lambda _: [{"step": 0, **probe(policy)}]
+            return own, lambda _: [{"step": 0, **probe(testbed.policy_of(base))}]
         task = scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed)
         experiment = testbed.run(method_of(name, group), base, task, **sizes, seed=seed)
         told = {"experiment": "remedies", "arm": name, "seed": seed}

@@ -11,38 +11,27 @@ from __future__ import annotations
 import jax
 import tyro
 
-from sdjax import policies, testbed
+from sdjax import testbed
 from sdjax.contexts import question, with_solution, without_thinking
-from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
 from sdjax.study import behaviour, every_seed, table
 from sdjax.tasks import scratchpad
-from sdjax.types import Example
 
 LEVELS = ("none", "answer", "steps", "regeneration", "full solution")
-
-
-def first_correct(policy: Policy, examples: list[Example], key, n: int, context=question) -> list[tuple[int, str]]:
-    """For each example: how many of `n` answers are correct, and the first of them (else the first)."""
-    found = []
-    written = policies.sample(policy, [context(e) for e in examples], key, n=n)
-    for example, some in zip(examples, written, strict=True):
-        good = [s.text for s in some if scratchpad.verify(example, s.text).reward >= 0.5]
-        found.append((len(good), (good or [s.text for s in some])[0]))
-    return found
 
 
 def sweep(policy: Policy, problems: int, samples: int, seed: int) -> dict:
     """Behaviour at every level on problems with some, but not all but one, correct answers: `{level: behaviour}`."""
     keys = jax.random.split(jax.random.key(seed), 3)
     examples = list(scratchpad.scratchpad(train_size=1, test_size=problems, seed=100 + seed).test)
-    tried = first_correct(policy, examples, keys[0], samples)
+    tried = testbed.first_correct(policy, examples, keys[0], samples)
     kept = [(e, text) for e, (good, text) in zip(examples, tried, strict=True) if 1 <= good <= 3 * samples // 4]
     kept = kept or [(e, e.solution) for e in examples]  # a model that knows nothing
     examples, peer = [e for e, _ in kept], {e.id: text for e, text in kept}
     full = lambda e: with_solution(question(e), peer[e.id])
     again = {
-        e.id: t for e, (_, t) in zip(examples, first_correct(policy, examples, keys[1], samples, full), strict=True)
+        e.id: t
+        for e, (_, t) in zip(examples, testbed.first_correct(policy, examples, keys[1], samples, full), strict=True)
     }
     contexts = {
         "none": question,
@@ -76,7 +65,7 @@ def study(
     """
     problems, samples, seeds = (3, 2, 1) if smoke else (problems, samples, seeds)
     base, identity = testbed.student(model, smoke)
-    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    policy = testbed.policy_of(base)
 
     def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "samples": samples, "seed": seed}

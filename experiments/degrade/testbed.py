@@ -16,7 +16,6 @@ import tyro
 from sdjax import testbed
 from sdjax.contexts import question, with_solution, without_thinking
 from sdjax.generate import GREEDY
-from sdjax.models.transformer import Transformer
 from sdjax.policies import Policy
 from sdjax.study import behaviour, every_seed, forbidding, table
 from sdjax.tasks import scratchpad
@@ -63,7 +62,7 @@ def study(
         testbed.base(report=lambda step, loss: print(f"step {step}: loss {loss:.3f}", flush=True))
     base, identity = testbed.student(model, smoke)
     print(f"base model {identity} after {time.perf_counter() - started:.0f} s", flush=True)
-    policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
+    policy = testbed.policy_of(base)
 
     def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "seed": seed}

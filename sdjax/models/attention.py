@@ -57,6 +57,7 @@ def attend(
 
     `softmax(query . key / sqrt(H)) values`, over all runs together, in float32; key heads are `K`, each with `G` queries.
     A query with nothing to read gets a finite garbage row.
+    Sources: Ainslie et al. 2023, arXiv:2305.13245 (grouped queries); Rabe and Staats 2021, arXiv:2112.05682 (blocks).
 
     Args:
       runs: the last is the queries' own, or a cache that holds it.
