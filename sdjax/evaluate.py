@@ -1,4 +1,4 @@
-"""Accuracy of a policy on examples: greedy with an interval, and pass@k from several samples."""
+"""Accuracy of a policy on examples: greedy with an interval, by the length that answers may have, and pass@k."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from sdjax.types import Example, Messages, Rollout, Verdict
 
 
 class Accuracy(NamedTuple):
-    """A share of solved examples with its 95 % interval, and the completions behind it."""
+    """A share of solved examples with its 95 % interval, the completions behind it, and which of them are right."""
 
     solved: float
     low: float
     high: float
     examples: int
     rollouts: tuple[Rollout, ...] = ()
+    right: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         return f"{100 * self.solved:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.examples}"
@@ -55,8 +56,20 @@ def accuracy(
     `context` is what the policy reads: give a teacher's context to measure the teacher.  `limit` caps the completion.
     """
     rollouts = sample(policy, examples, jax.random.key(0), context=context, sampling=GREEDY, limit=limit)
-    good = sum(divided(lambda r: bool(verify(r.example, r.text).reward >= success), rollouts))
-    return Accuracy(good / max(len(rollouts), 1), *wilson(good, len(rollouts)), len(rollouts), tuple(rollouts))
+    right = divided(lambda r: bool(verify(r.example, r.text).reward >= success), rollouts)
+    good, total = sum(right), len(rollouts)
+    return Accuracy(good / max(total, 1), *wilson(good, total), total, tuple(rollouts), tuple(right))
+
+
+def by_cap(lengths: Sequence[int], right: Sequence[bool], most: int, parts: int = 8) -> dict[str, float]:
+    """The share of answers that are right and end within a cap: `{"accuracy@32": share, "accuracy@64": ...}`.
+
+    The caps are `parts` equal steps up to `most` tokens.  An answer of `n` tokens is the same under every cap of at
+    least `n`, so one sample tells for all of them; one that a cap cuts off counts as wrong.
+    """
+    solved = np.asarray(lengths)[np.asarray(right, bool)]
+    caps = sorted({-(-most * part // parts) for part in range(1, parts + 1)})
+    return {f"accuracy@{cap}": float((solved <= cap).sum() / max(len(lengths), 1)) for cap in caps}
 
 
 def pass_at_k(

@@ -19,7 +19,7 @@ import numpy as np
 
 from sdjax import checkpoint, processes, records, sharding, train
 from sdjax.contexts import question
-from sdjax.evaluate import Accuracy, accuracy
+from sdjax.evaluate import Accuracy, accuracy, by_cap
 from sdjax.interrupts import Interrupted, Interrupts, SharedInterrupts
 from sdjax.log import NoLog, RunLog, replace_text
 from sdjax.models import adapters, pretrained
@@ -315,7 +315,8 @@ class Run:
         found = accuracy(self.environment().live, examples, self.verify)
         self.interrupts.agree()
         self.interrupts.check()
-        self.log.evaluation(step, {"accuracy": found.solved, "low": found.low, "high": found.high})
+        caps = by_cap([len(r.tokens) for r in found.rollouts], found.right, self.experiment.shapes.completion)
+        self.log.evaluation(step, {"accuracy": found.solved, "low": found.low, "high": found.high, **caps})
         self.log.say(f"held-out accuracy after {step} steps: {found}")
         return found
 

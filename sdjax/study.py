@@ -21,6 +21,7 @@ from jax import Array
 from sdjax import checkpoint, policies
 from sdjax.contexts import question
 from sdjax.diagnostics import epistemic_count, per_thousand
+from sdjax.evaluate import by_cap
 from sdjax.fit import fit
 from sdjax.generate import Sampling, first
 from sdjax.log import replace_text
@@ -136,15 +137,17 @@ def behaviour(
     sampling: Sampling | None = None,
     choose: Callable = first,
 ) -> dict[str, float]:
-    """Accuracy, length in tokens, epistemic count and its density per 1,000 tokens, and the share finished.
+    """Accuracy, also by cap, length in tokens, epistemic count and density per 1,000 tokens, and the share finished.
 
     Means over `n` samples of every example; `context` is what the policy reads.
     """
     written = policies.sample(policy, [context(e) for e in examples], key, n=n, sampling=sampling, choose=choose)
     rows = [(e, s) for e, some in zip(examples, written, strict=True) for s in some]
-    tokens, hedges = sum(len(s.tokens) for _, s in rows), sum(epistemic_count(s.text) for _, s in rows)
+    lengths, hedges = [len(s.tokens) for _, s in rows], sum(epistemic_count(s.text) for _, s in rows)
+    tokens, right = sum(lengths), [verify(e, s.text).reward >= 0.5 for e, s in rows]
     return {
-        "accuracy": float(np.mean([verify(e, s.text).reward >= 0.5 for e, s in rows])),
+        "accuracy": float(np.mean(right)),
+        **by_cap(lengths, right, policy.shapes.completion),
         "length": tokens / len(rows),
         "epistemic": hedges / len(rows),
         "density": per_thousand(hedges, tokens),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdjax import evaluate
-from sdjax.evaluate import Accuracy, accuracy, pass_at_k, wilson
+from sdjax.evaluate import Accuracy, accuracy, by_cap, pass_at_k, wilson
 from sdjax.types import Example, Rollout, Verdict
 
 
@@ -78,6 +78,23 @@ def test_accuracy_is_the_share_of_greedy_answers_that_succeed(graded):
     assert (found.solved, found.low, found.high) == (0.75, *wilson(3, 4))
     assert found.examples == len(found.rollouts) == 4
     assert graded["sampling"].temperature == 0 and graded["limit"] == 3 and graded["n"] == 1
+
+
+def test_accuracy_by_cap_counts_what_is_right_and_ends_in_time():
+    lengths, right = [3, 8, 8, 20], [True, False, True, True]
+    assert by_cap(lengths, right, 20, parts=4) == {
+        "accuracy@5": 0.25,
+        "accuracy@10": 0.5,
+        "accuracy@15": 0.5,
+        "accuracy@20": 0.75,
+    }
+    assert by_cap(lengths, right, 3) == {"accuracy@1": 0.0, "accuracy@2": 0.0, "accuracy@3": 0.25}
+    assert by_cap([], [], 2) == {"accuracy@1": 0.0, "accuracy@2": 0.0}
+
+
+def test_accuracy_says_which_answers_are_right(graded):
+    found = accuracy(None, EXAMPLES, verify)
+    assert found.right == (True, False, True, True)
 
 
 def test_accuracy_of_no_examples_says_nothing():

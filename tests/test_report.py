@@ -309,6 +309,21 @@ def test_closing_numbers_and_last_evaluations():
     assert last_values(group, "pass@") == {4: Interval(0.5)}
 
 
+def test_every_set_that_was_evaluated_gets_its_own_figures():
+    values = {"accuracy@8": 0.25, "accuracy@16": 0.5, "accuracy@8_far_off": 0.0, "accuracy@16_far_off": 0.125}
+    rest = {"accuracy_far_off": 0.125, "length_far_off": 9.0, "low": 0.1, "pass@all": 1.0}
+    run = run_with(steps={"reward": {1: 0.5}}, evaluations={n: {0: 0.0, 5: v} for n, v in (values | rest).items()})
+    plots = {plot.name: plot for plot in report.plots([Group("a", (run,))])}
+    names = {"accuracy-by-cap", "accuracy-by-cap_far_off", "evaluated-accuracy_far_off", "evaluated-length_far_off"}
+    assert plots.keys() == names | {"reward"}
+    far = plots["accuracy-by-cap_far_off"]
+    assert far.title == "Accuracy by generation cap, far off" and not far.doubling
+    np.testing.assert_array_equal(far.bands["a"].step, [8, 16])
+    np.testing.assert_array_equal(far.bands["a"].mean, [0.0, 0.125])
+    np.testing.assert_array_equal(plots["evaluated-length_far_off"].bands["a"].mean, [0.0, 9.0])
+    assert [name for name, plot in plots.items() if not report.is_main(plot)] == ["evaluated-length_far_off"]
+
+
 def test_hedges_are_found_across_tokens_whatever_the_case():
     assert rollouts.hedges(["So ", "Wa", "it", ", ", "un", "like", "ly", " İ", "", "maybe"]) == [1, 2, 5, 6, 9]
 

@@ -154,12 +154,12 @@ def closing(group: Group, name: str, share: float = 0.1) -> Interval | None:
     return over_seeds(found)
 
 
-def last_values(group: Group, prefix: str) -> dict[int, Interval]:
-    """The last evaluations that go by `prefix` and a whole number, such as `pass@8`: `{number: mean with interval}`."""
+def last_values(group: Group, prefix: str, end: str = "") -> dict[int, Interval]:
+    """The last evaluations that go by `prefix`, a whole number and `end`, such as `pass@8`: `{number: interval}`."""
     numbers: dict[int, list[float]] = {}
     for run in group.runs:
         for name, curve in run.evaluations.items():
-            end = name.removeprefix(prefix)
-            if name.startswith(prefix) and end.isdecimal() and curve:
-                numbers.setdefault(int(end), []).append(curve[max(curve)])
+            number = name.removeprefix(prefix).removesuffix(end)
+            if name == f"{prefix}{number}{end}" and number.isdecimal() and curve:
+                numbers.setdefault(int(number), []).append(curve[max(curve)])
     return {number: over_seeds(values) for number, values in sorted(numbers.items())}

@@ -86,14 +86,29 @@ def written(target: Path, groups: Sequence[Group], drawings: Sequence[Plot], dat
 
 def plots(groups: Sequence[Group]) -> list[Plot]:
     """All figures: accuracy, the main numbers, pass@k and accuracy by cap where there are any, then everything else."""
+    names = lambda of: sorted({name for g in groups for run in g.runs for name in of(run)})
+    evaluated = [name for name in names(lambda run: run.evaluations) if name not in ("accuracy", "low", "high")]
     found = [accuracy_plot(groups)]
     found += [curve_plot(groups, name, text) for name, text in MAIN.items()]
-    found += [
-        values_plot(groups, "pass@", "pass-at-k", "Solved by one of k samples (pass@k)", "k"),
-        values_plot(groups, "accuracy@", "accuracy-by-cap", "Accuracy by generation cap", "most tokens of an answer"),
-    ]
-    others = {name for g in groups for run in g.runs for name in run.steps} - {*MAIN}
-    return [plot for plot in [*found, *(curve_plot(groups, name, name) for name in sorted(others))] if plot]
+    for prefix in NUMBERED:
+        ends = {name.removeprefix(prefix).lstrip("0123456789") for name in evaluated if name.startswith(prefix)}
+        found += [values_plot(groups, prefix, end) for end in sorted(ends)]
+    found += [curve_plot(groups, name, name) for name in names(lambda run: run.steps) if name not in MAIN]
+    found += [evaluation_plot(groups, name) for name in evaluated if not name.startswith(tuple(NUMBERED))]
+    return [plot for plot in found if plot]
+
+
+NUMBERED = {
+    "pass@": ("pass-at-k", "Solved by one of k samples (pass@k)", "k", True),
+    "accuracy@": ("accuracy-by-cap", "Accuracy by generation cap", "most tokens of an answer", False),
+}
+"""Evaluations that carry a number in their name, `accuracy@64`, or `accuracy@64_in_domain` where there are several sets:
+their figure's name, title, axis, and whether the numbers double."""
+
+
+def said(end: str) -> str:
+    """`_in_domain` as `, in domain`."""
+    return f", {end.strip('_').replace('_', ' ')}" if end else ""
 
 
 def accuracy_plot(groups: Sequence[Group]) -> Plot | None:
@@ -131,11 +146,24 @@ def curve_plot(groups: Sequence[Group], name: str, text: str) -> Plot | None:
     return Plot(file_name(name), text, "step", bands, " ".join(caption), inside)
 
 
-def values_plot(groups: Sequence[Group], prefix: str, name: str, text: str, x: str) -> Plot | None:
+def evaluation_plot(groups: Sequence[Group], name: str) -> Plot | None:
+    """The figure of a number that is measured now and then."""
+    curves = lambda group: [run.evaluations.get(name, {}) for run in group.runs]
+    bands = named({group.label: band(curves(group)) for group in groups})
+    caption = SEEDS if any(len(g.runs) > 1 for g in groups) else ""
+    inside = all(0 <= v <= 1 for g in groups for c in curves(g) for v in c.values())
+    text = f"Evaluated: {name.replace('_', ' ')}"
+    return Plot(f"evaluated-{file_name(name)}", text, "step", bands, caption, inside, True) if bands else None
+
+
+def values_plot(groups: Sequence[Group], prefix: str, end: str = "") -> Plot | None:
     """The figure of evaluations that carry a number in their name, from each run's last."""
-    bands = named({group.label: last_values(group, prefix) for group in groups})
+    name, text, x, doubling = NUMBERED[prefix]
+    bands = named({group.label: last_values(group, prefix, end) for group in groups})
     bands = {label: figures.as_band(values) for label, values in bands.items()}
-    return Plot(name, text, x, bands, "Last evaluation; bands: 95 % over seeds.", True, True, True) if bands else None
+    caption = "Last evaluation; bands: 95 % over seeds."
+    title = text + said(end)
+    return Plot(name + file_name(end), title, x, bands, caption, True, True, doubling) if bands else None
 
 
 def file_name(name: str) -> str:
@@ -188,7 +216,8 @@ def count(number: int, noun: str) -> str:
 
 def is_main(plot: Plot) -> bool:
     """Whether a figure stands in the page's first grid."""
-    return plot.name in ("accuracy", "pass-at-k", "accuracy-by-cap", *map(file_name, MAIN))
+    measured = ("pass-at-k", "accuracy-by-cap", "evaluated-accuracy")
+    return plot.name in ("accuracy", *map(file_name, MAIN)) or plot.name.startswith(measured)
 
 
 def labelled(groups: Sequence[Group]) -> list[str]:
