@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import inspect
 import json
@@ -71,8 +70,9 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
 
 
 def train_options(module: Any, factory: Any) -> type:
-    """Every option of an experiment file: its own, the run's, those of the method and of the controls."""
+    """Every option of an experiment file: its own, the run's, those of the method, its controls and its sampler."""
     from sdjax.controls import controlled
+    from sdjax.samplers import sampled
 
     extra: list[Any] = [
         ("out", Annotated[str, tyro.conf.arg(help="the run's folder; by default one below runs/")], ""),
@@ -82,7 +82,11 @@ def train_options(module: Any, factory: Any) -> type:
     extra = [(name, hint, dataclasses.field(default=value)) for name, hint, value in extra]
     if factory is not None:
         defaults = getattr(module, "OPTIONS", {}).get(factory.__name__, {})
-        for name, some in (("method", (factory, defaults)), ("control", (controlled, {}))):
+        for name, some in {
+            "method": (factory, defaults),
+            "control": (controlled, {}),
+            "sampler": (sampled, {}),
+        }.items():
             nested = options.options_class(f"{name.title()}Options", *some)
             extra.append((name, nested, dataclasses.field(default_factory=nested)))
     return options.options_class("Options", module.experiment, {}, extra)
@@ -94,18 +98,21 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     from sdjax.controls import controlled
     from sdjax.fit import fit
     from sdjax.run_folder import check_folder
+    from sdjax.samplers import check, sampled
     from sdjax.train import check_numbers
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
     processes.join(chosen.pop("processes"))
-    own, control = (options.shallow(chosen.pop(name)) if factory else {} for name in ("method", "control"))
-    for some in (chosen, own, control):
+    groups = {name: options.shallow(chosen.pop(name)) for name in ("method", "control", "sampler") if factory}
+    for some in (chosen, *groups.values()):
         check_numbers(some)
+    check(**groups["sampler"]) if factory else None
     arguments = {"experiment": str(file), **chosen}
     if factory:
-        arguments |= {"method": factory.__name__, **{f"method.{name}": value for name, value in own.items()}}
-        arguments |= {f"control.{name}": value for name, value in control.items()}
-        chosen["method"] = options.Choice(factory, own, functools.partial(controlled, **control))
+        arguments |= {"method": factory.__name__}
+        arguments |= {f"{name}.{option}": value for name, own in groups.items() for option, value in own.items()}
+        change = lambda method: sampled(controlled(method, **groups["control"]), **groups["sampler"])
+        chosen["method"] = options.Choice(factory, groups["method"], change)
     label = factory.__name__ if factory else "run"
     out = Path(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")
     processes.agree({**arguments, "out": str(out), "resume": resume}, "arguments")

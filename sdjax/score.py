@@ -17,7 +17,7 @@ from jax import Array
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
 from sdjax.models.transformer import Transformer
-from sdjax.sharding import DATA, axis_size, with_whole_head
+from sdjax.sharding import DATA, axis_size, copies, with_whole_head
 from sdjax.types import Batch, Context, View
 
 
@@ -91,6 +91,13 @@ def divisor_at_least(number: int, wanted: int) -> int:
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(wanted, number))
 
 
+def read_by(view: View, model: Transformer, params: Any) -> Any:
+    """Parameters as a view reads them: constants unless it is trained, and then sent in the type they are used in."""
+    if view.trainable:
+        return with_whole_head(params)
+    return with_whole_head(jax.lax.stop_gradient(params), model.dtype)
+
+
 def token_signals(
     views: Mapping[str, View],
     signals: Callable[[dict[str, Array], Array], dict[str, Array]],
@@ -114,29 +121,23 @@ def token_signals(
     total, length = batch.completion.shape
     units = math.gcd(*(batch.contexts[name].tokens.shape[0] for name in views))
     row_chunks = divisor_at_least(units, math.ceil(total / rows)) if rows else 1
-    # Not in every chunk of rows and tokens, where a mesh splits it along data.
-    params = {name: with_whole_head(params[name]) for name in {view.policy for view in views.values()}}
+    # Here, and not in every chunk of rows and tokens, what a mesh splits along data is gathered and summed.
+    params = {name: read_by(view, models[view.policy], params[view.policy]) for name, view in views.items()}
+    apart = total // row_chunks % axis_size(DATA) == 0 and axis_size(DATA) > 1
+    heads = {name: transformer.head_of(models[view.policy], params[name]) for name, view in views.items()}
+    heads = {name: copies(head) if apart and views[name].trainable else head for name, head in heads.items()}
     live = batch.present & batch.valid[:, None]
     frozen = {name: view for name, view in views.items() if not view.trainable}
     trained = {name: view for name, view in views.items() if view.trainable}
 
     def states(some: Mapping[str, View], x: dict) -> dict[str, Array]:
         return {
-            name: hidden_states(
-                models[view.policy], policy_params(view), x["contexts"][name], x["completion"], x["present"]
-            )
+            name: hidden_states(models[view.policy], params[name], x["contexts"][name], x["completion"], x["present"])
             for name, view in some.items()
         }
 
-    def policy_params(view: View):
-        tree = params[view.policy]
-        return tree if view.trainable else jax.lax.stop_gradient(tree)
-
     def read(x: dict) -> dict[str, Array]:
-        dist = {
-            name: normalise(transformer.logits(models[view.policy], policy_params(view), x["hidden"][name]))
-            for name, view in views.items()
-        }
+        dist = {name: normalise(transformer.scores(head, x["hidden"][name])) for name, head in heads.items()}
         return signals(dist, x["token"])
 
     def per_rows(x: dict) -> dict[str, Array]:

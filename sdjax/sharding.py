@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -171,12 +172,26 @@ def constrain_parameters(tree: Any, least: float | None = None) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, parameter_specs(tree, mesh.shape, least))
 
 
-def with_whole_head(params: Any) -> Any:
-    """Inside a compiled program: parameters whose embedding and head are split over the model axis alone."""
+def with_whole_head(params: Any, dtype: Any = None) -> Any:
+    """Inside a compiled program: parameters whose embedding and head are split over the model axis alone.
+
+    With `dtype` they are sent in that type.
+    """
     if current() is None:
         return params
-    own = {name: params[name] for name in ("embed", "head") if name in params}
+    own = {name: params[name].astype(dtype or params[name].dtype) for name in ("embed", "head") if name in params}
     return {**params, **constrain_parameters(own, least=math.inf)}
+
+
+def copies(head: Array) -> Array:
+    """Inside a compiled program: a head `[V, D]` once for each of the `N` devices of the data axis, `[N, V, D]`.
+
+    What a loop adds up of the copies' gradients stays on each device until the loop has ended; a single head's
+    gradient is summed over the data axis in every round.
+    """
+    spec = parameter_spec("head", head.shape, current().shape, least=math.inf)
+    repeated = jnp.broadcast_to(head, (axis_size(DATA), *head.shape))
+    return jax.lax.with_sharding_constraint(repeated, P(DATA, *spec))
 
 
 def place_parameters(tree: Any, least: float | None = None) -> Any:
@@ -198,6 +213,29 @@ def constrain(x: Array, *axes: str | None) -> Array:
         return x
     fits = [None if a is None or (a == DATA and n % mesh.shape[a]) else a for a, n in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+def parted(x: Array) -> Array:
+    """Inside a compiled program: `x [B, S, D]`, the same along the model axis, kept in parts along `D`, one on each.
+
+    By hand: were it a constraint, the partitioner would split what `x` is computed from and what it goes into as well,
+    and send weights about.  Left as it is where `D` does not divide.
+    """
+    if axis_size(MODEL) == 1 or x.shape[-1] % axis_size(MODEL):
+        return x
+    width = x.shape[-1] // axis_size(MODEL)
+    own = lambda x: jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(MODEL) * width, width, axis=-1)
+    rows = DATA if len(x) % axis_size(DATA) == 0 else None
+    return jax.shard_map(own, in_specs=P(rows), out_specs=P(rows, None, MODEL), check_vma=False)(x)
+
+
+def gathered(x: Array) -> Array:
+    """The inverse of `parted`."""
+    if axis_size(MODEL) == 1 or x.shape[-1] % axis_size(MODEL):
+        return x
+    whole = lambda x: jax.lax.all_gather(x, MODEL, axis=x.ndim - 1, tiled=True)
+    rows = DATA if len(x) % axis_size(DATA) == 0 else None
+    return jax.shard_map(whole, in_specs=P(rows, None, MODEL), out_specs=P(rows), check_vma=False)(x)
 
 
 def constrain_rows(tree: Any) -> Any:

@@ -41,7 +41,9 @@ class ExperimentError(ValueError):
 LEAST = {
     **dict.fromkeys(("steps", "prompts", "rounds", "minibatches", "epochs", "most_skipped", "group_size"), 1),
     **dict.fromkeys(("context", "completion", "rows", "train_size"), 1),
-    **dict.fromkeys(("evaluation", "evaluate_every", "save_every", "seed", "warmup", "temperature", "most"), 0),
+    **dict.fromkeys(
+        ("evaluation", "evaluate_every", "save_every", "seed", "warmup", "temperature", "most", "slots", "lag"), 0
+    ),
 }
 """The least sensible values of numbers that go by these names, in `Experiment` and on the command line."""
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("generate", "score", "tokens"),
     (
         *("rollouts", "contexts", "policies", "tasks/*", "diagnostics"),
-        *("controls", "instruments", "host/*", "engines", "refill", "staleness"),
+        *("controls", "instruments", "host/*", "engines", "refill", "staleness", "samplers"),
     ),
     ("methods/*",),
     ("train", "evaluate", "checkpoint", "log", "records", "options", "interrupts", "compilation", "run_folder", "fit"),

@@ -44,6 +44,7 @@ def experiment(
     minibatches: int = 1,
     bf16: bool = False,
     export: bool = False,
+    replay: bool = True,
     mesh: str = "",
     seed: int = 0,
     smoke: bool = False,
@@ -53,12 +54,13 @@ def experiment(
     Args:
       steps: batches.
       lr: learning rate of AdamW.
+      replay: batches hold rollouts of the batch before, too.
       smoke: two steps.
     """
     if smoke:
         steps, evaluation, evaluate_every, save_every = 2, 2, 0, 0
     return Experiment(
-        method=remembering(method(lesson=lesson)),
+        method=(remembering if replay else lambda own: own)(method(lesson=lesson)),
         task=Task("recall", tiny.TASK.train, tiny.TASK.test, verify),
         student=student(),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.1)),

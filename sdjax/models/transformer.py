@@ -254,13 +254,28 @@ class Transformer(nn.Module):
         return hidden[:, 0], cache
 
     def logits(self, hidden):
-        head = self.embed if self.config.tied_embeddings else self.head
-        scores = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return constrain(scores, *(DATA, *(None,) * scores.ndim)[: scores.ndim - 1], MODEL)
+        return scores(self.embed if self.config.tied_embeddings else self.head, hidden)
 
     def everything(self, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(self.hidden(tokens, positions, jnp.ones_like(tokens, bool))[0])
+
+
+def head_of(model: Transformer, params: dict) -> Array:
+    """The parameter `[V, D]` that logits are computed with."""
+    return params["embed" if model.config.tied_embeddings else "head"]
+
+
+def scores(head: Array, hidden: Array) -> Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]` by a head `[V, D]`, or `[N, V, D]` of `sharding.copies`."""
+    head = head.astype(hidden.dtype)
+    if head.ndim == 2:
+        found = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    else:
+        parts = constrain(hidden.reshape(len(head), -1, *hidden.shape[1:]), DATA)
+        found = jnp.einsum("n...d,nvd->n...v", parts, head, preferred_element_type=jnp.float32)
+        found = constrain(found, DATA, *(None,) * (found.ndim - 2), MODEL).reshape(*hidden.shape[:-1], -1)
+    return constrain(found, *(DATA, *(None,) * found.ndim)[: found.ndim - 1], MODEL)
 
 
 def initialise(model: Transformer, key: Array) -> dict:
