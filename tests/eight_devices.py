@@ -6,6 +6,7 @@ The tiny model is made wider here: heads and vocabulary divide by 8, and no othe
 import dataclasses
 import functools
 import inspect
+import json
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,18 @@ import test_methods_pairs as pairs
 
 from sdjax import programs, sharding, train
 from sdjax.contexts import question, with_solution
+from sdjax.fit import fit
 from sdjax.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.kernels.top_k import top_k
+from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention, transformer
+from sdjax.models.adapters import Lora
 from sdjax.options import method_factory, method_names
 from sdjax.planning import scaling
 from sdjax.policies import row_keys
-from sdjax.tokens import collate
+from sdjax.tokens import Shapes, collate
+from sdjax.train import Experiment
+from sdjax.types import Task
 
 LAYOUTS = ("8x1", "4x2", "2x4", "1x8")
 QUICK = {("sdpo", "4x2"), ("grpo", "8x1"), ("opsd", "2x4"), ("gkd", "1x8")}
@@ -300,3 +306,36 @@ def test_figures_shrink_and_grow_with_the_mesh():
     # Along the model axis activations are summed, parameters stay where they are.
     assert model.exchanged["all-reduce"] > model.exchanged.get("all-gather", 0.0)
     assert scaling.table(list(rows.values())).count("\n") == 4
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def run_of_adapters(layout, base, folder):
+    """The losses of a run that trains adapters, and its last adapters."""
+    experiment = Experiment(
+        method=sdpo(group_size=2, top_k=None, lesson=told),
+        task=Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity),
+        student=tiny.pretrained(),
+        optimizer=optax.adam(3e-2),
+        shapes=Shapes(context=48, completion=8, rows=8, tokens_per_chunk=16),
+        steps=2,
+        prompts=8,
+        evaluation=0,
+        export=False,
+        remat=True,
+        lora=Lora(rank=4, base=base),
+        mesh=sharding.mesh_shape(layout),
+    )
+    state = fit(experiment, folder).state
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("base", ["float", "nf4"])
+def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
+    (losses, params), *others = (run_of_adapters(layout, base, tmp_path / layout) for layout in ("8x1", "2x4"))
+    assert losses[-1] > 0
+    for found, adapters in others:
+        np.testing.assert_allclose(found, losses, rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), adapters, params)
