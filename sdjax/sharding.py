@@ -221,21 +221,30 @@ def parted(x: Array) -> Array:
     By hand: were it a constraint, the partitioner would split what `x` is computed from and what it goes into as well,
     and send weights about.  Left as it is where `D` does not divide.
     """
-    if axis_size(MODEL) == 1 or x.shape[-1] % axis_size(MODEL):
+    if not divides(x):
         return x
-    width = x.shape[-1] // axis_size(MODEL)
+    width, rows = x.shape[-1] // axis_size(MODEL), rows_axis(len(x))
     own = lambda x: jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(MODEL) * width, width, axis=-1)
-    rows = DATA if len(x) % axis_size(DATA) == 0 else None
     return jax.shard_map(own, in_specs=P(rows), out_specs=P(rows, None, MODEL), check_vma=False)(x)
 
 
 def gathered(x: Array) -> Array:
     """The inverse of `parted`."""
-    if axis_size(MODEL) == 1 or x.shape[-1] % axis_size(MODEL):
+    if not divides(x):
         return x
+    rows = rows_axis(len(x))
     whole = lambda x: jax.lax.all_gather(x, MODEL, axis=x.ndim - 1, tiled=True)
-    rows = DATA if len(x) % axis_size(DATA) == 0 else None
     return jax.shard_map(whole, in_specs=P(rows, None, MODEL), out_specs=P(rows), check_vma=False)(x)
+
+
+def divides(x: Array) -> bool:
+    """Whether `parted` splits the last axis."""
+    return axis_size(MODEL) > 1 and x.shape[-1] % axis_size(MODEL) == 0
+
+
+def rows_axis(rows: int) -> str | None:
+    """The axis that so many rows are split over in a `shard_map`; `None` where they do not divide and stay whole."""
+    return DATA if rows % axis_size(DATA) == 0 else None
 
 
 def constrain_rows(tree: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sdjax.sharding import DATA, MODEL, axis_size, current
+from sdjax.sharding import DATA, MODEL, axis_size, current, rows_axis
 
 LONG = 2**20
 """Queries times keys of a row from which a run is long: what a kernel saves is then more than it costs."""
@@ -155,9 +155,8 @@ def by_kernel(
     arguments = (asked, heads_first(keys), heads_first(values), segments(mask[:, before:]), segments(mask))
 
     call = partial(splash, before=before, window=window, interpret=interpret)
-    mesh = current()
-    if mesh is not None:
-        rows = DATA if batch % mesh.shape[DATA] == 0 else None
+    if current() is not None:
+        rows = rows_axis(batch)
         specs = (P(rows, MODEL),) * 3 + (P(rows),) * 2
         call = jax.shard_map(call, in_specs=specs, out_specs=P(rows, MODEL), check_vma=False)
     read = jnp.moveaxis(call(*arguments), 1, 2)[:, :length]
