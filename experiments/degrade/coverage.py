@@ -10,22 +10,18 @@ problems than there are, it holds each several times, and each copy is a group o
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from pathlib import Path
 
 import tyro
 
 from sdjax import testbed
-from sdjax.methods.grpo import grpo
-from sdjax.methods.sdpo import sdpo
+from sdjax.options import load_experiment
 from sdjax.study import every_seed, table
 from sdjax.tasks import scratchpad
 
 SIZES = (1, 8, 64, 128, 512)
-ARMS = {
-    "GRPO": partial(grpo, **testbed.GRPO),
-    "SDPO, c = s, frozen": partial(sdpo, **testbed.SDPO, ema_rate=0.0, lesson=testbed.peer()),
-}
-"""Named as in `on_policy.py`."""
+ON_POLICY = load_experiment(str(Path(__file__).with_name("on_policy.py")))
+ARMS = {name: ON_POLICY.ARMS[name] for name in ("GRPO", "SDPO, c = s, frozen")}
 
 
 def study(
