@@ -97,7 +97,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     from sdjax import processes
     from sdjax.controls import controlled
     from sdjax.fit import fit
-    from sdjax.run_folder import check_folder
+    from sdjax.run_folder import as_begun, check_folder
     from sdjax.samplers import check, sampled
     from sdjax.train import check_numbers
 
@@ -116,6 +116,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     label = factory.__name__ if factory else "run"
     out = Path(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")
     processes.agree({**arguments, "out": str(out), "resume": resume}, "arguments")
+    standard = options.default_values(train_options(module, factory))
+    arguments = processes.by_first(lambda: as_begun(out, arguments, standard))
     processes.by_first(lambda: check_folder(out, resume, arguments))
     if processes.first():
         print(f"run folder {out}", flush=True)

@@ -117,6 +117,17 @@ def option_names(options: type) -> list[str]:
     return found
 
 
+def default_values(options: type) -> dict[str, Any]:
+    """The defaults of all options of an `options_class` that have one, those of a nested one as `method.name`."""
+    found = {}
+    for field in dataclasses.fields(options):
+        if dataclasses.is_dataclass(field.default_factory):
+            found |= {f"{field.name}.{name}": value for name, value in default_values(field.default_factory).items()}
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
+
+
 def argument_help(function: Callable) -> dict[str, str]:
     """What a docstring's `Args:` section says of each argument."""
     text = inspect.getdoc(function) or ""

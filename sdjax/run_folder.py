@@ -46,6 +46,19 @@ def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> No
         )
 
 
+def as_begun(folder: Path, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without the options that did not exist when the folder's run began and have their default.
+
+    A run can then go on with a later version of the code.  A file that cannot be read is left to `check_folder`.
+    """
+    try:
+        begun = json.loads((folder / "arguments.json").read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return dict(arguments)
+    added = {name for name in defaults if name not in begun and arguments.get(name) == defaults[name]}
+    return {name: value for name, value in arguments.items() if name not in added}
+
+
 def claim(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Makes the run folder and writes `arguments.json`.  Raises `RunError` if the folder cannot be written."""
     try:

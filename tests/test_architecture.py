@@ -25,7 +25,10 @@ FLOORS = (
         *("controls", "instruments", "host/*", "engines", "refill", "staleness", "samplers"),
     ),
     ("methods/*",),
-    ("train", "evaluate", "checkpoint", "log", "records", "options", "interrupts", "compilation", "run_folder", "fit"),
+    (
+        *("train", "evaluate", "checkpoint", "log", "records", "options"),
+        *("interrupts", "compilation", "run_folder", "run", "fit"),
+    ),
     ("report", "report/*", "errors", "cards", "measure", "bench", "planning/*", "pretrain", "study", "testbed"),
     ("__main__",),
 )

@@ -136,6 +136,19 @@ def test_folders_that_cannot_be_used(tmp_path, capfd, reference):
     assert "arguments.json cannot be read" in sentence(capfd, *arguments(copy, "--resume"))
 
 
+def test_a_run_goes_on_with_a_version_that_has_more_options(tmp_path, capfd, reference):
+    """Where they have their defaults; the file keeps what it was begun with."""
+    copy = shutil.copytree(reference, tmp_path / "run")
+    begun = json.loads((copy / "arguments.json").read_text())
+    added = ("sampler.lag", "sampler.cap", "method.alpha", "save_every")
+    older = {name: value for name, value in begun.items() if name not in added}
+    assert len(older) == len(begun) - len(added)
+    (copy / "arguments.json").write_text(json.dumps(older))
+    said = sentence(capfd, *arguments(copy, "--resume", "--save-every", "7"))
+    assert "started with other arguments: save_every was None and is 7: resume with" in said
+    assert json.loads((copy / "arguments.json").read_text()) == older
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, capfd, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "file").write_text("")

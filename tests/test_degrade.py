@@ -15,7 +15,6 @@ import pytest
 import tiny
 
 from sdjax import study, testbed
-from sdjax.fit import Prompts
 from sdjax.kernels.divergences import clip_entries, jsd_entries
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
@@ -27,6 +26,7 @@ from sdjax.policies import Environment, Policy
 from sdjax.policies import sample as write
 from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.report.runs import read_run
+from sdjax.run import Prompts
 from sdjax.tasks import scratchpad
 from sdjax.train import Experiment
 from sdjax.types import STUDENT, Verdict

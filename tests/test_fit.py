@@ -17,14 +17,15 @@ import pytest
 import tiny
 from whole_runs import lines
 
-from sdjax import fit as loop
+from sdjax import run as loop
 from sdjax import train
 from sdjax.checkpoint import CheckpointError
-from sdjax.fit import Prompts, fit
+from sdjax.fit import check_lengths, fit
 from sdjax.interrupts import Interrupts
 from sdjax.kernels.distributions import logprob
 from sdjax.models.pretrained import Pretrained
 from sdjax.rollouts import attempts
+from sdjax.run import Prompts
 from sdjax.run_folder import RunError
 from sdjax.tokens import LengthError, Shapes, shorten
 from sdjax.train import Experiment, ExperimentError
@@ -235,9 +236,9 @@ def test_a_question_that_does_not_fit(tmp_path, no_steps):
     turns = tuple({"role": role, "content": "key " * 20} for role in ("user", "assistant", "user"))
     shapes = dataclasses.replace(SHAPES, too_long=shorten)
     chat = dataclasses.replace(example, prompt=turns)
-    loop.check_lengths(experiment(task=tiny.TASK._replace(train=(chat,)), shapes=shapes))
+    check_lengths(experiment(task=tiny.TASK._replace(train=(chat,)), shapes=shapes))
     with pytest.raises(LengthError):
-        loop.check_lengths(experiment(task=tiny.TASK._replace(train=(long,)), shapes=shapes))
+        check_lengths(experiment(task=tiny.TASK._replace(train=(long,)), shapes=shapes))
     assert not (tmp_path / "run").exists()
 
 

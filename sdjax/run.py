@@ -1,0 +1,338 @@
+"""One run under way, on the host: collect, update, record, evaluate, save, restore."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from sdjax import checkpoint, processes, records, sharding, train
+from sdjax.evaluate import Accuracy, accuracy, by_cap
+from sdjax.interrupts import Interrupted, Interrupts
+from sdjax.log import NoLog, RunLog, replace_text
+from sdjax.models import adapters, pretrained
+from sdjax.policies import Environment, Policy
+from sdjax.run_folder import RunError, as_json
+from sdjax.tokens import collate
+from sdjax.train import Experiment, Outcome, State
+from sdjax.types import STUDENT, Batch, Example, Rollout, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: `before` and `after` are held-out accuracies, `interrupted` is the signal that ended it, if any.
+
+    An accuracy that was not measured is `None`.
+    """
+
+    state: State
+    before: Accuracy | None
+    after: Accuracy | None
+    interrupted: Signals | None = None
+
+
+class Prompts:
+    """Examples in shuffled order, epoch after epoch, `size` at a time and each batch `rounds` times in a row.
+
+    Its position is part of the saved state.
+    """
+
+    def __init__(self, examples: Sequence[Example], size: int, seed: int, rounds: int = 1):
+        batches = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
+        order = grain.MapDataset.range(len(batches)).map(lambda step: batches[step // rounds])
+        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # indices need no threads
+        self.examples, self.iterator = examples, iter(order.to_iter_dataset(reading))
+
+    def take(self) -> list[Example]:
+        return [self.examples[int(i)] for i in next(self.iterator)]
+
+    def position(self) -> Any:
+        return self.iterator.get_state()
+
+    def go_to(self, position: Any) -> None:
+        self.iterator.set_state(position)
+
+
+class Run:
+    """One run under way: the state, the host's memory, and the compiled programs."""
+
+    def __init__(self, experiment: Experiment, folder: Path, interrupts: Interrupts):
+        self.folder, self.interrupts = folder, interrupts
+        self.memory = as_json(experiment.method.memory, "the method's memory")
+        self.models = train.models(experiment)
+        self.base, start = train.frozen_and_trained(experiment)
+        self.base_checksum = adapters.fingerprint(experiment.student.params, experiment.lora) if self.base else None
+        self.state = train.initial_state(experiment, start)
+        self.experiment = dataclasses.replace(experiment, student=experiment.student._replace(params=None))
+        arrays = checkpoint.arrays_of(self.state)
+        processes.by_first(lambda: checkpoint.check_space(folder, arrays))
+        # Once, not in every step: published parameters lie on the host.
+        put = jax.device_put if sharding.current() is None else sharding.place_parameters
+        self.teachers = {name: put(teacher.params) for name, teacher in experiment.teachers.items()}
+        self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed, experiment.rounds)
+        self.updates = [
+            train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
+            for o in experiment.method.objectives
+        ]
+        self.refresh = train.refresh_snapshots(experiment.method)
+        self.skipped_in_a_row, self.skipped = 0, 0
+        self.before: Accuracy | None = None
+        self.saved = 0
+        self.log: RunLog | NoLog
+
+    # ---- policies -----------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of every policy but the live one."""
+        return {**self.base, **self.teachers, **self.state.snapshots}
+
+    def environment(self) -> Environment:
+        """What `collect` may use now."""
+        student, shapes = self.experiment.student, self.experiment.shapes
+        params = adapters.completed({**self.parameters(), "live": self.state.params})
+        tokenizers = {name: teacher.tokenizer for name, teacher in self.experiment.teachers.items()}
+        policies = {
+            name: Policy(self.models[name], params[name], tokenizers.get(name, student.tokenizer), shapes)
+            for name in params
+        }
+        return Environment(policies, self.experiment.task.verify, self.prompts.take)
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def go(self, start: int) -> Result:
+        """All steps from `start` on; a signal ends the run with everything saved."""
+        after = None
+        try:
+            self.steps(start)
+            after = self.evaluate(self.experiment.steps)
+            with self.interrupts.held():
+                self.close(after)
+        except Interrupted as interrupted:
+            with self.interrupts.held():
+                self.leave(interrupted.number)
+            return Result(self.state, self.before, after, interrupted.number)
+        return Result(self.state, self.before, after)
+
+    def steps(self, start: int) -> None:
+        """Steps, the evaluations between them, and checkpoints."""
+        e = self.experiment
+        for step in range(start, e.steps):
+            # Before the step, not after the last one: a resumed run then measures what it had not yet recorded.
+            if step == 0:
+                self.before = self.evaluate(0)
+            elif e.evaluate_every and step % e.evaluate_every == 0:
+                self.evaluate(step)
+            with self.interrupts.held():
+                self.step(step)
+                self.interrupts.agree()
+                due = e.save_every and (step + 1) % e.save_every == 0
+                if due or step + 1 == e.steps or self.interrupts.asked:
+                    self.save()
+            self.interrupts.check()
+
+    def leave(self, number: Signals) -> None:
+        """Saves what is not yet saved, and says how to go on."""
+        step = int(self.state.step)
+        if step == 0:
+            self.log.say(f"{number.name} before the first step: nothing to save; start again with --resume")
+            return
+        if self.saved < step:
+            self.save()
+        self.log.say(f"{number.name} after step {step}: saved; go on with --resume")
+
+    def step(self, step: int) -> None:
+        """One batch: collect, update with every objective that is due, refresh the snapshots, record."""
+        started = time.perf_counter()
+        key = jax.random.fold_in(sharding.own_key(self.state.key), step)
+        method = self.experiment.method
+        rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
+        # Through JSON in every step: what a method remembers is then the same in a run that was never interrupted.
+        self.memory = as_json(memory, "the method's memory")
+        if processes.many():
+            written = zlib.crc32(repr([(r.tokens, r.reward, r.group, r.contexts) for r in rollouts]).encode())
+            processes.agree(written, f"rollouts in step {step + 1}: collect depends on more than its arguments")
+        collected = time.perf_counter()
+        values = self.train_on(step, self.batch(rollouts)) if rollouts else {}
+        # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
+        self.state = self.state.replace(step=self.state.step + 1)
+        snapshots = self.refresh(self.state.params, self.state.snapshots, self.state.step)
+        self.state = self.state.replace(snapshots=snapshots)
+        jax.block_until_ready(self.state.params)
+        tokens = sum(len(r.tokens) for r in rollouts)
+        values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
+        values |= records.hedging(rollouts)
+        self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
+        if not rollouts:
+            self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
+        if step % 10 == 0 or step + 1 == self.experiment.steps:
+            self.log.rollouts(step + 1, rollouts)
+            self.log.tokens(step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(method))
+
+    def batch(self, rollouts: Sequence[Rollout]) -> Batch:
+        """The padded batch of a step."""
+        e = self.experiment
+        # Every device of the data axis gets equally many groups of every minibatch.
+        multiple = 1 if sharding.current() is None else sharding.axis_size(sharding.DATA) * e.minibatches
+        return collate(rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.prompts, multiple)
+
+    def train_on(self, step: int, batch: Batch) -> dict[str, float]:
+        """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
+        e, outcomes = self.experiment, []
+        due = [(o, u) for o, u in zip(e.method.objectives, self.updates, strict=True) if step % o.every == 0]
+        for (_, update), _ in itertools.product(due, range(e.epochs)):
+            for part in train.minibatches(batch, e.minibatches):
+                outcomes.append(self.update(update, part))
+                self.guard(step, outcomes[-1], part)
+        silent = sum(bool(o.finite) and not o.useful for o in outcomes)
+        if silent:
+            many = f"{silent} of {len(outcomes)} updates had " if silent < len(outcomes) else ""
+            self.log.say(f"step {step + 1}: {many}no signal (equal rewards, or no lesson for any row): not trained")
+        seen = describe(batch)
+        # A term that goes by the name of a fact about the batch does not hide it.
+        return {**seen, **{f"term_{n}" if n in seen else n: v for n, v in summary(outcomes).items()}}
+
+    def update(self, update: Any, part: Batch) -> Outcome:
+        """One update; its outcome on the host."""
+        state = self.state
+        params, opt_state, outcome = update(
+            state.params, state.opt_state, self.parameters(), sharding.place_rows(part), state.step
+        )
+        self.state = state.replace(params=params, opt_state=opt_state)
+        return jax.device_get(outcome)
+
+    def guard(self, step: int, outcome: Outcome, batch: Batch) -> None:
+        """Counts updates that were skipped; ends the run after too many in a row, with the batch saved."""
+        if outcome.finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.log.say(f"step {step + 1}: loss {outcome.loss:g}, gradient norm {outcome.grad_norm:g}: update skipped")
+        if self.skipped_in_a_row >= self.experiment.most_skipped:
+            path = self.folder / f"skipped-batch-{step + 1}.npz"
+            leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+            if processes.first():
+                np.savez(path, **{jax.tree_util.keystr(name, simple=True, separator="/"): x for name, x in leaves})
+            raise RunError(
+                f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step + 1}; its batch is "
+                f"in {path}: lower the learning rate or look at that batch"
+            )
+
+    def evaluate(self, step: int) -> Accuracy | None:
+        """Greedy accuracy on held-out examples; a signal ends it at once."""
+        self.interrupts.agree()
+        self.interrupts.check()
+        examples = self.experiment.task.test[: self.experiment.evaluation]
+        if not examples:
+            return None
+        found = accuracy(self.environment().live, examples, self.verify)
+        self.interrupts.agree()
+        self.interrupts.check()
+        caps = by_cap([len(r.tokens) for r in found.rollouts], found.right, self.experiment.shapes.completion)
+        self.log.evaluation(step, {"accuracy": found.solved, "low": found.low, "high": found.high, **caps})
+        self.log.say(f"held-out accuracy after {step} steps: {found}")
+        return found
+
+    def verify(self, example: Example, text: str) -> Verdict:
+        """The task's verdict.  Notices signals whose exception was lost, as it is in a callback of the collector's."""
+        self.interrupts.check()
+        return self.experiment.task.verify(example, text)
+
+    def close(self, after: Accuracy | None) -> None:
+        """Writes `result.json` and `model/`, and prints the closing table."""
+        rows = [("before", self.before), ("after", after)]
+        numbers = {name: None if a is None else dict(zip(a._fields[:4], a[:4], strict=True)) for name, a in rows}
+        result = {**numbers, "steps": self.experiment.steps, "skipped_updates": self.skipped}
+        if processes.first():
+            replace_text(self.folder / "result.json", json.dumps(result, indent=1))
+        if self.experiment.export:
+            student, target = self.experiment.student, self.folder / "model"
+            params = sharding.to_host(adapters.folded(self.environment().live.params))
+            processes.by_first(lambda: pretrained.save(target, student.config, params, student.tokenizer))
+            self.log.say(f"model written to {target}")
+            if self.experiment.lora is not None:
+                self.export_adapter()
+        if self.before is None and after is None:
+            return
+        self.log.table(
+            f"{self.experiment.task.name}: held-out greedy accuracy, 95 % interval",
+            ("", "accuracy", "interval", "examples"),
+            [
+                (name, f"{100 * a.solved:.1f} %", f"{100 * a.low:.1f} to {100 * a.high:.1f} %", str(a.examples))
+                for name, a in rows
+                if a is not None
+            ],
+        )
+
+    def export_adapter(self) -> None:
+        """Writes `adapter/`, a folder of the peft library."""
+        student, lora, target = self.experiment.student, self.experiment.lora, self.folder / "adapter"
+        trained = sharding.to_host(self.state.params)
+        processes.by_first(lambda: adapters.save_peft(target, student.config, trained, lora))
+        self.log.say(f"adapter written to {target}")
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Saves everything the next step depends on."""
+        host = {
+            "memory": self.memory,
+            "position": self.prompts.position(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "before": None if self.before is None else list(self.before[:4]),
+            "base": self.base_checksum,
+        }
+        checkpoint.save(self.folder / "checkpoints", self.state, host)
+        self.saved = int(self.state.step)
+
+    def restore(self) -> int:
+        """Goes back to the newest checkpoint; returns its step."""
+        self.state, host = checkpoint.restore(self.folder / "checkpoints", self.state)
+        if host.get("base") != self.base_checksum:
+            raise RunError(
+                f"{self.folder}: its adapters were trained on other weights, or with other options of Lora, than those "
+                "given now: resume with the model and the options that it began with"
+            )
+        self.memory = host["memory"]
+        self.prompts.go_to(host["position"])
+        self.skipped, self.skipped_in_a_row = host["skipped"]
+        self.before = None if host["before"] is None else Accuracy(*host["before"])
+        self.saved = int(self.state.step)
+        return self.saved
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The mean numbers of a step's updates; a term's under its own name."""
+    values: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        own = {**outcome.terms, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "trained": outcome.useful}
+        for name, value in own.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(v)) for name, v in values.items()}
+
+
+def describe(batch: Batch) -> dict[str, float]:
+    """What a batch looks like: mean reward, length in tokens, share finished, share of rows each view speaks about.
+
+    Of the student's own rows where there are any: references and teachers' texts would blur how the student does.
+    """
+    own = batch.valid & (batch.source == STUDENT)
+    rows = own if own.any() else batch.valid
+    lengths = batch.present.sum(-1)
+    taught = {f"read_by_{name}": float(c.valid[rows].mean()) for name, c in batch.contexts.items()}
+    return {
+        "reward": float(batch.reward[rows].mean()),
+        "length": float(lengths[rows].mean()),
+        "finished": float(batch.finished[rows].mean()),
+        **taught,
+    }
