@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.models.transformer import Transformer, decode, empty_cache, hidden, logits, positions_of
+from sdjax.models.transformer import Column, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.sharding import constrain_parameters
 
 BLOCK = 256
@@ -192,9 +192,9 @@ def generate(
 
     def advance(carry):
         step, token, done, finished, caches, buffers = carry
-        heads, written = [], []
+        column, heads, written = Column(step - 1, step), [], []
         for model, tree, past, cache, start in zip(models, params, pasts, caches, starts, strict=True):
-            state, cache = decode(model, tree, token, start + step - 1, past, cache, step - 1)
+            state, cache = decode(model, tree, token, start + step - 1, past, cache, column)
             heads.append(logits(model, tree, state))
             written.append(cache)
         token, ended, done, buffers = record(done, heads, buffers, step)

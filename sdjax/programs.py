@@ -85,16 +85,19 @@ def times(parts: Mapping[str, list[Instruction]], entry: str, trips: int = 1) ->
 
     def visit(name: str, often: int) -> None:
         found[name] += often
-        for instruction in parts[name]:
-            for _, called in CALLED.findall(instruction.rest):
-                for other in re.findall(r"[\w.-]+", called):
-                    if other in parts:
-                        visit(
-                            other, often * (loop_trips(parts, instruction, trips) if instruction.kind == "while" else 1)
-                        )
+        for x in parts[name]:
+            turns = loop_trips(parts, x, trips) if x.kind == "while" else 1
+            for other in called_by(parts, x):
+                visit(other, often * turns)
 
     visit(entry, 1)
     return found
+
+
+def called_by(parts: Mapping[str, list[Instruction]], x: Instruction) -> list[str]:
+    """The computations that an instruction names: a loop's body and condition, a condition's branches, a fusion's body."""
+    names = [name for _, called in CALLED.findall(x.rest) for name in re.findall(r"[\w.-]+", called)]
+    return [name for name in names if name in parts]
 
 
 def loop_trips(parts: Mapping[str, list[Instruction]], loop: Instruction, unknown: int) -> int:

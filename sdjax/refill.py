@@ -23,7 +23,7 @@ from jax import Array
 
 from sdjax.engines import Writer
 from sdjax.generate import Completions, Sampling, draw
-from sdjax.models.transformer import KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
+from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.policies import Policy, Sample, one_sample, row_keys
 from sdjax.sharding import constrain_parameters
 from sdjax.tokens import bucket, left_pad
@@ -210,8 +210,10 @@ def advance(model: Transformer, params: Any, slots: Slots, drawing: Drawing, wan
     """Decodes until `wanted` slots are done."""
 
     def one(s: Slots) -> Slots:
-        state, cache = decode(model, params, s.token, s.start + s.step - 1, s.past, s.cache, s.column)
-        s = s.replace(cache=cache, column=(s.column + 1) % s.tokens.shape[1], steps=s.steps + 1)
+        length = s.tokens.shape[1]
+        column = Column(s.column, jnp.minimum(s.steps + 1, length))
+        state, cache = decode(model, params, s.token, s.start + s.step - 1, s.past, s.cache, column)
+        s = s.replace(cache=cache, column=(s.column + 1) % length, steps=s.steps + 1)
         return recorded(s, logits(model, params, state), ~s.done, drawing)
 
     return jax.lax.while_loop(lambda s: s.done.sum() < wanted, one, slots)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdjax.models import attention
-from sdjax.models.attention import Keys, at_once, attend, by_kernel, in_blocks
+from sdjax.models.attention import Keys, at_once, attend, attend_written, by_kernel, in_blocks, prefixes
 
 BEFORE, OWN, HEADS, PER_KEY, WIDTH = 150, 90, 2, 3, 16
 
@@ -108,6 +108,30 @@ def test_garbage_that_may_not_be_read_changes_nothing(data, how, monkeypatch):
     clean, soiled = gradients(how, data, None, **more), gradients(how, (query, positions, dirty), None, **more)
     np.testing.assert_array_equal(clean[0][1], soiled[0][1])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(soiled))
+
+
+@WINDOWS
+@pytest.mark.parametrize("written", [1, 23, 24, 46, 47, 89, 90])
+def test_a_step_of_decoding_reads_what_is_written(data, window, written, monkeypatch):
+    """Columns of the cache beyond the prefix that holds it are not even looked at: they are NaN here."""
+    monkeypatch.setattr(attention, "LEAST", 23)
+    assert prefixes(OWN) == [23, 46, 90]
+    query, positions, (past, own) = data
+    at = written - 1
+    own = own._replace(mask=own.mask & (jnp.arange(OWN) < written))
+    query, positions = query[:, at : at + 1], positions[:, at : at + 1]
+    wanted = at_once(query, positions, (past, own), window)
+    unread = (jnp.arange(OWN) >= next(n for n in prefixes(OWN) if n >= written))[:, None, None]
+    cache = own._replace(keys=jnp.where(unread, jnp.nan, own.keys), values=jnp.where(unread, jnp.nan, own.values))
+    found = jax.jit(lambda *x: attend_written(*x, window))(query, positions, (past,), cache, jnp.asarray(written))
+    some = own.mask[:, at]  # rows that still write
+    np.testing.assert_allclose(found[some], wanted[some], atol=2e-6)
+
+
+def test_short_caches_are_read_whole_and_long_ones_in_few_ways():
+    assert prefixes(1) == [1] and prefixes(128) == [128] and prefixes(170) == [170]
+    assert prefixes(171) == [128, 171] and prefixes(1000) == [128, 256, 512, 1000]
+    assert prefixes(32768) == [2**i for i in range(7, 16)]
 
 
 def test_blocks_with_a_bias(data, monkeypatch):

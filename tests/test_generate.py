@@ -12,7 +12,7 @@ from networks import NAMES, VOCABULARY, full_logits, jaxprs, network, padded, pr
 from sdjax import score
 from sdjax.generate import GREEDY, Sampling, draw, filtered, generate, inverse_cdf, mixture
 from sdjax.kernels.distributions import logprob, normalise
-from sdjax.models import transformer
+from sdjax.models import attention, transformer
 from sdjax.types import Context
 
 ROWS, LENGTH = 4, 8
@@ -57,6 +57,15 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass_at_every_step(nam
         np.testing.assert_array_equal(done.tokens[row], logits.argmax(-1))
     assert len({tuple(row) for row in done.tokens}) == 2
     assert all(len(set(row)) > 3 for row in done.tokens)
+
+
+def test_how_much_of_the_cache_a_step_reads_changes_nothing(name, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST", 2)
+    (model, params), length = network(name), 17  # read in 2, 4, 8 and 17 columns
+    done = generate((model,), (params,), (padded(TWO, 8),), keys(), GREEDY, jnp.asarray(NEVER), length, length=length)
+    for row in range(ROWS):
+        logits = full_logits(model, params, TWO[row // 2], np.asarray(done.tokens[row]))
+        np.testing.assert_array_equal(done.tokens[row], logits.argmax(-1))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), CHOSEN, GREEDY], ids=["plain", "filtered", "greedy"])

@@ -50,9 +50,10 @@ def run(model, params, tokens, positions, mask, past=None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step(model, params, *rest):
-    """Logits `[B, V]` of one token more, and the cache."""
-    hidden, cache = transformer.decode(model, params, *rest)
+def step(model, params, token, position, past, cache, column):
+    """Logits `[B, V]` of one token more, written to a column after all those before it, and the cache."""
+    place = transformer.Column(column, column + 1)
+    hidden, cache = transformer.decode(model, params, token, position, past, cache, place)
     return transformer.logits(model, params, hidden), cache
 
 

@@ -130,6 +130,37 @@ def test_memory_is_counted_by_what_is_sliced_and_as_often_as_loops_run():
     assert traffic.accessed_bytes(STEP) == 10 * (sliced + copied + put + compared)
 
 
+BRANCHES = """
+%less.1 (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %y = f32[64]{0} copy(%x)
+}
+
+%more.1 (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %y = f32[64]{0} copy(%x)
+  ROOT %z = f32[64]{0} add(%y, %x)
+}
+
+ENTRY %main.1 (i: s32[], p: f32[64]) -> f32[64] {
+  %i = s32[] parameter(0)
+  %p = f32[64]{0} parameter(1)
+  ROOT %chosen = f32[64]{0} conditional(%i, %p, %p), branch_computations={%less.1, %more.1}
+}
+"""
+
+
+def test_of_branches_the_dearest_is_read_and_written():
+    assert traffic.accessed_bytes(BRANCHES) == (2 + 3) * 64 * 4
+
+
+def test_decoding_reads_part_of_a_long_cache():
+    """Of 512 columns 128, then 256, then all; near two thirds of long ones."""
+    assert plan.share_read(100) == plan.share_read(170) == 1.0
+    assert plan.share_read(512) == (128 * 128 + 128 * 256 + 256 * 512) / 512**2
+    assert plan.share_read(2**15) == pytest.approx(2 / 3, abs=1e-3)
+
+
 EIGHT = """
 import jax, jax.numpy as jnp, json
 from jax.sharding import PartitionSpec as P

@@ -31,6 +31,10 @@ TILE = 512
 """Queries and keys of a tile of the kernel."""
 
 
+LEAST = 128
+"""Columns of a cache that are read at least: a tile on TPUs, of which a part would be copied out of the whole cache."""
+
+
 class Keys(NamedTuple):
     """A run of keys: `keys, values [N, P, K, H]`, their `positions [N, P]`, and which may be read, `mask [N, P]`.
 
@@ -69,6 +73,29 @@ def attend(
         kernel, blocks = partial(by_kernel, window=window), partial(in_blocks, window=window)
         return jax.lax.platform_dependent(query, positions, tuple(runs), tpu=kernel, default=blocks)
     return in_blocks(query, positions, runs, window, bias)
+
+
+def attend_written(
+    query: Array, positions: Array, before: Sequence[Keys], cache: Keys, written: Array, window: int | None = None
+) -> Array:
+    """`attend` over the runs `before` and a cache of which only the first `written` columns hold anything.
+
+    Reads the least number of `prefixes` that holds them: a step of decoding costs what has been written, not what may be.
+    """
+    sizes = prefixes(cache.keys.shape[1])
+
+    def reads(size: int) -> Callable[[Keys], Array]:
+        return lambda cache: attend(query, positions, (*before, Keys(*(x[:, :size] for x in cache))), window)
+
+    return jax.lax.switch(sum(written > size for size in sizes[:-1]), [reads(size) for size in sizes], cache)
+
+
+def prefixes(length: int) -> list[int]:
+    """How many columns of a cache of this length a step may read: `LEAST`, doubled as long as that saves a quarter; all."""
+    sizes = [LEAST]
+    while sizes[-1] <= 0.75 * length:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], length]
 
 
 # ---- at once, in blocks -----------------------------------------------------------------------------------------------

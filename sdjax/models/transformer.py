@@ -8,7 +8,7 @@ however many completions share it, in sampling and in training.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.models.adapters import Adapted
-from sdjax.models.attention import Keys, attend
+from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.configs import ModelConfig
 from sdjax.models.recompute import recomputed
 from sdjax.models.ropes import Rope
@@ -44,6 +44,13 @@ class KeyValues:
     values: tuple[Array, ...]
     positions: Array  # [N, S] int32
     mask: Array  # [N, S] bool: False for padding and for cache columns not yet written
+
+
+class Column(NamedTuple):
+    """Where decoding writes a cache: the column of this step, and how many, from the first on, then hold something."""
+
+    index: Array
+    written: Array
 
 
 def layer_of(run: KeyValues | None, layer: int) -> Keys | None:
@@ -110,12 +117,13 @@ class Attention(nn.Module):
         if c.qk_norm != "none":
             query, key = self.normalised(query, key)
         query, key = rotate(query, positions, c.ropes[self.layer]), rotate(key, positions, c.ropes[self.layer])
-        own = Keys(key, value, positions, mask)
-        if cache is not None:
-            put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column, axis=1)
+        own, before = Keys(key, value, positions, mask), () if past is None else (past,)
+        if cache is None:
+            read = attend(query, positions, (*before, own), c.windows[self.layer], bias)
+        else:
+            put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column.index, axis=1)
             own = cache._replace(keys=put(cache.keys, key), values=put(cache.values, value))
-        runs = (own,) if past is None else (past, own)
-        read = attend(query, positions, runs, c.windows[self.layer], bias)
+            read = attend_written(query, positions, before, own, column.written, c.windows[self.layer])
         if isinstance(out, Adapted):
             return out.applied(read, inputs=3), own.keys, own.values
         return jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype)), own.keys, own.values
@@ -247,8 +255,10 @@ class Transformer(nn.Module):
 
     def decode(self, token, position, past, cache, column):
         cache = cache.replace(
-            positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, position[:, None], column, axis=1),
-            mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, jnp.ones_like(cache.mask[:, :1]), column, axis=1),
+            positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, position[:, None], column.index, axis=1),
+            mask=jax.lax.dynamic_update_slice_in_dim(
+                cache.mask, jnp.ones_like(cache.mask[:, :1]), column.index, axis=1
+            ),
         )
         hidden, cache = self.run(token[:, None], position[:, None], None, past, cache, column)
         return hidden[:, 0], cache
@@ -316,9 +326,9 @@ def empty_cache(model: Transformer, rows: int, length: int) -> KeyValues:
 
 
 def decode(
-    model: Transformer, params: dict, token: Array, position: Array, past: KeyValues, cache: KeyValues, column: Array
+    model: Transformer, params: dict, token: Array, position: Array, past: KeyValues, cache: KeyValues, column: Column
 ) -> tuple[Array, KeyValues]:
-    """One more token per row: `token, position [B]` are written to `column` of the cache -> hidden `[B, D]`, cache."""
+    """One more token per row: `token, position [B]` are written to a column of the cache -> hidden `[B, D]`, cache."""
     return model.apply({"params": params}, token, position, past, cache, column, method="decode")
 
 

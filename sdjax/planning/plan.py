@@ -7,6 +7,7 @@ of memory and exchanges is the compiler's word, what it says of seconds is a roo
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 import time
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax import programs, sharding, train
 from sdjax.contexts import question, with_solution
 from sdjax.generate import Sampling, generate
+from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
@@ -39,7 +41,7 @@ class Cost(NamedTuple):
     memory: dict[str, float]
     flops: float
     exchanged: dict[str, float]
-    accessed: float  # bytes of memory read and written; all branches of a condition count
+    accessed: float  # bytes of memory read and written
     compiling: float
 
 
@@ -54,7 +56,7 @@ class Plan(NamedTuple):
     gradients: float
     sampler: Cost
     cache: float
-    decoding: float  # bytes that one decoding step reads
+    decoding: float  # bytes that one decoding step reads, on average over completions of full length
     steps: int  # decoding steps
 
 
@@ -272,10 +274,8 @@ def compiled_plan(
         for objective in method.objectives
     )
     sampler, decoding = sampler_cost(network, params, shapes, prompts, rows, quick)
-    cache = [
-        jax.eval_shape(lambda count=count, length=length: empty_cache(network, count, length))
-        for count, length in ((prompts * rows, shapes.completion), (prompts, shapes.context))
-    ]
+    bytes_of_cache = lambda count, length: size(jax.eval_shape(lambda: empty_cache(network, count, length))) / mesh.size
+    own, before = bytes_of_cache(prompts * rows, shapes.completion), bytes_of_cache(prompts, shapes.context)
     return Plan(
         device=device,
         chip=chip,
@@ -284,10 +284,16 @@ def compiled_plan(
         updates=updates,
         gradients=size(params),
         sampler=sampler,
-        cache=size(cache) / mesh.size,
-        decoding=decoding + size(cache) / mesh.size,
+        cache=own + before,
+        decoding=decoding + before + own * share_read(shapes.completion),
         steps=shapes.completion,
     )
+
+
+def share_read(length: int) -> float:
+    """The share of a cache that a step of decoding reads, on average over a completion as long as the cache."""
+    sizes = prefixes(length)
+    return sum((size - last) * size for last, size in itertools.pairwise([0, *sizes])) / length**2
 
 
 def check_state(state: Mapping[str, float], device: str, chip: Chip | None, devices: int) -> None:

@@ -7,10 +7,11 @@ count does not.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
-from sdjax.programs import Instruction, bytes_of, computations, times
+from sdjax.programs import Instruction, bytes_of, called_by, computations, loop_trips
 
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
@@ -28,22 +29,23 @@ Parts = Mapping[str, list[Instruction]]
 
 
 def accessed_bytes(text: str, trips: int = 1) -> float:
-    """Bytes that one device reads and writes in one call; a loop of unknown length counts `trips` times."""
+    """Bytes that one device reads and writes in one call.
+
+    Of the branches of a condition the dearest counts; a loop of unknown length counts `trips` times.
+    """
     parts, entry = computations(text)
-    often = times(parts, entry, trips)
-    return sum(often[name] * of_computation(parts, name) for name in run_by(parts, entry))
 
+    @functools.cache
+    def cost(name: str) -> float:
+        return of_computation(parts, name) + sum(inside(x) for x in parts[name] if x.kind in RUN)
 
-def run_by(parts: Parts, entry: str) -> set[str]:
-    """The computations that run instruction by instruction: not those inside a fusion or a reduction."""
-    found, waiting = set(), [entry]
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        for x in parts[name]:
-            named = re.findall(r"[\w.-]+", x.rest) if x.kind in RUN else ()
-            waiting += [other for other in named if other in parts and other not in found]
-    return found
+    def inside(x: Instruction) -> float:
+        found = [cost(other) for other in called_by(parts, x)]
+        if x.kind == "conditional":
+            return max(found)
+        return sum(found) * (loop_trips(parts, x, trips) if x.kind == "while" else 1)
+
+    return cost(entry)
 
 
 def of_computation(parts: Parts, name: str) -> float:

@@ -9,7 +9,7 @@ from sdjax.planning.chips import Chip
 from sdjax.planning.plan import Cost, Plan
 
 ASSUMED = """matrix products at the peak of bfloat16, memory and two links of each chip at full speed; exchanges wait for nothing
-  and nothing overlaps with them; a decoding step reads the weights and the whole cache"""
+  and nothing overlaps with them; a decoding step reads the weights and what is written of the cache"""
 
 
 def totals(plan: Plan) -> dict[str, float]:
@@ -22,7 +22,8 @@ def totals(plan: Plan) -> dict[str, float]:
 def seconds(plan: Plan) -> dict[str, float]:
     """A roofline of one step: products at the peak, memory and links at their full speed, exchanges not hidden.
 
-    `update = max(FLOP / peak, bytes / bandwidth) + exchanged / link speed`; decoding reads weights and cache every step.
+    `update = max(FLOP / peak, bytes / bandwidth) + exchanged / link speed`; every step of decoding reads the weights and
+    what is written of the cache.
     """
     chip = plan.chip
     update = sum(max(c.flops / chip.flops, c.accessed / chip.bandwidth) + exchanging(c, chip) for c in plan.updates)
