@@ -164,8 +164,7 @@ def collate(
         slots += [*rows, *[None] * (per_group - len(rows))]
     slots += [None] * ((count - len(members)) * per_group)
 
-    longest = max(len(r.tokens) for r in rollouts)
-    length = max(shapes.completion, longest) if 2 * longest > shapes.completion else shapes.completion // 2
+    length = padded_length(max(len(r.tokens) for r in rollouts), shapes.completion)
     fill = lambda default, dtype, of: rows_of(slots, length, default, dtype, of)
     per_row = lambda dtype, of, default=0: np.asarray([default if r is None else of(r) for r in slots], dtype)
     present = fill(False, bool, lambda r: [True] * len(r.tokens))
@@ -186,6 +185,17 @@ def collate(
         extras=collate_extras(slots, length),
     )
     return batch
+
+
+def padded_length(longest: int, limit: int) -> int:
+    """To how many tokens completions are padded: `limit`, or its half, quarter, ..., at least 128 from the quarter on.
+
+    A program is compiled for each, so there are few.
+    """
+    length, longest = limit, max(longest, 1)
+    while 2 * longest <= length and (length == limit or length >= 256):
+        length //= 2
+    return max(length, longest)
 
 
 def rows_of(slots, length: int, default, dtype, of) -> np.ndarray:

@@ -6,7 +6,18 @@ from networks import WORDS, tokenizer
 
 from sdjax import tokens
 from sdjax.contexts import after_demonstrations, with_solution
-from sdjax.tokens import LengthError, Shapes, bucket, collate, encode_context, left_pad, refuse, render, shorten
+from sdjax.tokens import (
+    LengthError,
+    Shapes,
+    bucket,
+    collate,
+    encode_context,
+    left_pad,
+    padded_length,
+    refuse,
+    render,
+    shorten,
+)
 from sdjax.types import REFERENCE, STUDENT, Example, Rollout, View
 
 
@@ -264,6 +275,13 @@ def test_short_completions_get_half_the_length_and_long_ones_what_they_need():
     assert collated([rollout(1, 6)]).completion.shape[1] == 6
     assert collated([rollout(1, 7)]).completion.shape[1] == 12
     assert collated([rollout(1, 20)]).completion.shape[1] == 20
+
+
+def test_completions_are_padded_to_few_lengths():
+    padded = {longest: padded_length(longest, 1000) for longest in (0, 250, 251, 500, 501, 1000, 1001)}
+    assert padded == {0: 250, 250: 250, 251: 500, 500: 500, 501: 1000, 1000: 1000, 1001: 1001}
+    assert len({padded_length(longest, 2048) for longest in range(2049)}) == 5  # 128, 256, ...
+    assert [padded_length(n, 28) for n in (1, 14, 15)] == [14, 14, 28] and padded_length(0, 1) == 1
 
 
 def test_extras_per_row_and_per_token_of_every_kind():
