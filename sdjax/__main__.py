@@ -277,9 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def program() -> None:
     """What the shell runs: `main`, whose status ends the process."""
-    from sdjax.processes import many
+    from sdjax.processes import disconnect, many
 
     status = main()
+    if status >= 128:
+        disconnect()
     if status >= 128 or (status and many()):
         # The signal may have come while XLA's threads were at work: an interpreter being taken apart would crash them.
         sys.stdout.flush()

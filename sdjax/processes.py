@@ -8,6 +8,7 @@ asked for by one process, and all get its answer.  With one process every functi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -243,6 +244,14 @@ def leave(failure: str | None = None) -> None:
         return
     if failure is not None and first():
         time.sleep(3.0)  # the store goes with this process
+
+
+def disconnect() -> None:
+    """Meets the others a last time after `leave`, where all end: whoever is still connected dies with process 0."""
+    if not many() or not ended.is_set():
+        return
+    with contextlib.suppress(RuntimeError):  # somebody has gone already
+        jax.distributed.shutdown()
 
 
 def end(why: str) -> None:

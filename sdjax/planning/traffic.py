@@ -42,7 +42,7 @@ def accessed_bytes(text: str, trips: int = 1) -> float:
     def inside(x: Instruction) -> float:
         found = [cost(other) for other in called_by(parts, x)]
         if x.kind == "conditional":
-            return max(found)
+            return max(found, default=0.0)
         return sum(found) * (loop_trips(parts, x, trips) if x.kind == "while" else 1)
 
     return cost(entry)
