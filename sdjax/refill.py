@@ -114,11 +114,10 @@ def by_width(prompts: Sequence[Sequence[int]], limit: int, most: int) -> dict[in
 
 @flax.struct.dataclass
 class Slots:
-    """Rows under way, one per slot.  The cache is a ring: `column` is the one that all slots write next."""
+    """Rows under way, one per slot.  The cache is a ring, in which all slots write the same column."""
 
     past: KeyValues  # [S, P]
     cache: KeyValues  # [S, T]
-    column: Array  # []
     steps: Array  # []: decoding steps so far
     keys: Array  # [S]
     start: Array  # [S]: prompt tokens
@@ -153,7 +152,7 @@ def empty(model: Transformer, slots: int, width: int, length: int) -> Slots:
     done, finished = jnp.ones(slots, bool), jnp.zeros(slots, bool)
     keys = jax.random.split(jax.random.key(0), slots)
     rest = (zeros(slots), zeros(slots), zeros(slots), done, finished, zeros(slots, length))
-    return Slots(past, cache, zeros(), zeros(), keys, *rest, jnp.zeros((slots, length), jnp.float32))
+    return Slots(past, cache, zeros(), keys, *rest, jnp.zeros((slots, length), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -211,9 +210,9 @@ def advance(model: Transformer, params: Any, slots: Slots, drawing: Drawing, wan
 
     def one(s: Slots) -> Slots:
         length = s.tokens.shape[1]
-        column = Column(s.column, jnp.minimum(s.steps + 1, length))
+        column = Column(s.steps % length, jnp.minimum(s.steps + 1, length))
         state, cache = decode(model, params, s.token, s.start + s.step - 1, s.past, s.cache, column)
-        s = s.replace(cache=cache, column=(s.column + 1) % length, steps=s.steps + 1)
+        s = s.replace(cache=cache, steps=s.steps + 1)
         return recorded(s, logits(model, params, state), ~s.done, drawing)
 
     return jax.lax.while_loop(lambda s: s.done.sum() < wanted, one, slots)

@@ -30,7 +30,6 @@ SCORES = 2**27
 TILE = 512
 """Queries and keys of a tile of the kernel."""
 
-
 LEAST = 128
 """Columns of a cache that are read at least: a tile on TPUs, of which a part would be copied out of the whole cache."""
 
@@ -78,7 +77,7 @@ def attend(
 def attend_written(
     query: Array, positions: Array, before: Sequence[Keys], cache: Keys, written: Array, window: int | None = None
 ) -> Array:
-    """`attend` over the runs `before` and a cache of which only the first `written` columns hold anything.
+    """`attend` over the runs `before` and a cache of which only the first `written` (`[]`) columns hold anything.
 
     Reads the least number of `prefixes` that holds them: a step of decoding costs what has been written, not what may be.
     """

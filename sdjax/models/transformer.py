@@ -49,8 +49,13 @@ class KeyValues:
 class Column(NamedTuple):
     """Where decoding writes a cache: the column of this step, and how many, from the first on, then hold something."""
 
-    index: Array
-    written: Array
+    index: Array  # []
+    written: Array  # []
+
+
+def put(old: Array, new: Array, column: Column) -> Array:
+    """A cache's array `[B, T, ...]` with `new [B, 1, ...]` in one column."""
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column.index, axis=1)
 
 
 def layer_of(run: KeyValues | None, layer: int) -> Keys | None:
@@ -121,8 +126,7 @@ class Attention(nn.Module):
         if cache is None:
             read = attend(query, positions, (*before, own), c.windows[self.layer], bias)
         else:
-            put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column.index, axis=1)
-            own = cache._replace(keys=put(cache.keys, key), values=put(cache.values, value))
+            own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
             read = attend_written(query, positions, before, own, column.written, c.windows[self.layer])
         if isinstance(out, Adapted):
             return out.applied(read, inputs=3), own.keys, own.values
@@ -255,10 +259,8 @@ class Transformer(nn.Module):
 
     def decode(self, token, position, past, cache, column):
         cache = cache.replace(
-            positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, position[:, None], column.index, axis=1),
-            mask=jax.lax.dynamic_update_slice_in_dim(
-                cache.mask, jnp.ones_like(cache.mask[:, :1]), column.index, axis=1
-            ),
+            positions=put(cache.positions, position[:, None], column),
+            mask=put(cache.mask, jnp.ones_like(cache.mask[:, :1]), column),
         )
         hidden, cache = self.run(token[:, None], position[:, None], None, past, cache, column)
         return hidden[:, 0], cache
