@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from sdjax import options
+from sdjax.errors import InputError, nearest
 
 COMMANDS = """usage: sdjax COMMAND ...
 
@@ -139,7 +140,7 @@ def methods(arguments: list[str]) -> int:
         print(COMMANDS)
         return 0
     if unknown := [name for name in names if name.startswith("-")]:
-        raise options.OptionError(f"sdjax methods has no option {unknown[0]}{options.nearest(unknown[0], forms)}")
+        raise options.OptionError(f"sdjax methods has no option {unknown[0]}{nearest(unknown[0], forms)}")
     found = [cards.describe(name) for name in names or options.method_names()]
     if "--markdown" in arguments:
         print(cards.table(found))
@@ -258,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     try:
         if arguments[0] not in commands:
-            near = options.nearest(arguments[0], list(commands))
+            near = nearest(arguments[0], list(commands))
             raise options.OptionError(f"there is no command {arguments[0]!r}{near}")
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt as interrupt:
@@ -266,10 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + getattr(interrupt, "number", signal.SIGINT)
     except Exception as error:
         from sdjax import processes
-        from sdjax.errors import INPUT_ERRORS  # here, because it imports everything
 
         processes.leave(f"{type(error).__name__}: {error}")
-        if not isinstance(error, INPUT_ERRORS):
+        if not isinstance(error, InputError):
             raise
         print(f"sdjax: {error}", file=sys.stderr)
         return 2

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from sdjax.errors import InputError
 from sdjax.processes import ProcessError, by_each, by_first, first
 from sdjax.train import State
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(InputError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
 

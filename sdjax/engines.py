@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax import processes
+from sdjax.errors import InputError
 from sdjax.generate import Sampling
 from sdjax.models import adapters, pretrained
 from sdjax.policies import Policy, Sample
@@ -37,7 +38,7 @@ from sdjax.types import Method
 Writer = Callable[..., list[list[Sample]]]
 
 
-class EngineError(RuntimeError):
+class EngineError(InputError, RuntimeError):
     """An external engine cannot be used; the message names it, says why and what to do."""
 
 

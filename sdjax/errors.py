@@ -1,31 +1,20 @@
-"""The errors that mean bad input rather than a bug: the command line prints their sentence, without a traceback."""
+"""The root of every error that bad input raises, and the hint that its sentence ends with."""
 
-from sdjax.checkpoint import CheckpointError
-from sdjax.engines import EngineError
-from sdjax.models.fields import ModelError
-from sdjax.options import OptionError
-from sdjax.planning.chips import PlanError
-from sdjax.processes import ProcessError
-from sdjax.report.runs import ReportError
-from sdjax.rollouts import RolloutError
-from sdjax.run_folder import RunError
-from sdjax.sharding import MeshError
-from sdjax.tasks.errors import TaskError
-from sdjax.tokens import LengthError
-from sdjax.train import ExperimentError
+from __future__ import annotations
 
-INPUT_ERRORS = (
-    CheckpointError,
-    EngineError,
-    ExperimentError,
-    LengthError,
-    MeshError,
-    ModelError,
-    OptionError,
-    PlanError,
-    ReportError,
-    ProcessError,
-    RolloutError,
-    RunError,
-    TaskError,
-)
+import difflib
+from collections.abc import Sequence
+
+
+class InputError(Exception):
+    """Something that a person gave cannot be used: one sentence that names it as it was typed, and says what to do.
+
+    The command line prints the sentence without a traceback.  Errors that callers may expect as a `ValueError` or
+    `RuntimeError` derive from that, too.
+    """
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`; did you mean ...` for names that look alike, else an empty text."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,10 +18,11 @@ from typing import Annotated, Any
 import tyro
 
 from sdjax import methods
+from sdjax.errors import InputError, nearest
 from sdjax.types import Method
 
 
-class OptionError(ValueError):
+class OptionError(InputError, ValueError):
     """A command line names something that does not exist."""
 
 
@@ -54,12 +54,6 @@ def method_factory(name: str) -> Callable[..., Method]:
     if module not in method_names():
         raise OptionError(f"there is no method {name!r}{nearest(module, method_names())}: see `sdjax methods`")
     return getattr(importlib.import_module(f"sdjax.methods.{module}"), module)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`; did you mean ...` for names that look alike, else an empty text."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def load_experiment(path: str) -> types.ModuleType:

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from sdjax.errors import InputError
+
 Item = TypeVar("Item")
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -28,7 +30,7 @@ SILENCE = 25.0
 """Seconds without a sign of life after which a process counts as dead; jax's own limit comes later."""
 
 
-class ProcessError(RuntimeError):
+class ProcessError(InputError, RuntimeError):
     """The processes of a run do not agree, or one of them has ended; the message says which."""
 
 

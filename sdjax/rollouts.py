@@ -12,13 +12,14 @@ from jax import Array
 
 from sdjax import policies
 from sdjax.contexts import question
+from sdjax.errors import InputError
 from sdjax.generate import Sampling
 from sdjax.policies import Environment, Policy, grouped
 from sdjax.processes import divided
 from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout
 
 
-class RolloutError(RuntimeError):
+class RolloutError(InputError, RuntimeError):
     """No batch can be collected; the message says why and what to do."""
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdjax.errors import InputError, nearest
 from sdjax.log import replace_text
-from sdjax.options import nearest
 
 
-class RunError(RuntimeError):
+class RunError(InputError, RuntimeError):
     """A run cannot start or go on; the message says why and what to do."""
 
 

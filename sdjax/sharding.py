@@ -21,10 +21,12 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sdjax.errors import InputError
+
 AXES = DATA, MODEL = "data", "model"
 
 
-class MeshError(ValueError):
+class MeshError(InputError, ValueError):
     """A mesh does not fit the devices, the model or the batch; the message says which number and why."""
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.errors import InputError
 from sdjax.types import Batch, Context, Messages, Rollout, View
 
 Fit = Callable[[Messages, Callable[[Messages], int], int], Messages]
 """What to do with a chat that is too long: `(chat, count tokens, limit) -> chat`."""
 
 
-class LengthError(ValueError):
+class LengthError(InputError, ValueError):
     """A prompt does not fit into the context."""
 
 

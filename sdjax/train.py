@@ -14,6 +14,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from sdjax.errors import InputError
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
 from sdjax.models import adapters
 from sdjax.models.pretrained import Pretrained
@@ -34,7 +35,7 @@ from sdjax.tokens import Shapes
 from sdjax.types import Batch, Method, Objective, Task, View
 
 
-class ExperimentError(ValueError):
+class ExperimentError(InputError, ValueError):
     """An experiment cannot be run as it is described; the message says which value and why."""
 
 

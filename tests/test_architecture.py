@@ -17,7 +17,7 @@ SOURCES = sorted((ROOT / "sdjax").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "tpu").rglob("*.py"))
 
 FLOORS = (
-    ("kernels/*",),
+    ("kernels/*", "errors"),
     ("types", "models/*", "sharding", "processes", "programs"),
     ("generate", "score", "tokens"),
     (
@@ -29,7 +29,7 @@ FLOORS = (
         *("train", "evaluate", "checkpoint", "log", "records", "options"),
         *("interrupts", "compilation", "run_folder", "run", "fit"),
     ),
-    ("report", "report/*", "errors", "cards", "measure", "bench", "planning/*", "pretrain", "study", "testbed"),
+    ("report", "report/*", "cards", "measure", "bench", "planning/*", "pretrain", "study", "testbed"),
     ("__main__",),
 )
 """A module imports from its own floor and from those before it; experiments and tpu stand above all."""
@@ -237,3 +237,18 @@ def test_no_file_names_a_place_on_one_machine():
 def test_places_on_one_machine_are_seen():
     assert MACHINE_PATH.search("open('/home/me/x')") and MACHINE_PATH.search("cd /tmp/runs")
     assert not MACHINE_PATH.search("runs/tmp/x and https://x.org/data/y and a/b/home/c")
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+
+def error_classes() -> dict[str, list[str]]:
+    """The error classes that the package defines, with the names of their bases."""
+    nodes = [n for path in SOURCES for n in ast.walk(tree_of(path)) if isinstance(n, ast.ClassDef)]
+    return {n.name: [ast.unparse(base) for base in n.bases] for n in nodes if n.name.endswith("Error")}
+
+
+def test_every_error_derives_from_the_one_root():
+    found = error_classes()
+    assert len(found) > 10
+    assert {name for name, bases in found.items() if "InputError" not in bases} == {"InputError"}

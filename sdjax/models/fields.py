@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdjax.errors import InputError
 
-class ModelError(ValueError):
+
+class ModelError(InputError, ValueError):
     """A model that cannot be read, written or supported; the message is one sentence for the person who asked."""
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from sdjax import sharding
+from sdjax.errors import InputError
 
 
-class PlanError(ValueError):
+class PlanError(InputError, ValueError):
     """A plan cannot be made as asked; the message says which value and what is possible."""
 
 

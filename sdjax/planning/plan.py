@@ -23,12 +23,13 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax import programs, sharding, train
 from sdjax.contexts import question, with_solution
+from sdjax.errors import nearest
 from sdjax.generate import Sampling, generate
 from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
-from sdjax.options import Choice, nearest
+from sdjax.options import Choice
 from sdjax.planning import chips, flops, sketch, traffic
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.tokens import Shapes

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdjax.errors import InputError
 from sdjax.records import ROLLOUTS
 
 Curve = dict[int, float]
 """A number per step."""
 
 
-class ReportError(ValueError):
+class ReportError(InputError, ValueError):
     """A report cannot be made; the message says which file and why."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sdjax.errors import InputError
 
-class TaskError(ValueError):
+
+class TaskError(InputError, ValueError):
     """A task cannot be built: one sentence naming the file, line, field or option, what was expected and what to do."""
