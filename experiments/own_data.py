@@ -14,9 +14,9 @@ from typing import Literal
 import jax.numpy as jnp
 import optax
 
+from sdjax.devices.sharding import mesh_shape
 from sdjax.models import adapters, pretrained
 from sdjax.options import Choice
-from sdjax.sharding import mesh_shape
 from sdjax.tasks.jsonl import jsonl
 from sdjax.tokens import Shapes, refuse, shorten
 from sdjax.train import Experiment

@@ -95,8 +95,8 @@ def train_options(module: Any, factory: Any) -> type:
 
 def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
-    from sdjax import processes
     from sdjax.controls import controlled
+    from sdjax.devices import processes
     from sdjax.fit import fit
     from sdjax.run_folder import as_begun, check_folder
     from sdjax.samplers import check, sampled
@@ -174,7 +174,7 @@ def report(arguments: list[str]) -> int:
 def bench(arguments: list[str]) -> int:
     """`sdjax bench ...`"""
     from sdjax.bench import bench
-    from sdjax.compilation import give_back_memory
+    from sdjax.devices.compilation import give_back_memory
 
     give_back_memory()
     for name, value in tyro.cli(bench, args=arguments, prog="sdjax bench").items():
@@ -220,7 +220,7 @@ def of_method(function: Any, arguments: list[str], command: str) -> dict[str, An
 
 def prepare() -> None:
     """What every command that compiles does first."""
-    from sdjax.compilation import give_back_memory, keep_programs
+    from sdjax.devices.compilation import give_back_memory, keep_programs
 
     keep_programs()
     give_back_memory()
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sdjax: {str(interrupt) or 'SIGINT'}: ended; checkpoints written before it are whole", file=sys.stderr)
         return 128 + getattr(interrupt, "number", signal.SIGINT)
     except Exception as error:
-        from sdjax import processes
+        from sdjax.devices import processes
 
         processes.leave(f"{type(error).__name__}: {error}")
         if not isinstance(error, InputError):
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def program() -> None:
     """What the shell runs: `main`, whose status ends the process."""
-    from sdjax.processes import disconnect, many
+    from sdjax.devices.processes import disconnect, many
 
     status = main()
     if status >= 128:

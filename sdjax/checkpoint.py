@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from sdjax.devices.processes import ProcessError, by_each, by_first, first
 from sdjax.errors import InputError
-from sdjax.processes import ProcessError, by_each, by_first, first
 from sdjax.train import State
 
 

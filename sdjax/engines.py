@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import processes
+from sdjax.devices import processes
+from sdjax.devices.sharding import to_host
 from sdjax.errors import InputError
 from sdjax.generate import Sampling
 from sdjax.models import adapters, pretrained
 from sdjax.policies import Policy, Sample
-from sdjax.sharding import to_host
 from sdjax.tokens import decode_text
 from sdjax.types import Method
 

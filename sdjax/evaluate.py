@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 from sdjax.contexts import question
+from sdjax.devices.processes import divided
 from sdjax.generate import GREEDY, Sampling
 from sdjax.policies import Policy
-from sdjax.processes import divided
 from sdjax.rollouts import sample
 from sdjax.types import Example, Messages, Rollout, Verdict
 

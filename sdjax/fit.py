@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from sdjax import checkpoint, processes, sharding, train
+from sdjax import checkpoint, train
 from sdjax.contexts import question
+from sdjax.devices import processes, sharding
 from sdjax.interrupts import Interrupts, SharedInterrupts
 from sdjax.log import NoLog, RunLog
 from sdjax.run import Result, Run

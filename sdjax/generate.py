@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.devices.sharding import constrain_parameters
 from sdjax.models.transformer import Column, Transformer, decode, empty_cache, hidden, logits, positions_of
-from sdjax.sharding import constrain_parameters
 
 BLOCK = 256
 """Vocabulary entries summed together in the first level of the inverse distribution function."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Self
 
-from sdjax.processes import everyone
+from sdjax.devices.processes import everyone
 
 
 class Interrupted(KeyboardInterrupt):

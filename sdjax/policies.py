@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
 from sdjax.generate import Completions, Sampling, first, generate
 from sdjax.models.transformer import Transformer
 from sdjax.score import token_signals
-from sdjax.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
 from sdjax.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
 from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
 

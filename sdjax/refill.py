@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.devices.sharding import constrain_parameters
 from sdjax.engines import Writer
 from sdjax.generate import Completions, Sampling, draw
 from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.policies import Policy, Sample, one_sample, row_keys
-from sdjax.sharding import constrain_parameters
 from sdjax.tokens import bucket, left_pad
 
 

@@ -12,10 +12,10 @@ from jax import Array
 
 from sdjax import policies
 from sdjax.contexts import question
+from sdjax.devices.processes import divided
 from sdjax.errors import InputError
 from sdjax.generate import Sampling
 from sdjax.policies import Environment, Policy, grouped
-from sdjax.processes import divided
 from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout
 
 

@@ -16,7 +16,8 @@ import grain
 import jax
 import numpy as np
 
-from sdjax import checkpoint, processes, records, sharding, train
+from sdjax import checkpoint, records, train
+from sdjax.devices import processes, sharding
 from sdjax.evaluate import Accuracy, accuracy, by_cap
 from sdjax.interrupts import Interrupted, Interrupts
 from sdjax.log import NoLog, RunLog, replace_text

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.devices.sharding import DATA, axis_size, copies, with_whole_head
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
 from sdjax.models.transformer import Transformer
-from sdjax.sharding import DATA, axis_size, copies, with_whole_head
 from sdjax.types import Batch, Context, View
 
 

@@ -18,8 +18,8 @@ import jax
 import optax
 from jax import Array
 
-from sdjax.compilation import user_cache
 from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution, without_thinking
+from sdjax.devices.compilation import user_cache
 from sdjax.host.plans import with_plan
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained

@@ -14,13 +14,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax.errors import InputError
-from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
-from sdjax.models import adapters
-from sdjax.models.pretrained import Pretrained
-from sdjax.models.transformer import Transformer
-from sdjax.score import token_signals
-from sdjax.sharding import (
+from sdjax.devices.sharding import (
     DATA,
     MeshError,
     constrain_parameters,
@@ -31,6 +25,12 @@ from sdjax.sharding import (
     place_parameters,
     place_whole,
 )
+from sdjax.errors import InputError
+from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
+from sdjax.models import adapters
+from sdjax.models.pretrained import Pretrained
+from sdjax.models.transformer import Transformer
+from sdjax.score import token_signals
 from sdjax.tokens import Shapes
 from sdjax.types import Batch, Method, Objective, Task, View
 

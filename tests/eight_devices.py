@@ -43,8 +43,9 @@ import test_methods_base as base
 import test_methods_host as host
 import test_methods_pairs as pairs
 
-from sdjax import programs, sharding, train
+from sdjax import train
 from sdjax.contexts import question, with_solution
+from sdjax.devices import programs, sharding
 from sdjax.fit import fit
 from sdjax.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.kernels.top_k import top_k

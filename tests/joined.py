@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 
-from sdjax import processes, sharding
+from sdjax.devices import processes, sharding
+from sdjax.devices.processes import ProcessError
 from sdjax.fit import fit
 from sdjax.options import Choice, load_experiment, method_factory
-from sdjax.processes import ProcessError
 
 
 def refusal(action) -> str:

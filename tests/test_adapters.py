@@ -19,6 +19,7 @@ from networks import network, padded, prompts, unoptimised
 from safetensors.numpy import load_file
 
 from sdjax.contexts import question, with_solution
+from sdjax.devices.sharding import parameter_specs
 from sdjax.fit import fit
 from sdjax.generate import Sampling, generate
 from sdjax.methods.sdpo import sdpo
@@ -29,7 +30,6 @@ from sdjax.models.fields import ModelError
 from sdjax.models.transformer import Transformer
 from sdjax.policies import frozen
 from sdjax.run_folder import RunError
-from sdjax.sharding import parameter_specs
 from sdjax.tokens import Shapes
 from sdjax.train import Experiment
 from sdjax.types import Task

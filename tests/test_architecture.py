@@ -18,18 +18,15 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "tpu
 
 FLOORS = (
     ("kernels/*", "errors"),
-    ("types", "models/*", "sharding", "processes", "programs"),
-    ("generate", "score", "tokens"),
-    (
-        *("rollouts", "contexts", "policies", "tasks/*", "diagnostics"),
-        *("controls", "instruments", "host/*", "engines", "refill", "staleness", "samplers"),
-    ),
-    ("methods/*",),
-    (
-        *("train", "evaluate", "checkpoint", "log", "records", "options"),
-        *("interrupts", "compilation", "run_folder", "run", "fit"),
-    ),
-    ("report", "report/*", "cards", "measure", "bench", "planning/*", "pretrain", "study", "testbed"),
+    ("types", "devices/*"),
+    ("models/*", "tasks/*"),
+    ("generate", "score", "tokens", "policies", "train", "engine/*"),
+    ("rollouts", "contexts", "diagnostics", "controls", "instruments", "host/*", "collect/*"),
+    ("engines", "refill", "staleness", "samplers", "samplers/*"),
+    ("methods/*", "run/*"),
+    ("evaluate", "checkpoint", "log", "records", "interrupts", "run_folder", "run", "fit"),
+    ("options", "cards", "measure", "bench", "cli/*", "pretrain", "study", "testbed", "study/*"),
+    ("report/*", "planning/*"),
     ("__main__",),
 )
 """A module imports from its own floor and from those before it; experiments and tpu stand above all."""

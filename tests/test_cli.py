@@ -18,7 +18,7 @@ from whole_runs import FILE, STEPS, arguments, lines, run_here
 
 from sdjax import log, options
 from sdjax.__main__ import main
-from sdjax.compilation import keep_programs
+from sdjax.devices.compilation import keep_programs
 from sdjax.interrupts import Interrupted
 from sdjax.log import RunLog
 from sdjax.models import pretrained

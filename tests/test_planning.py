@@ -14,6 +14,7 @@ import tiny
 
 from sdjax.__main__ import main
 from sdjax.contexts import question, with_solution
+from sdjax.devices.sharding import MeshError
 from sdjax.methods.gkd import gkd
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opd import opd
@@ -24,7 +25,6 @@ from sdjax.models.presets import PRESETS
 from sdjax.models.recompute import recomputed
 from sdjax.options import Choice, method_factory, method_names
 from sdjax.planning import chips, flops, plan, sketch, traffic, verdict
-from sdjax.sharding import MeshError
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 SMALL = {"model": str(GOLDEN), "prompts": 2, "context": 16, "completion": 8, "bf16": False}

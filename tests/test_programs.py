@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdjax import programs
+from sdjax.devices import programs
 
 TEXT = """
 HloModule jit_f, is_scheduled=true, num_partitions=8

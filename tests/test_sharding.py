@@ -14,8 +14,8 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from sdjax import sharding
-from sdjax.sharding import MeshError, make_mesh, mesh_shape, parameter_spec
+from sdjax.devices import sharding
+from sdjax.devices.sharding import MeshError, make_mesh, mesh_shape, parameter_spec
 
 HERE = Path(__file__).parent
 

@@ -20,8 +20,8 @@ import tiny
 
 from sdjax import checkpoint
 from sdjax.contexts import question, with_solution
+from sdjax.devices.sharding import mesh_shape
 from sdjax.options import Choice
-from sdjax.sharding import mesh_shape
 from sdjax.tokens import Shapes
 from sdjax.train import Experiment
 from sdjax.types import Example, Method, Rollout, Task

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 from jax import Array
 
+from sdjax.devices.sharding import to_host
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import hidden, logits, positions_of
 from sdjax.policies import Policy
-from sdjax.sharding import to_host
 from sdjax.tokens import bucket, encode_context, left_pad
 from sdjax.types import Rollout
 

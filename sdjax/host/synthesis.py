@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax import policies
+from sdjax.devices.sharding import to_host
 from sdjax.generate import Sampling, first, generate
 from sdjax.policies import Environment, Policy, Sample
 from sdjax.rollouts import to_file
-from sdjax.sharding import to_host
 from sdjax.tokens import encode_context, left_pad
 from sdjax.types import Example, Messages, Method, Rollout
 

@@ -20,12 +20,12 @@ import numpy as np
 import optax
 from jax import Array
 
+from sdjax.devices.sharding import to_host
 from sdjax.host.synthesis import Boundary, ask
 from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import Transformer, hidden
 from sdjax.policies import Policy
 from sdjax.rollouts import RolloutError
-from sdjax.sharding import to_host
 from sdjax.tokens import bucket
 from sdjax.types import Messages
 

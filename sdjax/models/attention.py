@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sdjax.sharding import DATA, MODEL, axis_size, current, rows_axis
+from sdjax.devices.sharding import DATA, MODEL, axis_size, current, rows_axis
 
 LONG = 2**20
 """Queries times keys of a row from which a run is long: what a kernel saves is then more than it costs."""

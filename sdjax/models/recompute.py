@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sdjax.sharding import gathered, parted
+from sdjax.devices.sharding import gathered, parted
 
 
 def recomputed(function: Callable) -> Callable:

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.devices.sharding import DATA, MODEL, constrain, current, divisors
 from sdjax.models.adapters import Adapted
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.configs import ModelConfig
 from sdjax.models.recompute import recomputed
 from sdjax.models.ropes import Rope
-from sdjax.sharding import DATA, MODEL, constrain, current, divisors
 
 
 def period_of(config: ModelConfig) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdjax import sharding
+from sdjax.devices import sharding
 from sdjax.errors import InputError
 
 

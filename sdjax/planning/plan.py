@@ -21,8 +21,9 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax import programs, sharding, train
+from sdjax import train
 from sdjax.contexts import question, with_solution
+from sdjax.devices import programs, sharding
 from sdjax.errors import nearest
 from sdjax.generate import Sampling, generate
 from sdjax.models.attention import prefixes

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from sdjax import programs, sharding, train
+from sdjax import train
+from sdjax.devices import programs, sharding
 from sdjax.models.transformer import Transformer
 from sdjax.options import Choice
 from sdjax.planning import sketch

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-from sdjax.programs import Instruction, bytes_of, called_by, computations, loop_trips
+from sdjax.devices.programs import Instruction, bytes_of, called_by, computations, loop_trips
 
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),

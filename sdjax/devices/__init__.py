@@ -1,0 +1,1 @@
+"""Meshes and processes, and what compiled programs cost on them."""
