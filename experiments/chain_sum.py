@@ -16,12 +16,12 @@ import optax
 
 from sdjax.contexts import after_demonstrations, question, with_solution
 from sdjax.devices.sharding import mesh_shape
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained
 from sdjax.options import Choice
 from sdjax.rollouts import solved_peer
 from sdjax.tasks.reasoning_gym import chain_sum, worked_demonstrations
-from sdjax.tokens import Shapes
-from sdjax.train import Experiment
 
 METHOD = "sdpo"
 OPTIONS = {

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from sdjax.devices.sharding import mesh_shape
+from sdjax.engine.tokens import Shapes, refuse, shorten
+from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained
 from sdjax.options import Choice
 from sdjax.tasks.jsonl import jsonl
-from sdjax.tokens import Shapes, refuse, shorten
-from sdjax.train import Experiment
 
 METHOD = "sdpo"
 

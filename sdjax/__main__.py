@@ -97,10 +97,10 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
     from sdjax.controls import controlled
     from sdjax.devices import processes
+    from sdjax.engine.train import check_numbers
     from sdjax.fit import fit
     from sdjax.run_folder import as_begun, check_folder
     from sdjax.samplers import check, sampled
-    from sdjax.train import check_numbers
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
     processes.join(chosen.pop("processes"))

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdjax import train
 from sdjax.contexts import question, with_feedback
-from sdjax.generate import Sampling, generate
+from sdjax.engine import train
+from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.policies import row_keys
+from sdjax.engine.tokens import Shapes, collate, encode_context, left_pad
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig
-from sdjax.policies import row_keys
-from sdjax.tokens import Shapes, collate, encode_context, left_pad
 from sdjax.types import Batch, Example, Rollout, Task, Verdict
 
 

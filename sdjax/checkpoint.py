@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from sdjax.devices.processes import ProcessError, by_each, by_first, first
+from sdjax.engine.train import State
 from sdjax.errors import InputError
-from sdjax.train import State
 
 
 class CheckpointError(InputError, RuntimeError):

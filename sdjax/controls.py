@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.contexts import question, rewrite_last
+from sdjax.engine.policies import grouped
 from sdjax.instruments import with_instruments
 from sdjax.kernels.weights import mean_one
-from sdjax.policies import grouped
 from sdjax.types import Batch, Messages, Method, Rollout, Term
 
 TeacherContext = Literal["matched", "mismatched", "reference-only", "none"]

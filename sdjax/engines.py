@@ -28,11 +28,11 @@ import numpy as np
 
 from sdjax.devices import processes
 from sdjax.devices.sharding import to_host
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import Policy, Sample
+from sdjax.engine.tokens import decode_text
 from sdjax.errors import InputError
-from sdjax.generate import Sampling
 from sdjax.models import adapters, pretrained
-from sdjax.policies import Policy, Sample
-from sdjax.tokens import decode_text
 from sdjax.types import Method
 
 Writer = Callable[..., list[list[Sample]]]

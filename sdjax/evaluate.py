@@ -12,8 +12,8 @@ from jax import Array
 
 from sdjax.contexts import question
 from sdjax.devices.processes import divided
-from sdjax.generate import GREEDY, Sampling
-from sdjax.policies import Policy
+from sdjax.engine.generate import GREEDY, Sampling
+from sdjax.engine.policies import Policy
 from sdjax.rollouts import sample
 from sdjax.types import Example, Messages, Rollout, Verdict
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 
-from sdjax import checkpoint, train
+from sdjax import checkpoint
 from sdjax.contexts import question
 from sdjax.devices import processes, sharding
+from sdjax.engine import train
+from sdjax.engine.tokens import encode_context
+from sdjax.engine.train import Experiment, ExperimentError
 from sdjax.interrupts import Interrupts, SharedInterrupts
 from sdjax.log import NoLog, RunLog
 from sdjax.run import Result, Run
 from sdjax.run_folder import RunError, check_folder, claim
-from sdjax.tokens import encode_context
-from sdjax.train import Experiment, ExperimentError
 
 
 def fit(

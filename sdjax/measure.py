@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdjax.engine.policies import Policy
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import check_numbers
 from sdjax.evaluate import accuracy
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.policies import Policy
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.tasks.maths import verify
-from sdjax.tokens import Shapes
-from sdjax.train import check_numbers
 
 
 def measure(

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import optax
 
+from sdjax.engine.tokens import bucket, render
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.reductions import token_mean
 from sdjax.models.configs import ModelConfig
 from sdjax.models.transformer import Transformer, hidden, initialise, logits, positions_of
-from sdjax.tokens import bucket, render
 from sdjax.types import Messages
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"

@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 from jax import Array
 
-from sdjax import policies
 from sdjax.contexts import question
 from sdjax.devices.processes import divided
+from sdjax.engine import policies
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import Environment, Policy, grouped
 from sdjax.errors import InputError
-from sdjax.generate import Sampling
-from sdjax.policies import Environment, Policy, grouped
 from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout
 
 

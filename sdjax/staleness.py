@@ -10,10 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sdjax.engine.policies import refresh
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import token_mean
-from sdjax.policies import refresh
 from sdjax.types import STUDENT, Batch, Method, Objective, Term
 
 STALENESS, DROPPED = "staleness", "staleness_dropped"

@@ -20,19 +20,19 @@ from jax import Array
 
 from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution, without_thinking
 from sdjax.devices.compilation import user_cache
+from sdjax.engine.policies import Policy, sample
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import Experiment
 from sdjax.host.plans import with_plan
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.policies import Policy, sample
 from sdjax.pretrain import batches, pretrain, rows, word_tokenizer
 from sdjax.study import across, behaviour, trained
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, Author, Problem
-from sdjax.tokens import Shapes
-from sdjax.train import Experiment
 from sdjax.types import Example, Messages, Method, Task
 
 LONGEST = 384

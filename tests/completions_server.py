@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.generate import Sampling, generate
+from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.policies import row_keys
+from sdjax.engine.tokens import left_pad
 from sdjax.models import pretrained
-from sdjax.policies import row_keys
-from sdjax.tokens import left_pad
 
 
 def completions(policy, body):

@@ -43,20 +43,20 @@ import test_methods_base as base
 import test_methods_host as host
 import test_methods_pairs as pairs
 
-from sdjax import train
 from sdjax.contexts import question, with_solution
 from sdjax.devices import programs, sharding
+from sdjax.engine import train
+from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture
+from sdjax.engine.policies import row_keys
+from sdjax.engine.tokens import Shapes, collate
+from sdjax.engine.train import Experiment
 from sdjax.fit import fit
-from sdjax.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.kernels.top_k import top_k
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention, transformer
 from sdjax.models.adapters import Lora
 from sdjax.options import method_factory, method_names
 from sdjax.planning import scaling
-from sdjax.policies import row_keys
-from sdjax.tokens import Shapes, collate
-from sdjax.train import Experiment
 from sdjax.types import Task
 
 LAYOUTS = ("8x1", "4x2", "2x4", "1x8")

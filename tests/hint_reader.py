@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import tiny
 
-from sdjax import train
 from sdjax.contexts import question, rewrite_last, with_demonstration, with_feedback, with_reference, with_solution
+from sdjax.engine import train
+from sdjax.engine.tokens import Shapes, collate
 from sdjax.methods.sft import sft
 from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.rollouts import written
 from sdjax.tasks.recall import ASKERS, WORDS
-from sdjax.tokens import Shapes, collate
 from sdjax.types import REFERENCE, Example
 
 SHAPES = Shapes(context=96, completion=4, rows=64, tokens_per_chunk=None)

@@ -20,18 +20,18 @@ from safetensors.numpy import load_file
 
 from sdjax.contexts import question, with_solution
 from sdjax.devices.sharding import parameter_specs
+from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.policies import frozen
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import Experiment
 from sdjax.fit import fit
-from sdjax.generate import Sampling, generate
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import adapters, pretrained, transformer, weights
 from sdjax.models.adapters import TARGETS, Lora, folded, is_adapters
 from sdjax.models.configs import FAMILIES, from_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.transformer import Transformer
-from sdjax.policies import frozen
 from sdjax.run_folder import RunError
-from sdjax.tokens import Shapes
-from sdjax.train import Experiment
 from sdjax.types import Task
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,9 +5,9 @@ import tiny
 
 from sdjax import bench
 from sdjax.__main__ import main
+from sdjax.engine.train import make_update
 from sdjax.models import pretrained
 from sdjax.planning.flops import product_flops
-from sdjax.train import make_update
 
 
 def test_an_update_costs_what_is_counted(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from sdjax import checkpoint
 from sdjax.checkpoint import CheckpointError
-from sdjax.train import State
+from sdjax.engine.train import State
 
 OPTIMIZER = optax.adamw(1e-3)
 

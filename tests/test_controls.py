@@ -9,8 +9,9 @@ import optax
 import pytest
 import tiny
 
-from sdjax import controls, diagnostics, train
+from sdjax import controls, diagnostics
 from sdjax.contexts import question, with_solution
+from sdjax.engine import train
 from sdjax.instruments import with_instruments
 from sdjax.kernels.distributions import normalise
 from sdjax.methods.grpo import grpo

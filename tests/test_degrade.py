@@ -15,6 +15,9 @@ import pytest
 import tiny
 
 from sdjax import study, testbed
+from sdjax.engine.policies import Environment, Policy
+from sdjax.engine.policies import sample as write
+from sdjax.engine.train import Experiment
 from sdjax.kernels.divergences import clip_entries, jsd_entries
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
@@ -22,13 +25,10 @@ from sdjax.methods.sft import sft
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.options import Choice
-from sdjax.policies import Environment, Policy
-from sdjax.policies import sample as write
 from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.report.runs import read_run
 from sdjax.run import Prompts
 from sdjax.tasks import scratchpad
-from sdjax.train import Experiment
 from sdjax.types import STUDENT, Verdict
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "degrade"

@@ -13,20 +13,21 @@ import tiny
 from completions_server import serving
 from networks import unoptimised
 
-from sdjax import engines, policies
+from sdjax import engines
 from sdjax.contexts import question
+from sdjax.engine import policies
+from sdjax.engine.generate import GREEDY, Sampling
+from sdjax.engine.policies import Sample, score
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import Experiment
 from sdjax.engines import EngineError, completions_server, reloaded, seeds_of, synchronised, written_by
 from sdjax.errors import InputError
 from sdjax.fit import fit
-from sdjax.generate import GREEDY, Sampling
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.models.adapters import Lora
 from sdjax.models.transformer import initialise
-from sdjax.policies import Sample, score
 from sdjax.staleness import bounded
-from sdjax.tokens import Shapes
-from sdjax.train import Experiment
 from sdjax.types import Task, View
 
 KEY = jax.random.key(11)

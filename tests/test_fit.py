@@ -18,8 +18,10 @@ import tiny
 from whole_runs import lines
 
 from sdjax import run as loop
-from sdjax import train
 from sdjax.checkpoint import CheckpointError
+from sdjax.engine import train
+from sdjax.engine.tokens import LengthError, Shapes, shorten
+from sdjax.engine.train import Experiment, ExperimentError
 from sdjax.fit import check_lengths, fit
 from sdjax.interrupts import Interrupts
 from sdjax.kernels.distributions import logprob
@@ -27,8 +29,6 @@ from sdjax.models.pretrained import Pretrained
 from sdjax.rollouts import attempts
 from sdjax.run import Prompts
 from sdjax.run_folder import RunError
-from sdjax.tokens import LengthError, Shapes, shorten
-from sdjax.train import Experiment, ExperimentError
 from sdjax.types import Method, Objective, Term, Verdict, View
 
 pytestmark = pytest.mark.usefixtures("cached")

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from networks import NAMES, VOCABULARY, full_logits, jaxprs, network, padded, prompts, unoptimised
 
-from sdjax import score
-from sdjax.generate import GREEDY, Sampling, draw, filtered, generate, inverse_cdf, mixture
+from sdjax.engine import score
+from sdjax.engine.generate import GREEDY, Sampling, draw, filtered, generate, inverse_cdf, mixture
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.models import attention, transformer
 from sdjax.types import Context

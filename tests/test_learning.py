@@ -22,18 +22,18 @@ from hint_reader import SHAPES, config, fresh, hint_reader
 from sdjax import options
 from sdjax.contexts import question, with_solution
 from sdjax.diagnostics import auroc
+from sdjax.engine.generate import GREEDY
+from sdjax.engine.policies import Policy
+from sdjax.engine.tokens import Shapes, collate
+from sdjax.engine.train import Experiment, make_update
 from sdjax.evaluate import accuracy
 from sdjax.fit import fit
-from sdjax.generate import GREEDY
 from sdjax.host.saliency import saliency_of_tokens
 from sdjax.host.synthesis import continued
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
-from sdjax.policies import Policy
 from sdjax.rollouts import written
 from sdjax.tasks.recall import WORDS
-from sdjax.tokens import Shapes, collate
-from sdjax.train import Experiment, make_update
 from sdjax.types import REFERENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cached")]

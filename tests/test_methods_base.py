@@ -12,6 +12,9 @@ import tiny
 
 from sdjax import rollouts as host
 from sdjax.contexts import question
+from sdjax.engine.policies import ema, refresh
+from sdjax.engine.score import token_signals
+from sdjax.engine.train import make_update, refresh_snapshots
 from sdjax.kernels import estimators
 from sdjax.kernels.distributions import entropy, logprob, normalise, temper
 from sdjax.kernels.reductions import token_mean, token_sum
@@ -27,9 +30,6 @@ from sdjax.methods.opsd import opsd, opsd_v1
 from sdjax.methods.sdft import sdft
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
 from sdjax.methods.sft import sft
-from sdjax.policies import ema, refresh
-from sdjax.score import token_signals
-from sdjax.train import make_update, refresh_snapshots
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict, View
 
 STUDENT_DIST, TEACHER_DIST = tiny.log(0.5, 0.3, 0.2), tiny.log(0.1, 0.6, 0.3)

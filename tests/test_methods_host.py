@@ -13,6 +13,9 @@ import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, slopes
 
 from sdjax.contexts import question, with_suffix
+from sdjax.engine.policies import ema, sample
+from sdjax.engine.tokens import Shapes, collate
+from sdjax.engine.train import Experiment, ExperimentError, all_views, make_update
 from sdjax.host import corrections, plans, playbook, selection
 from sdjax.host.annotators import step_numbers
 from sdjax.host.peers import peers
@@ -45,10 +48,7 @@ from sdjax.methods.sort import sort
 from sdjax.methods.tessy import tessy
 from sdjax.methods.vpd import vpd
 from sdjax.models.pretrained import Pretrained
-from sdjax.policies import ema, sample
 from sdjax.tasks.errors import TaskError
-from sdjax.tokens import Shapes, collate
-from sdjax.train import Experiment, ExperimentError, all_views, make_update
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict
 
 SHAPES = Shapes(context=512, completion=8, rows=8, tokens_per_chunk=None)
@@ -1054,7 +1054,7 @@ def test_minillm_knows_what_tokens_were_drawn_from():
     alone, _ = minillm(mix=0.0, group_size=4).collect(env, tiny.TASK.train[:2], jax.random.key(0), None)
     assert [r.tokens for r in rows] != [r.tokens for r in alone]
     batch, views = collected(method, rows), all_views(method)
-    from sdjax.score import token_signals
+    from sdjax.engine.score import token_signals
 
     said = lambda dist, token: {name: logprob(dist[name], token) for name in views}
     models = {"live": tiny.model(), "teacher": tiny.model()}

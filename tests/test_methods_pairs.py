@@ -14,8 +14,11 @@ import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient
 from networks import unoptimised
 
-from sdjax import policies
 from sdjax.contexts import question
+from sdjax.engine import policies
+from sdjax.engine.policies import Sample
+from sdjax.engine.score import token_signals
+from sdjax.engine.train import make_update, refresh_snapshots
 from sdjax.host import annotators
 from sdjax.host.annotators import Span
 from sdjax.kernels.distributions import normalise
@@ -38,9 +41,6 @@ from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.topd import topd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
-from sdjax.policies import Sample
-from sdjax.score import token_signals
-from sdjax.train import make_update, refresh_snapshots
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 import tiny
 
-from sdjax import cards, options, train
+from sdjax import cards, options
+from sdjax.engine import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,13 +9,13 @@ import pytest
 import tiny
 from networks import NAMES, VOCABULARY, network, padded, prompts, unoptimised
 
-from sdjax import policies
 from sdjax.contexts import question
-from sdjax.generate import GREEDY, Sampling, generate
+from sdjax.engine import policies
+from sdjax.engine.generate import GREEDY, Sampling, generate
+from sdjax.engine.policies import row_keys
+from sdjax.engine.tokens import Shapes
 from sdjax.models import attention
-from sdjax.policies import row_keys
 from sdjax.refill import Drawing, by_width, refill, refilled
-from sdjax.tokens import Shapes
 
 LENGTH, CONTEXT = 24, 64
 STOP = tuple(range(0, VOCABULARY, 6))

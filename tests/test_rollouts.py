@@ -9,13 +9,14 @@ import pytest
 import tiny
 from networks import config, full_logits, network, read_lines, tokenizer, unoptimised
 
-from sdjax import policies, rollouts
+from sdjax import rollouts
 from sdjax.contexts import question, with_solution
-from sdjax.generate import GREEDY, mixture
+from sdjax.engine import policies
+from sdjax.engine.generate import GREEDY, mixture
+from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh
+from sdjax.engine.tokens import Shapes, render
 from sdjax.kernels.distributions import logprob, normalise
-from sdjax.policies import Environment, Policy, ema, frozen, refresh
 from sdjax.tasks.jsonl import read_jsonl
-from sdjax.tokens import Shapes, render
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Example, Rollout, Verdict, View
 
 

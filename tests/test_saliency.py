@@ -11,6 +11,7 @@ import tiny
 from method_checks import assert_same, close, fixture, slopes
 
 from sdjax.contexts import question
+from sdjax.engine.tokens import render
 from sdjax.host.saliency import SCALE, START, effective, parts, relearned, restored, saliency
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
@@ -19,7 +20,6 @@ from sdjax.methods.atmanrl import atmanrl
 from sdjax.methods.grpo import grpo
 from sdjax.models.attention import Keys, attend
 from sdjax.models.transformer import hidden, positions_of
-from sdjax.tokens import render
 from sdjax.types import Rollout
 
 near = functools.partial(np.testing.assert_allclose, atol=6e-6, rtol=6e-6)

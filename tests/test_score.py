@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from networks import VOCABULARY, batch, config, context, full_logits, network, prompts, unoptimised
 
-from sdjax import score
+from sdjax.engine import score
+from sdjax.engine.score import divisor_at_least, joined_chunks, over_tokens, strided_chunks, token_signals
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.divergences import forward_kl, jsd, reverse_kl
 from sdjax.models.configs import ModelConfig
 from sdjax.models.ropes import rope
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.score import divisor_at_least, joined_chunks, over_tokens, strided_chunks, token_signals
 from sdjax.types import Batch, Context, View
 
 ROWS, LENGTH = 6, 8

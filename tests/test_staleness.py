@@ -12,14 +12,14 @@ import pytest
 import tiny
 from networks import unoptimised
 
+from sdjax.engine.policies import score
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import Experiment
 from sdjax.fit import fit
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opsd import opsd
-from sdjax.policies import score
 from sdjax.staleness import DROPPED, STALENESS, WRITER, bounded, lagged, times, weighed
-from sdjax.tokens import Shapes
-from sdjax.train import Experiment
 from sdjax.types import STUDENT, SYNTHETIC, Objective, Task, Term, View
 
 SHAPES = Shapes(context=48, completion=8, rows=8, tokens_per_chunk=None)

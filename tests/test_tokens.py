@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from networks import WORDS, tokenizer
 
-from sdjax import tokens
 from sdjax.contexts import after_demonstrations, with_solution
-from sdjax.tokens import (
+from sdjax.engine import tokens
+from sdjax.engine.tokens import (
     LengthError,
     Shapes,
     bucket,

@@ -10,14 +10,14 @@ import optax
 import pytest
 import tiny
 
-from sdjax import train
+from sdjax.engine import train
+from sdjax.engine.policies import ema, frozen, refresh
+from sdjax.engine.tokens import Shapes, collate
+from sdjax.engine.train import Experiment, ExperimentError
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.policies import ema, frozen, refresh
-from sdjax.tokens import Shapes, collate
-from sdjax.train import Experiment, ExperimentError
 from sdjax.types import Method, Objective, Rollout, Task, Term, View
 
 METHOD = sdpo(group_size=2, ema_rate=0.5, top_k=None)

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdjax.engine.policies import Environment, Policy
+from sdjax.engine.tokens import Shapes, collate
+from sdjax.engine.train import all_views
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.reductions import reduce_terms, token_mean
 from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.policies import Environment, Policy
 from sdjax.pretrain import CHAT, word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
-from sdjax.tokens import Shapes, collate
-from sdjax.train import all_views
 from sdjax.types import Batch, Context, Verdict
 
 KEYS = 8

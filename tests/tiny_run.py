@@ -21,9 +21,9 @@ import tiny
 from sdjax import checkpoint
 from sdjax.contexts import question, with_solution
 from sdjax.devices.sharding import mesh_shape
+from sdjax.engine.tokens import Shapes
+from sdjax.engine.train import Experiment
 from sdjax.options import Choice
-from sdjax.tokens import Shapes
-from sdjax.train import Experiment
 from sdjax.types import Example, Method, Rollout, Task
 
 METHOD = "sdpo"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sdjax import checkpoint, train
+from sdjax import checkpoint
 from sdjax.__main__ import main
+from sdjax.engine import train
 from sdjax.options import Choice, load_experiment, method_factory
 
 FILE = Path(__file__).parent / "tiny_run.py"

@@ -16,7 +16,7 @@ import tyro
 
 from sdjax import testbed
 from sdjax.contexts import question
-from sdjax.policies import Environment, Policy, score
+from sdjax.engine.policies import Environment, Policy, score
 from sdjax.rollouts import attempts
 from sdjax.study import across, every_seed, table
 from sdjax.tasks import scratchpad

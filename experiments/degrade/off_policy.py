@@ -15,9 +15,9 @@ import tyro
 
 from sdjax import testbed
 from sdjax.contexts import question, with_solution
+from sdjax.engine.policies import Policy
 from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained
-from sdjax.policies import Policy
 from sdjax.study import arm, every_seed, shown, table, trained
 from sdjax.tasks import scratchpad
 from sdjax.types import Example

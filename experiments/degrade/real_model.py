@@ -19,9 +19,12 @@ import jax
 import numpy as np
 import tyro
 
-from sdjax import policies, rollouts
+from sdjax import rollouts
 from sdjax.contexts import question
-from sdjax.generate import GREEDY
+from sdjax.engine import policies
+from sdjax.engine.generate import GREEDY
+from sdjax.engine.policies import Environment, Policy
+from sdjax.engine.tokens import Shapes
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opsd import opsd
@@ -29,10 +32,8 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
 from sdjax.options import Choice, load_experiment
-from sdjax.policies import Environment, Policy
 from sdjax.study import across, behaviour, every_seed, table, trained
 from sdjax.tasks.reasoning_gym import chain_sum, reasoning_gym
-from sdjax.tokens import Shapes
 from sdjax.types import Rollout, Task, View
 
 SUMS = load_experiment(str(Path(__file__).parent.parent / "chain_sum.py"))

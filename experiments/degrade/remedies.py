@@ -16,6 +16,7 @@ import tyro
 
 from sdjax import testbed
 from sdjax.controls import with_teacher_context
+from sdjax.engine.policies import Policy
 from sdjax.evaluate import pass_at_k
 from sdjax.methods.antisd import antisd
 from sdjax.methods.dasd import dasd
@@ -28,7 +29,6 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
-from sdjax.policies import Policy
 from sdjax.study import across, every_seed, table, trained
 from sdjax.tasks import scratchpad
 from sdjax.types import Method

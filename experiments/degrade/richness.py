@@ -13,7 +13,7 @@ import tyro
 
 from sdjax import testbed
 from sdjax.contexts import question, with_solution, without_thinking
-from sdjax.policies import Policy
+from sdjax.engine.policies import Policy
 from sdjax.study import behaviour, every_seed, table
 from sdjax.tasks import scratchpad
 

@@ -15,8 +15,8 @@ import tyro
 
 from sdjax import testbed
 from sdjax.contexts import question, with_solution, without_thinking
-from sdjax.generate import GREEDY
-from sdjax.policies import Policy
+from sdjax.engine.generate import GREEDY
+from sdjax.engine.policies import Policy
 from sdjax.study import behaviour, every_seed, forbidding, table
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, HEDGES, Family

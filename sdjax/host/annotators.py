@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from sdjax import policies
 from sdjax.contexts import question, rewrite_last
-from sdjax.generate import GREEDY
-from sdjax.policies import Environment
+from sdjax.engine import policies
+from sdjax.engine.generate import GREEDY
+from sdjax.engine.policies import Environment
 from sdjax.types import Rollout
 
 MOST_SPANS, MOST_SEGMENTS = 3, 3

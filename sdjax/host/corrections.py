@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.contexts import question, rewrite_last, without_thinking
-from sdjax.policies import grouped
+from sdjax.engine.policies import grouped
 from sdjax.types import Messages, Rollout
 
 

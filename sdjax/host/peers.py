@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from sdjax.contexts import question, rewrite_last, without_thinking
-from sdjax.policies import grouped
+from sdjax.engine.policies import grouped
 from sdjax.types import Messages, Rollout
 
 SUCCESS, SECOND, FAILURE = (

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jax import Array
 
 from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.engine.policies import Environment
 from sdjax.host.synthesis import ask
-from sdjax.policies import Environment
 from sdjax.types import Example, Messages
 
 BLANK = "..."

@@ -16,9 +16,9 @@ import jax
 from jax import Array
 
 from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.engine.policies import Environment
+from sdjax.engine.tokens import LengthError, render, shorten
 from sdjax.host.synthesis import ask
-from sdjax.policies import Environment
-from sdjax.tokens import LengthError, render, shorten
 from sdjax.types import Messages, Rollout
 
 Playbook = dict[str, Any]

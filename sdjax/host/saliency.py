@@ -18,12 +18,12 @@ import optax
 from jax import Array
 
 from sdjax.devices.sharding import to_host
+from sdjax.engine.policies import Policy
+from sdjax.engine.tokens import bucket, encode_context, left_pad
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import hidden, logits, positions_of
-from sdjax.policies import Policy
-from sdjax.tokens import bucket, encode_context, left_pad
 from sdjax.types import Rollout
 
 START = -0.4

@@ -21,12 +21,12 @@ import optax
 from jax import Array
 
 from sdjax.devices.sharding import to_host
+from sdjax.engine.policies import Policy
+from sdjax.engine.tokens import bucket
 from sdjax.host.synthesis import Boundary, ask
 from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import Transformer, hidden
-from sdjax.policies import Policy
 from sdjax.rollouts import RolloutError
-from sdjax.tokens import bucket
 from sdjax.types import Messages
 
 CONNECTIVES = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
 from sdjax.host.lessons import attempt_and_verdict, scored_attempts
 from sdjax.host.memory import OPEN_GATE, entropy_gated
 from sdjax.kernels.advantages import group_advantage

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
 from sdjax.host.saliency import Inner, saliency
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, masked_sum, sequence_mean

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
 from sdjax.kernels.policy_gradient import overlong_penalty
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.grpo import grpo

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import jax
 
 from sdjax.contexts import question
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels.distributions import entropy
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.policies import frozen, teacher_name
 from sdjax.rollouts import attempts, judge, references, sample
 from sdjax.types import TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 

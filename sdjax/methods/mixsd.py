@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sdjax.contexts import question, rewrite_last
-from sdjax.generate import Sampling, mixture
+from sdjax.engine.generate import Sampling, mixture
+from sdjax.engine.policies import frozen
 from sdjax.host.synthesis import until_accepted
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
-from sdjax.policies import frozen
 from sdjax.rollouts import judge, written
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
 

@@ -8,13 +8,13 @@ from typing import Any
 from jax import lax
 
 from sdjax.contexts import question
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels.advantages import group_advantage, reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.policies import frozen, teacher_name
 from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sdjax.contexts import question, with_reference
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import ema
 from sdjax.kernels.distributions import entropy, logprob, temper, top_k_renormalised
 from sdjax.kernels.divergences import clip_entries, jsd_entries
 from sdjax.kernels.estimators import sampled_reverse_kl
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.policies import ema
 from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 

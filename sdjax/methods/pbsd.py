@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.contexts import question
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import ema
 from sdjax.kernels.advantages import group_mean
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.preference import paired, sequence_log_ratio
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.opsd import reference_solution
-from sdjax.policies import ema
 from sdjax.rollouts import judge, sample
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 

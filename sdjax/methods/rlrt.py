@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
 from sdjax.host.lessons import scored_attempts
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.contexts import question
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import Environment, grouped
 from sdjax.host.plans import redacted, with_plan, written_plans
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.kernels.weights import geometric_mean, mean_one
-from sdjax.policies import Environment, grouped
 from sdjax.rollouts import attempts, references
 from sdjax.types import REFERENCE, STUDENT, Card, Example, Method, Objective, Term, View
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Literal
 
 from sdjax.contexts import question
+from sdjax.engine.policies import frozen
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.estimators import sampled_reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.methods.opd import opd
-from sdjax.policies import frozen
 from sdjax.rollouts import references
 from sdjax.types import REFERENCE, Card, Messages, Method, Objective, Rollout, Term, View
 

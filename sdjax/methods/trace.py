@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from sdjax.generate import Sampling
+from sdjax.engine.generate import Sampling
+from sdjax.engine.policies import refresh
 from sdjax.host.annotators import Span, by_rule, marked
 from sdjax.host.lessons import private_note
 from sdjax.kernels.advantages import group_advantage
@@ -16,7 +17,6 @@ from sdjax.kernels.divergences import clip_entries, clip_entries_straight_throug
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import keep_earliest
-from sdjax.policies import refresh
 from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 

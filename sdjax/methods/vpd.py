@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Literal
 
 from sdjax.contexts import question, rewrite_last, with_feedback
+from sdjax.engine.policies import frozen
 from sdjax.host.synthesis import ask
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.preference import sequence_log_ratio, unpaired
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
-from sdjax.policies import frozen
 from sdjax.rollouts import solved_peer
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 

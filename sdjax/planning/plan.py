@@ -21,11 +21,12 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax import train
 from sdjax.contexts import question, with_solution
 from sdjax.devices import programs, sharding
+from sdjax.engine import train
+from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.tokens import Shapes
 from sdjax.errors import nearest
-from sdjax.generate import Sampling, generate
 from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
@@ -33,7 +34,6 @@ from sdjax.models.transformer import Transformer, empty_cache, initialise
 from sdjax.options import Choice
 from sdjax.planning import chips, flops, sketch, traffic
 from sdjax.planning.chips import Chip, PlanError
-from sdjax.tokens import Shapes
 from sdjax.types import Batch, Method
 
 

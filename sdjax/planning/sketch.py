@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.engine.policies import Environment, Policy, Sample
+from sdjax.engine.tokens import Shapes, collate, decode_text
+from sdjax.engine.train import all_views
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.planning.chips import PlanError
-from sdjax.policies import Environment, Policy, Sample
 from sdjax.pretrain import word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
-from sdjax.tokens import Shapes, collate, decode_text
-from sdjax.train import all_views
 from sdjax.types import Batch, Context, Method, Verdict
 
 KEYS = 8

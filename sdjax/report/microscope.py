@@ -18,13 +18,13 @@ from jax import Array
 from sdjax import checkpoint, options
 from sdjax.checkpoint import CheckpointError
 from sdjax.controls import controlled
+from sdjax.engine.policies import compiled_score
+from sdjax.engine.tokens import Shapes, collate, shorten
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import forward_kl, jsd, reverse_kl
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.policies import compiled_score
 from sdjax.report.runs import ReportError, Run
-from sdjax.tokens import Shapes, collate, shorten
 from sdjax.types import Batch, Example, Method, Objective, Rollout, View
 
 ALTERNATIVES = 4

@@ -25,13 +25,13 @@ from sdjax.devices.sharding import (
     place_parameters,
     place_whole,
 )
+from sdjax.engine.score import token_signals
+from sdjax.engine.tokens import Shapes
 from sdjax.errors import InputError
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
 from sdjax.models import adapters
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.score import token_signals
-from sdjax.tokens import Shapes
 from sdjax.types import Batch, Method, Objective, Task, View
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from jax import Array
 
 from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
-from sdjax.generate import Completions, Sampling, first, generate
+from sdjax.engine.generate import Completions, Sampling, first, generate
+from sdjax.engine.score import token_signals
+from sdjax.engine.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
 from sdjax.models.transformer import Transformer
-from sdjax.score import token_signals
-from sdjax.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
 from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
 
 

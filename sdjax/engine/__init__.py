@@ -1,0 +1,1 @@
+"""From chats to token batches, per-token signals, samples and updates."""
