@@ -73,7 +73,7 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
 def train_options(module: Any, factory: Any) -> type:
     """Every option of an experiment file: its own, the run's, those of the method, its controls and its sampler."""
     from sdjax.controls import controlled
-    from sdjax.samplers import sampled
+    from sdjax.samplers.options import sampled
 
     extra: list[Any] = [
         ("out", Annotated[str, tyro.conf.arg(help="the run's folder; by default one below runs/")], ""),
@@ -100,7 +100,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     from sdjax.engine.train import check_numbers
     from sdjax.fit import fit
     from sdjax.run_folder import as_begun, check_folder
-    from sdjax.samplers import check, sampled
+    from sdjax.samplers.options import check, sampled
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
     processes.join(chosen.pop("processes"))

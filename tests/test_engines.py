@@ -13,21 +13,21 @@ import tiny
 from completions_server import serving
 from networks import unoptimised
 
-from sdjax import engines
 from sdjax.contexts import question
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Sample, score
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
-from sdjax.engines import EngineError, completions_server, reloaded, seeds_of, synchronised, written_by
 from sdjax.errors import InputError
 from sdjax.fit import fit
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.models.adapters import Lora
 from sdjax.models.transformer import initialise
-from sdjax.staleness import bounded
+from sdjax.samplers import servers
+from sdjax.samplers.servers import EngineError, completions_server, reloaded, seeds_of, synchronised, written_by
+from sdjax.samplers.staleness import bounded
 from sdjax.types import Task, View
 
 KEY = jax.random.key(11)
@@ -183,7 +183,7 @@ def test_a_run_of_adapters_written_by_a_server_that_is_sent_weights_every_second
 @pytest.fixture
 def quickly(monkeypatch):
     waits = []
-    monkeypatch.setattr(engines.time, "sleep", waits.append)
+    monkeypatch.setattr(servers.time, "sleep", waits.append)
     return waits
 
 

@@ -15,7 +15,7 @@ from sdjax.engine.generate import GREEDY, Sampling, generate
 from sdjax.engine.policies import row_keys
 from sdjax.engine.tokens import Shapes
 from sdjax.models import attention
-from sdjax.refill import Drawing, by_width, refill, refilled
+from sdjax.samplers.refill import Drawing, by_width, refill, refilled
 
 LENGTH, CONTEXT = 24, 64
 STOP = tuple(range(0, VOCABULARY, 6))

@@ -19,7 +19,7 @@ from sdjax.fit import fit
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opsd import opsd
-from sdjax.staleness import DROPPED, STALENESS, WRITER, bounded, lagged, times, weighed
+from sdjax.samplers.staleness import DROPPED, STALENESS, WRITER, bounded, lagged, times, weighed
 from sdjax.types import STUDENT, SYNTHETIC, Objective, Task, Term, View
 
 SHAPES = Shapes(context=48, completion=8, rows=8, tokens_per_chunk=None)

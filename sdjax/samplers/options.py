@@ -5,9 +5,17 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from sdjax.engines import EngineError, Writer, check_url, completions_server, reloaded, synchronised, written_by
-from sdjax.refill import refilled
-from sdjax.staleness import bounded, lagged
+from sdjax.samplers.refill import refilled
+from sdjax.samplers.servers import (
+    EngineError,
+    Writer,
+    check_url,
+    completions_server,
+    reloaded,
+    synchronised,
+    written_by,
+)
+from sdjax.samplers.staleness import bounded, lagged
 from sdjax.types import Method
 
 KEY = "SDJAX_API_KEY"

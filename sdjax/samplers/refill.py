@@ -25,8 +25,8 @@ from sdjax.devices.sharding import constrain_parameters
 from sdjax.engine.generate import Completions, Sampling, draw
 from sdjax.engine.policies import Policy, Sample, one_sample, row_keys
 from sdjax.engine.tokens import bucket, left_pad
-from sdjax.engines import Writer
 from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
+from sdjax.samplers.servers import Writer
 
 
 def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int = 3) -> Writer:
