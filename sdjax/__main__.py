@@ -72,7 +72,7 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
 
 def train_options(module: Any, factory: Any) -> type:
     """Every option of an experiment file: its own, the run's, those of the method, its controls and its sampler."""
-    from sdjax.controls import controlled
+    from sdjax.collect.controls import controlled
     from sdjax.samplers.options import sampled
 
     extra: list[Any] = [
@@ -95,7 +95,7 @@ def train_options(module: Any, factory: Any) -> type:
 
 def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
-    from sdjax.controls import controlled
+    from sdjax.collect.controls import controlled
     from sdjax.devices import processes
     from sdjax.engine.train import check_numbers
     from sdjax.fit import fit

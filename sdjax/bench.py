@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdjax.contexts import question, with_feedback
+from sdjax.collect.contexts import question, with_feedback
 from sdjax.engine import train
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import row_keys

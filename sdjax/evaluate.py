@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jax import Array
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import sample
 from sdjax.devices.processes import divided
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Policy
-from sdjax.rollouts import sample
 from sdjax.types import Example, Messages, Rollout, Verdict
 
 

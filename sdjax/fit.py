@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from sdjax import checkpoint
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.tokens import encode_context

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.diagnostics import epistemic_count, per_thousand
+from sdjax.collect.diagnostics import epistemic_count, per_thousand
 from sdjax.engine.policies import grouped
 from sdjax.types import STUDENT, Rollout, View
 

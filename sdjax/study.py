@@ -19,8 +19,8 @@ import numpy as np
 from jax import Array
 
 from sdjax import checkpoint
-from sdjax.contexts import question
-from sdjax.diagnostics import epistemic_count, per_thousand
+from sdjax.collect.contexts import question
+from sdjax.collect.diagnostics import epistemic_count, per_thousand
 from sdjax.engine import policies
 from sdjax.engine.generate import Sampling, first
 from sdjax.engine.policies import Policy

@@ -18,12 +18,19 @@ import jax
 import optax
 from jax import Array
 
-from sdjax.contexts import question, with_demonstration, with_feedback, with_reference, with_solution, without_thinking
+from sdjax.collect.contexts import (
+    question,
+    with_demonstration,
+    with_feedback,
+    with_reference,
+    with_solution,
+    without_thinking,
+)
+from sdjax.collect.plans import with_plan
 from sdjax.devices.compilation import user_cache
 from sdjax.engine.policies import Policy, sample
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
-from sdjax.host.plans import with_plan
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig, from_hf

@@ -43,7 +43,7 @@ import test_methods_base as base
 import test_methods_host as host
 import test_methods_pairs as pairs
 
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
 from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture

@@ -9,14 +9,21 @@ import numpy as np
 import optax
 import tiny
 
-from sdjax.contexts import question, rewrite_last, with_demonstration, with_feedback, with_reference, with_solution
+from sdjax.collect.contexts import (
+    question,
+    rewrite_last,
+    with_demonstration,
+    with_feedback,
+    with_reference,
+    with_solution,
+)
+from sdjax.collect.rollouts import written
 from sdjax.engine import train
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.methods.sft import sft
 from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.rollouts import written
 from sdjax.tasks.recall import ASKERS, WORDS
 from sdjax.types import REFERENCE, Example
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from networks import network, padded, prompts, unoptimised
 from safetensors.numpy import load_file
 
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import parameter_specs
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import frozen

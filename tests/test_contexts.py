@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdjax import contexts
+from sdjax.collect import contexts
 from sdjax.types import Example
 
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -9,10 +9,10 @@ import optax
 import pytest
 import tiny
 
-from sdjax import controls, diagnostics
-from sdjax.contexts import question, with_solution
+from sdjax.collect import controls, diagnostics
+from sdjax.collect.contexts import question, with_solution
+from sdjax.collect.instruments import with_instruments
 from sdjax.engine import train
-from sdjax.instruments import with_instruments
 from sdjax.kernels.distributions import normalise
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opsa import opsa

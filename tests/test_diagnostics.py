@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from sdjax import diagnostics
+from sdjax.collect import diagnostics
+from sdjax.collect.rollouts import written
 from sdjax.kernels.distributions import normalise
-from sdjax.rollouts import written
 
 # ---- of texts
 

@@ -13,7 +13,7 @@ import tiny
 from completions_server import serving
 from networks import unoptimised
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Sample, score

@@ -19,6 +19,7 @@ from whole_runs import lines
 
 from sdjax import run as loop
 from sdjax.checkpoint import CheckpointError
+from sdjax.collect.rollouts import attempts
 from sdjax.engine import train
 from sdjax.engine.tokens import LengthError, Shapes, shorten
 from sdjax.engine.train import Experiment, ExperimentError
@@ -26,7 +27,6 @@ from sdjax.fit import check_lengths, fit
 from sdjax.interrupts import Interrupts
 from sdjax.kernels.distributions import logprob
 from sdjax.models.pretrained import Pretrained
-from sdjax.rollouts import attempts
 from sdjax.run import Prompts
 from sdjax.run_folder import RunError
 from sdjax.types import Method, Objective, Term, Verdict, View

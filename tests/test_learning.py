@@ -20,19 +20,19 @@ import tiny
 from hint_reader import SHAPES, config, fresh, hint_reader
 
 from sdjax import options
-from sdjax.contexts import question, with_solution
-from sdjax.diagnostics import auroc
+from sdjax.collect.contexts import question, with_solution
+from sdjax.collect.diagnostics import auroc
+from sdjax.collect.rollouts import written
+from sdjax.collect.saliency import saliency_of_tokens
+from sdjax.collect.synthesis import continued
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Policy
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment, make_update
 from sdjax.evaluate import accuracy
 from sdjax.fit import fit
-from sdjax.host.saliency import saliency_of_tokens
-from sdjax.host.synthesis import continued
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
-from sdjax.rollouts import written
 from sdjax.tasks.recall import WORDS
 from sdjax.types import REFERENCE
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 import tiny
 
-from sdjax import rollouts as host
-from sdjax.contexts import question
+from sdjax.collect import rollouts as host
+from sdjax.collect.contexts import question
 from sdjax.engine.policies import ema, refresh
 from sdjax.engine.score import token_signals
 from sdjax.engine.train import make_update, refresh_snapshots

@@ -12,13 +12,13 @@ import pytest
 import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, slopes
 
-from sdjax.contexts import question, with_suffix
+from sdjax.collect import corrections, plans, playbook, selection
+from sdjax.collect.annotators import step_numbers
+from sdjax.collect.contexts import question, with_suffix
+from sdjax.collect.peers import peers
 from sdjax.engine.policies import ema, sample
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment, ExperimentError, all_views, make_update
-from sdjax.host import corrections, plans, playbook, selection
-from sdjax.host.annotators import step_numbers
-from sdjax.host.peers import peers
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.distributions import logprob, normalise

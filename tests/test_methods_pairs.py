@@ -14,13 +14,13 @@ import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient
 from networks import unoptimised
 
-from sdjax.contexts import question
+from sdjax.collect import annotators
+from sdjax.collect.annotators import Span
+from sdjax.collect.contexts import question
 from sdjax.engine import policies
 from sdjax.engine.policies import Sample
 from sdjax.engine.score import token_signals
 from sdjax.engine.train import make_update, refresh_snapshots
-from sdjax.host import annotators
-from sdjax.host.annotators import Span
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.estimators import sampled_kl

@@ -20,9 +20,9 @@ from method_checks import (
 )
 from networks import unoptimised
 
-from sdjax.host.annotators import Span
-from sdjax.host.lessons import private_note
-from sdjax.host.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
+from sdjax.collect.annotators import Span
+from sdjax.collect.lessons import private_note
+from sdjax.collect.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
 from sdjax.kernels import credit
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.divergences import jsd, reverse_kl

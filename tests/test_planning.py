@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from sdjax.__main__ import main
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import MeshError
 from sdjax.methods.gkd import gkd
 from sdjax.methods.grpo import grpo

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from networks import NAMES, VOCABULARY, network, padded, prompts, unoptimised
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY, Sampling, generate
 from sdjax.engine.policies import row_keys

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from networks import config, full_logits, network, read_lines, tokenizer, unoptimised
 
-from sdjax import rollouts
-from sdjax.contexts import question, with_solution
+from sdjax.collect import rollouts
+from sdjax.collect.contexts import question, with_solution
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY, mixture
 from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh

@@ -10,9 +10,9 @@ import pytest
 import tiny
 from method_checks import assert_same, close, fixture, slopes
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.saliency import SCALE, START, effective, parts, relearned, restored, saliency
 from sdjax.engine.tokens import render
-from sdjax.host.saliency import SCALE, START, effective, parts, relearned, restored, saliency
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
 from sdjax.methods import atmanrl as atmanrl_module

@@ -12,20 +12,30 @@ import pytest
 import tiny
 from method_checks import close, expected_gradient
 
-from sdjax.contexts import question
+from sdjax.collect import synthesis, taggers
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import RolloutError
+from sdjax.collect.synthesis import (
+    Trace,
+    Writer,
+    ask,
+    continued,
+    repetitive,
+    to_dataset,
+    together,
+    until_accepted,
+    weave,
+)
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY, Sampling, draw, mixture
 from sdjax.engine.policies import Policy, Sample
 from sdjax.engine.tokens import Shapes
-from sdjax.host import synthesis, taggers
-from sdjax.host.synthesis import Trace, Writer, ask, continued, repetitive, to_dataset, together, until_accepted, weave
 from sdjax.kernels.distributions import entropy, normalise
 from sdjax.methods import tessy as tessy_module
 from sdjax.methods.mixsd import mixsd, with_worked_answer
 from sdjax.methods.sft import sft
 from sdjax.methods.tessy import tessy
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.rollouts import RolloutError
 from sdjax.tasks.answers import last_boxed
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.types import SYNTHETIC, Rollout, Verdict

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from networks import WORDS, tokenizer
 
-from sdjax.contexts import after_demonstrations, with_solution
+from sdjax.collect.contexts import after_demonstrations, with_solution
 from sdjax.engine import tokens
 from sdjax.engine.tokens import (
     LengthError,

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from sdjax import checkpoint
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment

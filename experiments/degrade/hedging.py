@@ -15,9 +15,9 @@ import numpy as np
 import tyro
 
 from sdjax import testbed
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.policies import Environment, Policy, score
-from sdjax.rollouts import attempts
 from sdjax.study import across, every_seed, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Rollout, View

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from sdjax import testbed
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
 from sdjax.engine.policies import Policy
 from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import tyro
 
-from sdjax import rollouts
-from sdjax.contexts import question
+from sdjax.collect import rollouts
+from sdjax.collect.contexts import question
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Environment, Policy

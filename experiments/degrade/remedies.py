@@ -15,7 +15,7 @@ import jax
 import tyro
 
 from sdjax import testbed
-from sdjax.controls import with_teacher_context
+from sdjax.collect.controls import with_teacher_context
 from sdjax.engine.policies import Policy
 from sdjax.evaluate import pass_at_k
 from sdjax.methods.antisd import antisd

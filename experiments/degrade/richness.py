@@ -12,7 +12,7 @@ import jax
 import tyro
 
 from sdjax import testbed
-from sdjax.contexts import question, with_solution, without_thinking
+from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.policies import Policy
 from sdjax.study import behaviour, every_seed, table
 from sdjax.tasks import scratchpad

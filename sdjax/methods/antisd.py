@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sdjax.collect.lessons import attempt_and_verdict, scored_attempts
+from sdjax.collect.memory import OPEN_GATE, entropy_gated
 from sdjax.engine.generate import Sampling
-from sdjax.host.lessons import attempt_and_verdict, scored_attempts
-from sdjax.host.memory import OPEN_GATE, entropy_gated
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import score_coefficient

@@ -7,12 +7,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from sdjax.collect.rollouts import attempts
+from sdjax.collect.saliency import Inner, saliency
 from sdjax.engine.generate import Sampling
-from sdjax.host.saliency import Inner, saliency
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, masked_sum, sequence_mean
 from sdjax.methods.grpo import grpo
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method
 
 CARD = Card(

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import attempts
+from sdjax.collect.selection import Rule, cut, likeliest_of, selected
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
-from sdjax.host.selection import Rule, cut, likeliest_of, selected
 from sdjax.kernels.distributions import entropy, logprob, normalise, top_k_entries
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import attempts
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

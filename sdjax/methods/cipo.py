@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.corrections import anchors, correction, replayed
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen
-from sdjax.host.corrections import anchors, correction, replayed
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(

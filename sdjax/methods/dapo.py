@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sdjax.collect.rollouts import attempts, resample
 from sdjax.engine.generate import Sampling
 from sdjax.kernels.policy_gradient import overlong_penalty
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.grpo import grpo
-from sdjax.rollouts import attempts, resample
 from sdjax.types import Card, Method, Rollout
 
 CARD = Card(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sdjax.host.memory import NO_REWARDS, whitened
+from sdjax.collect.memory import NO_REWARDS, whitened
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean

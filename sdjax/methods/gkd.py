@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import jax
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import attempts, judge, references, sample
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels.distributions import entropy
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import attempts, judge, references, sample
 from sdjax.types import TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jax import Array
 
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, score
 from sdjax.kernels.advantages import group_advantage
@@ -13,7 +14,6 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, sequence_mean
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import judge, written
+from sdjax.collect.synthesis import together
 from sdjax.engine.generate import mixture
 from sdjax.engine.policies import frozen, score, teacher_name
-from sdjax.host.synthesis import together
 from sdjax.kernels.advantages import reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import judge, written
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.types import REFERENCE, Card, Messages, Method, Objective, Rollout, Term, View
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sdjax.contexts import question, rewrite_last
+from sdjax.collect.contexts import question, rewrite_last
+from sdjax.collect.rollouts import judge, written
+from sdjax.collect.synthesis import until_accepted
 from sdjax.engine.generate import Sampling, mixture
 from sdjax.engine.policies import frozen
-from sdjax.host.synthesis import until_accepted
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
-from sdjax.rollouts import judge, written
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
 
 CARD = Card(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sdjax.host.annotators import step_numbers
-from sdjax.host.peers import Failures, Shown, Summarised, peers
+from sdjax.collect.annotators import step_numbers
+from sdjax.collect.peers import Failures, Shown, Summarised, peers
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import sdpo

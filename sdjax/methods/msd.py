@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sdjax.host.lessons import english_version
+from sdjax.collect.lessons import english_version
 from sdjax.kernels.distributions import entropy
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.reductions import Reducer, sequence_mean

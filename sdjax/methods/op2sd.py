@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from sdjax.contexts import question, with_reference
+from sdjax.collect.contexts import question, with_reference
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opsd import opsd
 from sdjax.types import Card, Example, Messages, Method

@@ -7,7 +7,8 @@ from typing import Any
 
 from jax import lax
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels.advantages import group_advantage, reward_to_go
@@ -15,7 +16,6 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

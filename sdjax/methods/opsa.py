@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sdjax.contexts import question, with_reference
+from sdjax.collect.contexts import question, with_reference
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
 from sdjax.kernels.distributions import entropy, logprob, temper, top_k_renormalised
 from sdjax.kernels.divergences import clip_entries, jsd_entries
 from sdjax.kernels.estimators import sampled_reverse_kl
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import judge, sample
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
 from sdjax.kernels.advantages import group_mean
@@ -15,7 +16,6 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.preference import paired, sequence_log_ratio
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.opsd import reference_solution
-from sdjax.rollouts import judge, sample
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

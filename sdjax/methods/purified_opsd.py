@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sdjax.contexts import question, rewrite_last
+from sdjax.collect.contexts import question, rewrite_last
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen
 from sdjax.kernels.distributions import entropy, logprob, normalise
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opsd import reference_solution
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

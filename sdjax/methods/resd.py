@@ -6,16 +6,16 @@ from typing import Literal
 
 import jax
 
-from sdjax.contexts import without_thinking
+from sdjax.collect import playbook as book
+from sdjax.collect.contexts import without_thinking
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
-from sdjax.host import playbook as book
 from sdjax.kernels.distributions import entropy, logprob, top_k_with_rest
 from sdjax.kernels.divergences import clamp_around, jsd
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import success_balance
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(

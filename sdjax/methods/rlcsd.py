@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import score
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(

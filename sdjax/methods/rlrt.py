@@ -7,8 +7,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from sdjax.collect.lessons import scored_attempts
 from sdjax.engine.generate import Sampling
-from sdjax.host.lessons import scored_attempts
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sdjax.contexts import question, with_demonstration
+from sdjax.collect.contexts import question, with_demonstration
+from sdjax.collect.rollouts import attempts, judge, sample
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import Reducer, masked_mean, sequence_mean
-from sdjax.rollouts import attempts, judge, sample
 from sdjax.types import TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sdjax.contexts import question, with_feedback, without_thinking
+from sdjax.collect.contexts import question, with_feedback, without_thinking
+from sdjax.collect.rollouts import attempts, solved_peer
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema, frozen
 from sdjax.kernels.advantages import group_advantage
@@ -13,7 +14,6 @@ from sdjax.kernels.divergences import jsd
 from sdjax.kernels.estimators import sampled_jsd
 from sdjax.kernels.policy_gradient import importance_weight, reinforce
 from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
-from sdjax.rollouts import attempts, solved_peer
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sdjax.collect.rollouts import references
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.rollouts import references
 from sdjax.types import Card, Example, Method, Objective, Term, View
 
 CARD = Card(

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.plans import redacted, with_plan, written_plans
+from sdjax.collect.rollouts import attempts, references
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment, grouped
-from sdjax.host.plans import redacted, with_plan, written_plans
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.kernels.weights import geometric_mean, mean_one
-from sdjax.rollouts import attempts, references
 from sdjax.types import REFERENCE, STUDENT, Card, Example, Method, Objective, Term, View
 
 CARD = Card(

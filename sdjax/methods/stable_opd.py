@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import references
 from sdjax.engine.policies import frozen
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.divergences import reverse_kl
@@ -13,7 +14,6 @@ from sdjax.kernels.estimators import sampled_reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.methods.opd import opd
-from sdjax.rollouts import references
 from sdjax.types import REFERENCE, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

@@ -8,14 +8,14 @@ from typing import Literal
 
 import jax
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import judge, sample, written
+from sdjax.collect.synthesis import Writer, weave
+from sdjax.collect.taggers import annotated_by, boundary, connectives, fit_tagger, snippets
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
-from sdjax.host.synthesis import Writer, weave
-from sdjax.host.taggers import annotated_by, boundary, connectives, fit_tagger, snippets
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
-from sdjax.rollouts import judge, sample, written
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
 
 CARD = Card(

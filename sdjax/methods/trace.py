@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from sdjax.collect.annotators import Span, by_rule, marked
+from sdjax.collect.lessons import private_note
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import refresh
-from sdjax.host.annotators import Span, by_rule, marked
-from sdjax.host.lessons import private_note
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob, top_k_with_rest
 from sdjax.kernels.divergences import clip_entries, clip_entries_straight_through, jsd_entries
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import keep_earliest
-from sdjax.rollouts import attempts
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(

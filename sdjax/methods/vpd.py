@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from sdjax.contexts import question, rewrite_last, with_feedback
+from sdjax.collect.contexts import question, rewrite_last, with_feedback
+from sdjax.collect.rollouts import solved_peer
+from sdjax.collect.synthesis import ask
 from sdjax.engine.policies import frozen
-from sdjax.host.synthesis import ask
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.preference import sequence_log_ratio, unpaired
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
-from sdjax.rollouts import solved_peer
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(

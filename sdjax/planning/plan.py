@@ -21,7 +21,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax.contexts import question, with_solution
+from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
 from sdjax.engine.generate import Sampling, generate

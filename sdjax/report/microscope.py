@@ -17,7 +17,7 @@ from jax import Array
 
 from sdjax import checkpoint, options
 from sdjax.checkpoint import CheckpointError
-from sdjax.controls import controlled
+from sdjax.collect.controls import controlled
 from sdjax.engine.policies import compiled_score
 from sdjax.engine.tokens import Shapes, collate, shorten
 from sdjax.kernels.distributions import entropy, logprob

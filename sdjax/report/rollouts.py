@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.diagnostics import EPISTEMIC
+from sdjax.collect.diagnostics import EPISTEMIC
 from sdjax.report.microscope import Scored
 
 ABOUT = {

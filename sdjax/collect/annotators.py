@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from sdjax.contexts import question, rewrite_last
+from sdjax.collect.contexts import question, rewrite_last
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Environment

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import question, rewrite_last, without_thinking
 from sdjax.engine.policies import grouped
 from sdjax.types import Messages, Rollout
 

@@ -20,13 +20,13 @@ import numpy as np
 import optax
 from jax import Array
 
+from sdjax.collect.rollouts import RolloutError
+from sdjax.collect.synthesis import Boundary, ask
 from sdjax.devices.sharding import to_host
 from sdjax.engine.policies import Policy
 from sdjax.engine.tokens import bucket
-from sdjax.host.synthesis import Boundary, ask
 from sdjax.kernels.reductions import masked_mean
 from sdjax.models.transformer import Transformer, hidden
-from sdjax.rollouts import RolloutError
 from sdjax.types import Messages
 
 CONNECTIVES = (

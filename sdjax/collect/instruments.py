@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax import diagnostics
+from sdjax.collect import diagnostics
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.reductions import token_mean

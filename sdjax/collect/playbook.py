@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import Array
 
-from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.synthesis import ask
 from sdjax.engine.policies import Environment
 from sdjax.engine.tokens import LengthError, render, shorten
-from sdjax.host.synthesis import ask
 from sdjax.types import Messages, Rollout
 
 Playbook = dict[str, Any]

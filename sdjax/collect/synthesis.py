@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.collect.rollouts import to_file
 from sdjax.devices.sharding import to_host
 from sdjax.engine import policies
 from sdjax.engine.generate import Sampling, first, generate
 from sdjax.engine.policies import Environment, Policy, Sample
 from sdjax.engine.tokens import encode_context, left_pad
-from sdjax.rollouts import to_file
 from sdjax.types import Example, Messages, Method, Rollout
 
 # ---- sampling ---------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from typing import Any
 
 from jax import Array
 
-from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.annotators import Span
+from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.rollouts import attempts, solved_peer
 from sdjax.engine.policies import Environment, score
-from sdjax.host.annotators import Span
-from sdjax.rollouts import attempts, solved_peer
 from sdjax.types import Example, Messages, Rollout, View
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from jax import Array
 
-from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.synthesis import ask
 from sdjax.engine.policies import Environment
-from sdjax.host.synthesis import ask
 from sdjax.types import Example, Messages
 
 BLANK = "..."

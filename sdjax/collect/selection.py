@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jax import Array, random
 
-from sdjax.contexts import question, rewrite_last, with_suffix
+from sdjax.collect.contexts import question, rewrite_last, with_suffix
+from sdjax.collect.rollouts import judge, sample
+from sdjax.collect.synthesis import ask
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment, Policy, grouped, score
-from sdjax.host.synthesis import ask
 from sdjax.kernels.top_k import top_k
-from sdjax.rollouts import judge, sample
 from sdjax.types import TEACHER, Example, Messages, Rollout, View
 
 

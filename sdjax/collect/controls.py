@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.contexts import question, rewrite_last
+from sdjax.collect.contexts import question, rewrite_last
+from sdjax.collect.instruments import with_instruments
 from sdjax.engine.policies import grouped
-from sdjax.instruments import with_instruments
 from sdjax.kernels.weights import mean_one
 from sdjax.types import Batch, Messages, Method, Rollout, Term
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax import Array
 
-from sdjax.contexts import question
+from sdjax.collect.contexts import question
 from sdjax.devices.processes import divided
 from sdjax.engine import policies
 from sdjax.engine.generate import Sampling

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from sdjax.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import question, rewrite_last, without_thinking
 from sdjax.engine.policies import grouped
 from sdjax.types import Messages, Rollout
 
