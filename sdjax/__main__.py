@@ -98,8 +98,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     from sdjax.collect.controls import controlled
     from sdjax.devices import processes
     from sdjax.engine.train import check_numbers
-    from sdjax.fit import fit
-    from sdjax.run_folder import as_begun, check_folder
+    from sdjax.run.fit import fit
+    from sdjax.run.folder import as_begun, check_folder
     from sdjax.samplers.options import check, sampled
 
     out, resume = chosen.pop("out"), chosen.pop("resume")

@@ -7,9 +7,9 @@ from pathlib import Path
 from sdjax.engine.policies import Policy
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import check_numbers
-from sdjax.evaluate import accuracy
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
+from sdjax.run.evaluate import accuracy
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.tasks.maths import verify
 

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax import checkpoint
 from sdjax.collect.contexts import question
 from sdjax.collect.diagnostics import epistemic_count, per_thousand
 from sdjax.engine import policies
 from sdjax.engine.generate import Sampling, first
 from sdjax.engine.policies import Policy
 from sdjax.engine.train import Experiment, models
-from sdjax.evaluate import by_cap
-from sdjax.fit import fit
-from sdjax.log import replace_text
+from sdjax.run import checkpoint
+from sdjax.run.evaluate import by_cap
+from sdjax.run.fit import fit
+from sdjax.run.log import replace_text
 from sdjax.types import Example, Messages, Method, Verdict
 
 # ---- arms ---------------------------------------------------------------------------------------------------------

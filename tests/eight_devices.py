@@ -50,13 +50,13 @@ from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.engine.policies import row_keys
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment
-from sdjax.fit import fit
 from sdjax.kernels.top_k import top_k
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention, transformer
 from sdjax.models.adapters import Lora
 from sdjax.options import method_factory, method_names
 from sdjax.planning import scaling
+from sdjax.run.fit import fit
 from sdjax.types import Task
 
 LAYOUTS = ("8x1", "4x2", "2x4", "1x8")

@@ -12,8 +12,8 @@ import numpy as np
 
 from sdjax.devices import processes, sharding
 from sdjax.devices.processes import ProcessError
-from sdjax.fit import fit
 from sdjax.options import Choice, load_experiment, method_factory
+from sdjax.run.fit import fit
 
 
 def refusal(action) -> str:

@@ -24,14 +24,14 @@ from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import frozen
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
-from sdjax.fit import fit
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import adapters, pretrained, transformer, weights
 from sdjax.models.adapters import TARGETS, Lora, folded, is_adapters
 from sdjax.models.configs import FAMILIES, from_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.transformer import Transformer
-from sdjax.run_folder import RunError
+from sdjax.run.fit import fit
+from sdjax.run.folder import RunError
 from sdjax.types import Task
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from sdjax import checkpoint
-from sdjax.checkpoint import CheckpointError
 from sdjax.engine.train import State
+from sdjax.run import checkpoint
+from sdjax.run.checkpoint import CheckpointError
 
 OPTIMIZER = optax.adamw(1e-3)
 

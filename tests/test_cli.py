@@ -16,12 +16,13 @@ import whole_runs
 from rich.console import Console
 from whole_runs import FILE, STEPS, arguments, lines, run_here
 
-from sdjax import log, options
+from sdjax import options
 from sdjax.__main__ import main
 from sdjax.devices.compilation import keep_programs
-from sdjax.interrupts import Interrupted
-from sdjax.log import RunLog
 from sdjax.models import pretrained
+from sdjax.run import log
+from sdjax.run.interrupts import Interrupted
+from sdjax.run.log import RunLog
 from sdjax.types import Rollout
 
 

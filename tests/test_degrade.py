@@ -27,7 +27,7 @@ from sdjax.models.transformer import Transformer
 from sdjax.options import Choice
 from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.report.runs import read_run
-from sdjax.run import Prompts
+from sdjax.run.loop import Prompts
 from sdjax.tasks import scratchpad
 from sdjax.types import STUDENT, Verdict
 

@@ -20,11 +20,11 @@ from sdjax.engine.policies import Sample, score
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.errors import InputError
-from sdjax.fit import fit
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.models.adapters import Lora
 from sdjax.models.transformer import initialise
+from sdjax.run.fit import fit
 from sdjax.samplers import servers
 from sdjax.samplers.servers import EngineError, completions_server, reloaded, seeds_of, synchronised, written_by
 from sdjax.samplers.staleness import bounded

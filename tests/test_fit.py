@@ -17,18 +17,18 @@ import pytest
 import tiny
 from whole_runs import lines
 
-from sdjax import run as loop
-from sdjax.checkpoint import CheckpointError
 from sdjax.collect.rollouts import attempts
 from sdjax.engine import train
 from sdjax.engine.tokens import LengthError, Shapes, shorten
 from sdjax.engine.train import Experiment, ExperimentError
-from sdjax.fit import check_lengths, fit
-from sdjax.interrupts import Interrupts
 from sdjax.kernels.distributions import logprob
 from sdjax.models.pretrained import Pretrained
-from sdjax.run import Prompts
-from sdjax.run_folder import RunError
+from sdjax.run import loop
+from sdjax.run.checkpoint import CheckpointError
+from sdjax.run.fit import check_lengths, fit
+from sdjax.run.folder import RunError
+from sdjax.run.interrupts import Interrupts
+from sdjax.run.loop import Prompts
 from sdjax.types import Method, Objective, Term, Verdict, View
 
 pytestmark = pytest.mark.usefixtures("cached")

@@ -29,10 +29,10 @@ from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Policy
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment, make_update
-from sdjax.evaluate import accuracy
-from sdjax.fit import fit
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
+from sdjax.run.evaluate import accuracy
+from sdjax.run.fit import fit
 from sdjax.tasks.recall import WORDS
 from sdjax.types import REFERENCE
 

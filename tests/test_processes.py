@@ -15,9 +15,9 @@ import pytest
 import whole_runs
 from whole_runs import STEPS, arguments, ended, kept_in, lines, repeatable, run_here, start, wait_for
 
-from sdjax import checkpoint
 from sdjax.devices import processes
 from sdjax.devices.processes import ProcessError
+from sdjax.run import checkpoint
 
 
 def joining(count: int) -> list[dict[str, str]]:

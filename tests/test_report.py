@@ -17,15 +17,15 @@ import pytest
 import tiny
 import whole_runs
 
-from sdjax import records
 from sdjax.__main__ import main
 from sdjax.engine.tokens import render
-from sdjax.log import drop_metrics_after
 from sdjax.models import pretrained, transformer
 from sdjax.report import figures, page, report, rollouts
 from sdjax.report.groups import Group, Interval, accuracy_at, band, closing, grouped_runs, last_values, over_seeds
 from sdjax.report.microscope import Scored, fitting, method_signals, open_run, rollout_of, score_rollouts
 from sdjax.report.runs import ReportError, Run, read_run
+from sdjax.run import records
+from sdjax.run.log import drop_metrics_after
 from sdjax.types import Example, Objective, Rollout, Term, View
 
 NASTY = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"

@@ -15,10 +15,10 @@ from networks import unoptimised
 from sdjax.engine.policies import score
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
-from sdjax.fit import fit
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opsd import opsd
+from sdjax.run.fit import fit
 from sdjax.samplers.staleness import DROPPED, STALENESS, WRITER, bounded, lagged, times, weighed
 from sdjax.types import STUDENT, SYNTHETIC, Objective, Task, Term, View
 

@@ -17,7 +17,6 @@ import tyro
 from sdjax import testbed
 from sdjax.collect.controls import with_teacher_context
 from sdjax.engine.policies import Policy
-from sdjax.evaluate import pass_at_k
 from sdjax.methods.antisd import antisd
 from sdjax.methods.dasd import dasd
 from sdjax.methods.egrsd import egrsd
@@ -29,6 +28,7 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
+from sdjax.run.evaluate import pass_at_k
 from sdjax.study import across, every_seed, table, trained
 from sdjax.tasks import scratchpad
 from sdjax.types import Method

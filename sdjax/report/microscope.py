@@ -15,8 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from sdjax import checkpoint, options
-from sdjax.checkpoint import CheckpointError
+from sdjax import options
 from sdjax.collect.controls import controlled
 from sdjax.engine.policies import compiled_score
 from sdjax.engine.tokens import Shapes, collate, shorten
@@ -25,6 +24,8 @@ from sdjax.kernels.divergences import forward_kl, jsd, reverse_kl
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.report.runs import ReportError, Run
+from sdjax.run import checkpoint
+from sdjax.run.checkpoint import CheckpointError
 from sdjax.types import Batch, Example, Method, Objective, Rollout, View
 
 ALTERNATIVES = 4

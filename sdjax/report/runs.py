@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.errors import InputError
-from sdjax.records import ROLLOUTS
+from sdjax.run.records import ROLLOUTS
 
 Curve = dict[int, float]
 """A number per step."""

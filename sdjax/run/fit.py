@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 
-from sdjax import checkpoint
 from sdjax.collect.contexts import question
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.tokens import encode_context
 from sdjax.engine.train import Experiment, ExperimentError
-from sdjax.interrupts import Interrupts, SharedInterrupts
-from sdjax.log import NoLog, RunLog
-from sdjax.run import Result, Run
-from sdjax.run_folder import RunError, check_folder, claim
+from sdjax.run import checkpoint
+from sdjax.run.folder import RunError, check_folder, claim
+from sdjax.run.interrupts import Interrupts, SharedInterrupts
+from sdjax.run.log import NoLog, RunLog
+from sdjax.run.loop import Result, Run
 
 
 def fit(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.errors import InputError, nearest
-from sdjax.log import replace_text
+from sdjax.run.log import replace_text
 
 
 class RunError(InputError, RuntimeError):

@@ -16,17 +16,17 @@ import grain
 import jax
 import numpy as np
 
-from sdjax import checkpoint, records
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.policies import Environment, Policy
 from sdjax.engine.tokens import collate
 from sdjax.engine.train import Experiment, Outcome, State
-from sdjax.evaluate import Accuracy, accuracy, by_cap
-from sdjax.interrupts import Interrupted, Interrupts
-from sdjax.log import NoLog, RunLog, replace_text
 from sdjax.models import adapters, pretrained
-from sdjax.run_folder import RunError, as_json
+from sdjax.run import checkpoint, records
+from sdjax.run.evaluate import Accuracy, accuracy, by_cap
+from sdjax.run.folder import RunError, as_json
+from sdjax.run.interrupts import Interrupted, Interrupts
+from sdjax.run.log import NoLog, RunLog, replace_text
 from sdjax.types import STUDENT, Batch, Example, Rollout, Verdict
 
 

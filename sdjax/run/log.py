@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
-from sdjax import records
+from sdjax.run import records
 from sdjax.types import Rollout, View
 
 SHOWN = {
