@@ -14,13 +14,13 @@ from typing import Literal
 import jax.numpy as jnp
 import optax
 
+from sdjax.cli.options import Choice
 from sdjax.collect.contexts import after_demonstrations, question, with_solution
 from sdjax.collect.rollouts import solved_peer
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained
-from sdjax.options import Choice
 from sdjax.tasks.reasoning_gym import chain_sum, worked_demonstrations
 
 METHOD = "sdpo"

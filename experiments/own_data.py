@@ -14,11 +14,11 @@ from typing import Literal
 import jax.numpy as jnp
 import optax
 
+from sdjax.cli.options import Choice
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained
-from sdjax.options import Choice
 from sdjax.tasks.jsonl import jsonl
 
 METHOD = "sdpo"

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sdjax import options
+from sdjax.cli import options
 from sdjax.errors import InputError, nearest
 
 COMMANDS = """usage: sdjax COMMAND ...
@@ -132,7 +132,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
 
 def methods(arguments: list[str]) -> int:
     """`sdjax methods [NAME] [--json | --markdown]`"""
-    from sdjax import cards
+    from sdjax.cli import cards
 
     forms = ("--json", "--markdown")
     names = [a for a in arguments if a not in forms]
@@ -153,7 +153,7 @@ def methods(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """`sdjax evaluate MODEL --data FILE ...`"""
-    from sdjax.measure import measure
+    from sdjax.cli.measure import measure
 
     options.check_names(arguments, list(inspect.signature(measure).parameters))
     prepare()
@@ -173,7 +173,7 @@ def report(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """`sdjax bench ...`"""
-    from sdjax.bench import bench
+    from sdjax.cli.bench import bench
     from sdjax.devices.compilation import give_back_memory
 
     give_back_memory()

@@ -43,6 +43,7 @@ import test_methods_base as base
 import test_methods_host as host
 import test_methods_pairs as pairs
 
+from sdjax.cli.options import method_factory, method_names
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
@@ -54,7 +55,6 @@ from sdjax.kernels.top_k import top_k
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention, transformer
 from sdjax.models.adapters import Lora
-from sdjax.options import method_factory, method_names
 from sdjax.planning import scaling
 from sdjax.run.fit import fit
 from sdjax.types import Task

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 
+from sdjax.cli.options import Choice, load_experiment, method_factory
 from sdjax.devices import processes, sharding
 from sdjax.devices.processes import ProcessError
-from sdjax.options import Choice, load_experiment, method_factory
 from sdjax.run.fit import fit
 
 

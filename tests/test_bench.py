@@ -3,8 +3,8 @@
 import jax
 import tiny
 
-from sdjax import bench
 from sdjax.__main__ import main
+from sdjax.cli import bench
 from sdjax.engine.train import make_update
 from sdjax.models import pretrained
 from sdjax.planning.flops import product_flops

@@ -16,8 +16,8 @@ import whole_runs
 from rich.console import Console
 from whole_runs import FILE, STEPS, arguments, lines, run_here
 
-from sdjax import options
 from sdjax.__main__ import main
+from sdjax.cli import options
 from sdjax.devices.compilation import keep_programs
 from sdjax.models import pretrained
 from sdjax.run import log

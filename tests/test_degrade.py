@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from sdjax import study, testbed
+from sdjax.cli.options import Choice
 from sdjax.engine.policies import Environment, Policy
 from sdjax.engine.policies import sample as write
 from sdjax.engine.train import Experiment
@@ -24,7 +25,6 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.options import Choice
 from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.report.runs import read_run
 from sdjax.run.loop import Prompts

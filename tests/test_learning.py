@@ -19,7 +19,7 @@ import pytest
 import tiny
 from hint_reader import SHAPES, config, fresh, hint_reader
 
-from sdjax import options
+from sdjax.cli import options
 from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.diagnostics import auroc
 from sdjax.collect.rollouts import written

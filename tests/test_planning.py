@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from sdjax.__main__ import main
+from sdjax.cli.options import Choice, method_factory, method_names
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import MeshError
 from sdjax.methods.gkd import gkd
@@ -23,7 +24,6 @@ from sdjax.models.attention import Keys, by_kernel
 from sdjax.models.configs import from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.recompute import recomputed
-from sdjax.options import Choice, method_factory, method_names
 from sdjax.planning import chips, flops, plan, sketch, traffic, verdict
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import tiny
 
-from sdjax import cards, options
+from sdjax.cli import cards, options
 from sdjax.engine import train
 
 ROOT = Path(__file__).parents[1]

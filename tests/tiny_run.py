@@ -18,11 +18,11 @@ import optax
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
+from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
-from sdjax.options import Choice
 from sdjax.run import checkpoint
 from sdjax.types import Example, Method, Rollout, Task
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from sdjax.__main__ import main
+from sdjax.cli.options import Choice, load_experiment, method_factory
 from sdjax.engine import train
-from sdjax.options import Choice, load_experiment, method_factory
 from sdjax.run import checkpoint
 
 FILE = Path(__file__).parent / "tiny_run.py"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.__main__ import prepare
+from sdjax.cli.options import Choice
 from sdjax.methods.sdpo import sdpo
-from sdjax.options import Choice
 from sdjax.planning import plan, verdict
 from sdjax.planning.chips import PlanError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from sdjax import testbed
-from sdjax.options import load_experiment
+from sdjax.cli.options import load_experiment
 from sdjax.study import every_seed, table
 from sdjax.tasks import scratchpad
 

@@ -14,10 +14,10 @@ from functools import partial
 import tyro
 
 from sdjax import testbed
+from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
-from sdjax.options import Choice
 from sdjax.study import every_seed, table
 from sdjax.tasks import scratchpad
 

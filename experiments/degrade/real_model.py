@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import tyro
 
+from sdjax.cli.options import Choice, load_experiment
 from sdjax.collect import rollouts
 from sdjax.collect.contexts import question
 from sdjax.engine import policies
@@ -31,7 +32,6 @@ from sdjax.methods.opsd import opsd
 from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
-from sdjax.options import Choice, load_experiment
 from sdjax.study import across, behaviour, every_seed, table, trained
 from sdjax.tasks.reasoning_gym import chain_sum, reasoning_gym
 from sdjax.types import Rollout, Task, View

@@ -21,6 +21,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
@@ -31,7 +32,6 @@ from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
-from sdjax.options import Choice
 from sdjax.planning import chips, flops, sketch, traffic
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.types import Batch, Method

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from sdjax.cli.options import Choice
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
 from sdjax.engine.tokens import Shapes
 from sdjax.models.transformer import Transformer
-from sdjax.options import Choice
 from sdjax.planning import sketch
 from sdjax.planning.plan import laid_rows, laid_state, laid_whole, model_config, self_taught
 

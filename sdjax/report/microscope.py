@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from sdjax import options
+from sdjax.cli import options
 from sdjax.collect.controls import controlled
 from sdjax.engine.policies import compiled_score
 from sdjax.engine.tokens import Shapes, collate, shorten

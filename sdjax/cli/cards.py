@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdjax import options
+from sdjax.cli import options
 
 
 def describe(name: str) -> dict[str, Any]:
