@@ -14,7 +14,6 @@ import optax
 import pytest
 import tiny
 
-from sdjax import study, testbed
 from sdjax.cli.options import Choice
 from sdjax.engine.policies import Environment, Policy
 from sdjax.engine.policies import sample as write
@@ -25,9 +24,10 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.report.runs import read_run
 from sdjax.run.loop import Prompts
+from sdjax.study import arms, testbed
+from sdjax.study.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.tasks import scratchpad
 from sdjax.types import STUDENT, Verdict
 
@@ -125,10 +125,10 @@ def test_an_arm_is_run_once_for_the_same_arguments(tmp_path):
         ran.append(folder)
         return {"score": len(ran)}
 
-    assert study.arm(tmp_path, "a", {"x": 1, "y": 2}, run) == {"score": 1}
-    assert study.arm(tmp_path, "a", {"y": 2, "x": 1}, run) == {"score": 1}
-    assert study.arm(tmp_path, "a", {"x": 1, "y": 3}, run) == {"score": 2}
-    assert study.arm(tmp_path, "b", {"x": 1, "y": 2}, run) == {"score": 3}
+    assert arms.arm(tmp_path, "a", {"x": 1, "y": 2}, run) == {"score": 1}
+    assert arms.arm(tmp_path, "a", {"y": 2, "x": 1}, run) == {"score": 1}
+    assert arms.arm(tmp_path, "a", {"x": 1, "y": 3}, run) == {"score": 2}
+    assert arms.arm(tmp_path, "b", {"x": 1, "y": 2}, run) == {"score": 3}
     assert len(ran) == 3 and all(folder.parent == tmp_path for folder in ran)
     kept = json.loads(next(tmp_path.glob("b-*.json")).read_text())
     assert kept.pop("seconds") >= 0
@@ -141,13 +141,13 @@ def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path):
     def prepared(name, seed):
         return {"arm": name, "seed": seed}, lambda _: ran.append((name, seed)) or {"score": 10 * seed + len(name)}
 
-    found = study.every_seed(tmp_path, "some", ("a", "bb"), 2, prepared)
+    found = arms.every_seed(tmp_path, "some", ("a", "bb"), 2, prepared)
     assert ran == [("a", 0), ("bb", 0), ("a", 1), ("bb", 1)]
     assert found == {"a": [{"score": 1}, {"score": 11}], "bb": [{"score": 2}, {"score": 12}]}
-    more = study.every_seed(tmp_path, "some", ("a", "bb"), 3, prepared)
+    more = arms.every_seed(tmp_path, "some", ("a", "bb"), 3, prepared)
     assert ran[4:] == [("a", 2), ("bb", 2)] and more["bb"] == [*found["bb"], {"score": 22}]
-    assert study.across(found["a"], "score", digits=0) == "6 +- 64"  # 12.706 * 7.07 / sqrt(2)
-    assert study.table([{"arm": "a", "score": "6"}]) == "| arm | score |\n| --- | --- |\n| a | 6 |"
+    assert arms.across(found["a"], "score", digits=0) == "6 +- 64"  # 12.706 * 7.07 / sqrt(2)
+    assert arms.table([{"arm": "a", "score": "6"}]) == "| arm | score |\n| --- | --- |\n| a | 6 |"
 
 
 def test_an_arm_that_fails_leaves_no_result(tmp_path):
@@ -155,8 +155,8 @@ def test_an_arm_that_fails_leaves_no_result(tmp_path):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        study.arm(tmp_path, "a", {}, fails)
-    assert study.arm(tmp_path, "a", {}, lambda _: {"ok": 1}) == {"ok": 1}
+        arms.arm(tmp_path, "a", {}, fails)
+    assert arms.arm(tmp_path, "a", {}, lambda _: {"ok": 1}) == {"ok": 1}
 
 
 def sft_run(steps=2):
@@ -179,7 +179,7 @@ def weight(policy):
 
 
 def test_a_run_is_probed_before_every_few_steps_and_after_and_goes_on_where_it_was_interrupted(tmp_path):
-    whole = study.trained(sft_run(), tmp_path / "whole", weight, every=1, arguments={"experiment": "try", "arm": "a"})
+    whole = arms.trained(sft_run(), tmp_path / "whole", weight, every=1, arguments={"experiment": "try", "arm": "a"})
     assert [row["step"] for row in whole] == [0, 1, 2]
     run = read_run(tmp_path / "whole")
     assert run.arguments["arm"] == "a"
@@ -194,18 +194,18 @@ def test_a_run_is_probed_before_every_few_steps_and_after_and_goes_on_where_it_w
 
     dies.calls = 0
     with pytest.raises(OSError, match="luck"):
-        study.trained(sft_run(), tmp_path / "cut", dies, every=1)
+        arms.trained(sft_run(), tmp_path / "cut", dies, every=1)
     probed = []
-    again = study.trained(sft_run(), tmp_path / "cut", lambda p: probed.append(1) or weight(p), every=1)
+    again = arms.trained(sft_run(), tmp_path / "cut", lambda p: probed.append(1) or weight(p), every=1)
     assert again == whole and len(probed) == 2
 
 
 def test_intervals_of_independent_runs():
-    mean, low, high = study.interval([1.0, 2.0, 3.0])
+    mean, low, high = arms.interval([1.0, 2.0, 3.0])
     assert (mean, high - mean) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
     assert low == pytest.approx(4.0 - high)
-    assert study.interval([5.0])[1:] == (-math.inf, math.inf)
-    assert study.shown([0.5, 0.5, 0.5], 100) == "50.0 +- 0.0" and study.shown([0.25], 100) == "25.0"
+    assert arms.interval([5.0])[1:] == (-math.inf, math.inf)
+    assert arms.shown([0.5, 0.5, 0.5], 100) == "50.0 +- 0.0" and arms.shown([0.25], 100) == "25.0"
 
 
 # ---- what a policy does -------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_forbidden_tokens_are_never_drawn():
     free = write(policy, chats, jax.random.key(0), n=4)
     seen = {t for some in free for s in some for t in s.tokens}
     half = sorted(seen)[::2]
-    bound = write(policy, chats, jax.random.key(0), n=4, choose=study.forbidding(half))
+    bound = write(policy, chats, jax.random.key(0), n=4, choose=arms.forbidding(half))
     assert half and not {t for some in bound for s in some for t in s.tokens} & set(half)
 
 
@@ -225,7 +225,7 @@ def test_behaviour_is_what_the_texts_say():
     base, _ = testbed.student(smoke=True)
     policy = Policy(Transformer(base.config), base.params, base.tokenizer, testbed.SHAPES)
     examples = scratchpad.scratchpad(train_size=1, test_size=3).test
-    found = study.behaviour(policy, examples, scratchpad.verify, jax.random.key(0), n=2)
+    found = arms.behaviour(policy, examples, scratchpad.verify, jax.random.key(0), n=2)
     texts = [s for some in write(policy, [e.prompt for e in examples], jax.random.key(0), n=2) for s in some]
     tokens, hedges = sum(len(s.tokens) for s in texts), sum(s.text.count(h) for s in texts for h in scratchpad.HEDGES)
     assert hedges > 0

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from sdjax import testbed
-from sdjax.pretrain import word_tokenizer
+from sdjax.study import testbed
+from sdjax.study.pretrain import word_tokenizer
 from sdjax.tasks import scratchpad
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.scratchpad import ALONE, FAMILIES, HEDGES, IN_DOMAIN, Author, Problem, applied, with_care

@@ -16,7 +16,7 @@ from sdjax.kernels.reductions import reduce_terms, token_mean
 from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.pretrain import CHAT, word_tokenizer
+from sdjax.study.pretrain import CHAT, word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
 from sdjax.types import Batch, Context, Verdict
 

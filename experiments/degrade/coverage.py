@@ -14,9 +14,9 @@ from pathlib import Path
 
 import tyro
 
-from sdjax import testbed
 from sdjax.cli.options import load_experiment
-from sdjax.study import every_seed, table
+from sdjax.study import testbed
+from sdjax.study.arms import every_seed, table
 from sdjax.tasks import scratchpad
 
 SIZES = (1, 8, 64, 128, 512)

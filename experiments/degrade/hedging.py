@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from sdjax import testbed
 from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.policies import Environment, Policy, score
-from sdjax.study import across, every_seed, table
+from sdjax.study import testbed
+from sdjax.study.arms import across, every_seed, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Rollout, View
 

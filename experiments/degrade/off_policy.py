@@ -13,12 +13,12 @@ from functools import partial
 import jax
 import tyro
 
-from sdjax import testbed
 from sdjax.collect.contexts import question, with_solution
 from sdjax.engine.policies import Policy
 from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained
-from sdjax.study import arm, every_seed, shown, table, trained
+from sdjax.study import testbed
+from sdjax.study.arms import arm, every_seed, shown, table, trained
 from sdjax.tasks import scratchpad
 from sdjax.types import Example
 

@@ -13,12 +13,12 @@ from functools import partial
 
 import tyro
 
-from sdjax import testbed
 from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
-from sdjax.study import every_seed, table
+from sdjax.study import testbed
+from sdjax.study.arms import every_seed, table
 from sdjax.tasks import scratchpad
 
 METHOD = "sdpo"

@@ -32,7 +32,7 @@ from sdjax.methods.opsd import opsd
 from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
-from sdjax.study import across, behaviour, every_seed, table, trained
+from sdjax.study.arms import across, behaviour, every_seed, table, trained
 from sdjax.tasks.reasoning_gym import chain_sum, reasoning_gym
 from sdjax.types import Rollout, Task, View
 

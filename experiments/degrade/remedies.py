@@ -14,7 +14,6 @@ from functools import partial
 import jax
 import tyro
 
-from sdjax import testbed
 from sdjax.collect.controls import with_teacher_context
 from sdjax.engine.policies import Policy
 from sdjax.methods.antisd import antisd
@@ -29,7 +28,8 @@ from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
 from sdjax.run.evaluate import pass_at_k
-from sdjax.study import across, every_seed, table, trained
+from sdjax.study import testbed
+from sdjax.study.arms import across, every_seed, table, trained
 from sdjax.tasks import scratchpad
 from sdjax.types import Method
 

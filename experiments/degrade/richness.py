@@ -11,10 +11,10 @@ from __future__ import annotations
 import jax
 import tyro
 
-from sdjax import testbed
 from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.policies import Policy
-from sdjax.study import behaviour, every_seed, table
+from sdjax.study import testbed
+from sdjax.study.arms import behaviour, every_seed, table
 from sdjax.tasks import scratchpad
 
 LEVELS = ("none", "answer", "steps", "regeneration", "full solution")

@@ -13,11 +13,11 @@ from functools import partial
 import jax
 import tyro
 
-from sdjax import testbed
 from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Policy
-from sdjax.study import behaviour, every_seed, forbidding, table
+from sdjax.study import testbed
+from sdjax.study.arms import behaviour, every_seed, forbidding, table
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, HEDGES, Family
 

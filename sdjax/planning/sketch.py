@@ -18,7 +18,7 @@ from sdjax.engine.train import all_views
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.planning.chips import PlanError
-from sdjax.pretrain import word_tokenizer
+from sdjax.study.pretrain import word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
 from sdjax.types import Batch, Context, Method, Verdict
 

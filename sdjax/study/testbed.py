@@ -36,8 +36,8 @@ from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.pretrain import batches, pretrain, rows, word_tokenizer
-from sdjax.study import across, behaviour, trained
+from sdjax.study.arms import across, behaviour, trained
+from sdjax.study.pretrain import batches, pretrain, rows, word_tokenizer
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, Author, Problem
 from sdjax.types import Example, Messages, Method, Task

@@ -1,0 +1,1 @@
+"""Small models from nothing, arms run once, the base model of the study."""
