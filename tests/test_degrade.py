@@ -246,8 +246,8 @@ def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatc
     said = module.study(out=str(tmp_path), smoke=True)
     head, _, *lines = said.splitlines()
     assert len(lines) >= 3 and all(line.count("|") == head.count("|") for line in lines)
-    monkeypatch.setattr(study, "fit", None)
-    monkeypatch.setattr(study, "replace_text", None)
+    monkeypatch.setattr(arms, "fit", None)
+    monkeypatch.setattr(arms, "replace_text", None)
     assert module.study(out=str(tmp_path), smoke=True) == said
 
 
