@@ -39,9 +39,9 @@ def config():
 
 tiny.config = config
 
-import test_methods_base as base
-import test_methods_host as host
-import test_methods_pairs as pairs
+from methods import test_base as base
+from methods import test_host as host
+from methods import test_pairs as pairs
 
 from sdjax.cli.options import method_factory, method_names
 from sdjax.collect.contexts import question, with_solution

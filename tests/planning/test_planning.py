@@ -26,7 +26,7 @@ from sdjax.models.presets import PRESETS
 from sdjax.models.recompute import recomputed
 from sdjax.planning import chips, flops, plan, sketch, traffic, verdict
 
-GOLDEN = Path(__file__).parent / "golden" / "llama"
+GOLDEN = Path(__file__).parents[1] / "golden" / "llama"
 SMALL = {"model": str(GOLDEN), "prompts": 2, "context": 16, "completion": 8, "bf16": False}
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax.devices import sharding
 from sdjax.devices.sharding import MeshError, make_mesh, mesh_shape, parameter_spec
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def on_eight_devices(*options) -> subprocess.CompletedProcess:

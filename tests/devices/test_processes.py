@@ -106,7 +106,7 @@ def test_without_a_cluster_the_variables_are_named(monkeypatch):
 
 def test_two_processes_agree_and_share_the_work(tmp_path, programs):
     """Nothing is asked twice, errors are everybody's, and after two steps the parameters are the same bit for bit."""
-    folder, script = tmp_path / "run", Path(__file__).parent / "joined.py"
+    folder, script = tmp_path / "run", Path(__file__).parents[1] / "joined.py"
     run = lambda own: subprocess.Popen(
         [sys.executable, str(script), str(folder)],
         env={**os.environ, **kept_in(programs), **own},

@@ -18,7 +18,7 @@ from sdjax.models.fields import ModelError
 from sdjax.models.presets import PRESETS
 from sdjax.models.ropes import Rope, rope
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("llama", "qwen2", "qwen3", "olmo3")
 
 

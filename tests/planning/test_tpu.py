@@ -17,7 +17,7 @@ from whole_runs import kept_in, lines
 
 from sdjax.planning.chips import TOPOLOGIES
 
-TPU = Path(__file__).parent.parent / "tpu"
+TPU = Path(__file__).parents[2] / "tpu"
 SCRIPTS = sorted(TPU.glob("*.sh"))
 SMOKE = ("tests/tiny_run.py", "--smoke")
 

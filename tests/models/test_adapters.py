@@ -34,7 +34,7 @@ from sdjax.run.fit import fit
 from sdjax.run.folder import RunError
 from sdjax.types import Task
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = np.random.default_rng(0).integers(1, 60, (2, 9)).astype(np.int32)
 needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="sdjax[lora] is not installed")
 each_family = pytest.mark.parametrize("family", sorted(p.name for p in GOLDEN.iterdir() if p.is_dir()))

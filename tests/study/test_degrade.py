@@ -31,7 +31,7 @@ from sdjax.study.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.tasks import scratchpad
 from sdjax.types import STUDENT, Verdict
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "degrade"
+FOLDER = Path(__file__).parents[2] / "experiments" / "degrade"
 SMALL = {"width": 32, "layers": 1, "steps": 1, "tokens": 256}
 
 
