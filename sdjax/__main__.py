@@ -80,7 +80,7 @@ def train_options(module: Any, factory: Any) -> type:
         ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in the folder")], False),
         ("processes", Annotated[str, tyro.conf.arg(help=PROCESSES)], ""),
     ]
-    extra = [(name, hint, dataclasses.field(default=value)) for name, hint, value in extra]
+    extra = [options.headed("run", [(name, hint, dataclasses.field(default=value)) for name, hint, value in extra])]
     if factory is not None:
         defaults = getattr(module, "OPTIONS", {}).get(factory.__name__, {})
         for name, some in {
@@ -125,7 +125,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
         for name, value in arguments.items():
             print(f"  {name} = {value}", flush=True)
     prepare()
-    result = fit(module.experiment(**chosen), out, resume=resume, arguments=arguments)
+    result = fit(options.call(module.experiment, chosen), out, resume=resume, arguments=arguments)
     processes.leave()
     return 128 + result.interrupted if result.interrupted else 0
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,7 +52,7 @@ def main(folder: str) -> None:
     }
     module = load_experiment(str(Path(__file__).parent / "tiny_run.py"))
     method = Choice(method_factory("sdpo"), module.OPTIONS["sdpo"])
-    result = fit(module.experiment(method=method, smoke=True), folder)
+    result = fit(module.experiment(method=method, settings=replace(module.SETTINGS, smoke=True)), folder)
     found = [
         zlib.crc32(np.ascontiguousarray(x).tobytes()) for x in jax.tree.leaves(sharding.to_host(result.state.params))
     ]

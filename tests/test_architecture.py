@@ -219,7 +219,11 @@ def tracked_text() -> list[Path]:
     folders = ("sdjax", "experiments", "tests", "tpu", ".ci")
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
     files += [p for p in ROOT.iterdir() if p.is_file()]
-    return [p for p in files if p.suffix in (".py", ".md", ".toml", ".sh", ".yaml", ".yml", "") and p.name != "LICENSE"]
+    return [
+        p
+        for p in files
+        if p.suffix in (".py", ".md", ".toml", ".sh", ".yaml", ".yml", "") and p.name not in ("LICENSE", ".git")
+    ]
 
 
 def test_no_file_names_a_place_on_one_machine():

@@ -12,69 +12,48 @@ import time
 import zlib
 from pathlib import Path
 
-import jax.numpy as jnp
-import optax
-
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
-from sdjax.devices.sharding import mesh_shape
-from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.run import checkpoint
+from sdjax.run.settings import Settings
 from sdjax.types import Example, Method, Rollout, Task
 
 METHOD = "sdpo"
+SETTINGS = Settings(
+    steps=6,
+    prompts=2,
+    lr=1e-2,
+    weight_decay=0.1,
+    context=48,
+    completion=8,
+    rows=8,
+    tokens_per_chunk=None,
+    evaluation=3,
+    evaluate_every=2,
+    save_every=2,
+)
 OPTIONS = {"sdpo": {"group_size": 2, "ema_rate": 0.5, "top_k": None}, "grpo": {"group_size": 2, "normalised": False}}
 
 
 def experiment(
-    *,
-    method: Choice,
-    steps: int = 6,
-    prompts: int = 2,
-    lr: float = 1e-2,
-    evaluation: int = 3,
-    evaluate_every: int = 2,
-    save_every: int = 2,
-    context: int = 48,
-    completion: int = 8,
-    minibatches: int = 1,
-    bf16: bool = False,
-    export: bool = False,
-    replay: bool = True,
-    mesh: str = "",
-    seed: int = 0,
-    smoke: bool = False,
+    *, method: Choice, settings: Settings = SETTINGS, export: bool = False, replay: bool = True
 ) -> Experiment:
     """Recall by a model that knows nothing.
 
     Args:
-      steps: batches.
-      lr: learning rate of AdamW.
+      export: the run ends with a model folder.
       replay: batches hold rollouts of the batch before, too.
-      smoke: two steps.
     """
-    if smoke:
-        steps, evaluation, evaluate_every, save_every = 2, 2, 0, 0
-    return Experiment(
-        method=(remembering if replay else lambda own: own)(method(lesson=lesson)),
+    own = method(lesson=lesson)
+    return settings.shortened().experiment(
+        method=remembering(own) if replay else own,
         task=Task("recall", tiny.TASK.train, tiny.TASK.test, verify),
         student=student(),
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.1)),
-        shapes=Shapes(context=context, completion=completion, rows=8, tokens_per_chunk=None),
-        steps=steps,
-        prompts=prompts,
-        minibatches=minibatches,
-        seed=seed,
-        dtype=jnp.bfloat16 if bf16 else jnp.float32,
-        evaluation=evaluation,
-        evaluate_every=evaluate_every,
-        save_every=save_every,
         export=export,
-        mesh=mesh_shape(mesh),
     )
 
 

@@ -9,6 +9,7 @@ frozen, a moving average, or the student itself.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import tyro
@@ -17,11 +18,13 @@ from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
+from sdjax.run.settings import Settings
 from sdjax.study import testbed
 from sdjax.study.arms import every_seed, table
 from sdjax.tasks import scratchpad
 
 METHOD = "sdpo"
+SETTINGS = dataclasses.replace(testbed.SETTINGS, steps=30, prompts=8, evaluation=128, save_every=15)
 OPTIONS = {
     "sdpo": {"group_size": 8, **testbed.SDPO, "ema_rate": 0.0},
     "grpo": {"group_size": 8, **testbed.GRPO},
@@ -40,38 +43,19 @@ ARMS = {
 
 
 def experiment(
-    *,
-    method: Choice,
-    model: str = "",
-    thinking: bool = False,
-    steps: int = 30,
-    prompts: int = 8,
-    lr: float = 3e-4,
-    train_size: int = 512,
-    evaluation: int = 128,
-    save_every: int = 15,
-    seed: int = 0,
-    smoke: bool = False,
+    *, method: Choice, settings: Settings = SETTINGS, thinking: bool = False, train_size: int = 512
 ) -> Experiment:
     """In-domain scratchpads.
 
     Args:
-      model: a model's folder instead of the base model.
       thinking: the teacher reads a peer's thinking, too.
-      steps: batches.
-      prompts: problems per batch; the method's group size is attempts per problem.
-      lr: learning rate of AdamW.
       train_size: distinct training problems.
-      evaluation: held-out problems, read greedily before and after.
-      save_every: steps between checkpoints.
-      smoke: two steps on a few problems.
     """
-    if smoke:
-        steps, prompts, train_size, evaluation, save_every = 2, 2, 8, 4, 0
-    base, _ = testbed.student(model, smoke)
-    task = scratchpad.scratchpad(train_size=train_size, test_size=evaluation, seed=seed)
-    how = {"steps": steps, "prompts": prompts, "lr": lr, "seed": seed, "evaluation": evaluation}
-    return testbed.run(method(lesson=testbed.peer(thinking)), base, task, **how, save_every=save_every, export=True)
+    settings = settings.shortened()
+    base, _ = testbed.student(settings.model, settings.smoke)
+    size = 8 if settings.smoke else train_size
+    task = scratchpad.scratchpad(train_size=size, test_size=settings.evaluation, seed=settings.seed)
+    return settings.experiment(method=method(lesson=testbed.peer(thinking)), task=task, student=base)
 
 
 def study(

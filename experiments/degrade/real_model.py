@@ -115,12 +115,13 @@ def study(
     if smoke:
         steps, prompts, problems, seeds, arms = 2, 2, 4, 1, ("SDPO", "SFT")
     shared = {"model": model, "steps": steps, "prompts": prompts, "lr": lr, "problems": problems}
-    settings = {"model": model, "steps": steps, "lr": lr, "evaluation": problems, "save_every": 0}
+    settings = dataclasses.replace(SUMS.SETTINGS, model=model, steps=steps, lr=lr, evaluation=problems, save_every=0)
 
     def prepared(name: str, seed: int):
         def run(folder: Path):
             rows = prompts * (4 if name == "SFT" else 1)
-            experiment = SUMS.experiment(method=ARMS.get(name, ARMS["SFT"]), prompts=rows, seed=seed, **settings)
+            own = dataclasses.replace(settings, prompts=rows, seed=seed)
+            experiment = SUMS.experiment(method=ARMS.get(name, ARMS["SFT"]), settings=own)
             tasks, start = held_out(experiment.task, problems, seed), experiment.student
             base = Policy(Transformer(start.config), start.params, start.tokenizer, experiment.shapes)
             texts = rollouts.sample(

@@ -101,25 +101,37 @@ def check_names(arguments: Sequence[str], known: Sequence[str]) -> None:
             raise OptionError(f"there is no option --{name}{nearest(f'--{name}', [f'--{k}' for k in known])}")
 
 
-def option_names(options: type) -> list[str]:
-    """Names of all options of an `options_class`, those of a nested one as `method.name`."""
-    found = []
-    for field in dataclasses.fields(options):
-        inner = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
-        found += [f"{field.name}.{name}" for name in option_names(inner)] if inner else []
-        found.append(field.name)
-    return found
-
-
-def default_values(options: type) -> dict[str, Any]:
-    """The defaults of all options of an `options_class` that have one, those of a nested one as `method.name`."""
+def all_options(options: type) -> dict[str, dataclasses.Field]:
+    """The options of an `options_class` by name: those under a heading by their own, others nested as `method.name`."""
     found = {}
     for field in dataclasses.fields(options):
         if dataclasses.is_dataclass(field.default_factory):
-            found |= {f"{field.name}.{name}": value for name, value in default_values(field.default_factory).items()}
-        elif field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
+            prefix = "" if issubclass(field.default_factory, Heading) else f"{field.name}."
+            found |= {f"{prefix}{name}": own for name, own in all_options(field.default_factory).items()}
+        else:
+            found[field.name] = field
     return found
+
+
+def option_names(options: type) -> list[str]:
+    """Names of all options of an `options_class`, and of what they are nested in."""
+    names = list(all_options(options))
+    return [*names, *dict.fromkeys(name.split(".")[0] for name in names if "." in name)]
+
+
+def default_values(options: type) -> dict[str, Any]:
+    """The defaults of all options of an `options_class` that have one."""
+    options = all_options(options).items()
+    return {name: field.default for name, field in options if field.default is not dataclasses.MISSING}
+
+
+def help_texts(options: type) -> dict[str, str]:
+    """What `--help` says of each option of an `options_class`."""
+    texts = {}
+    for name, field in all_options(options).items():
+        marks = [mark for mark in getattr(field.type, "__metadata__", ()) if hasattr(mark, "help")]
+        texts[name] = marks[0].help or "" if marks else ""
+    return texts
 
 
 def argument_help(function: Callable) -> dict[str, str]:
@@ -149,12 +161,40 @@ def is_plain(hint: Any) -> bool:
     )
 
 
+class Heading:
+    """The base of classes whose options stand under a heading of `--help` and keep their plain names."""
+
+
+def under_headings(settings: Any) -> list[tuple[str, Any, Any]]:
+    """Fields for `dataclasses.make_dataclass` from a frozen dataclass of settings: one nested class per heading.
+
+    The fields of `settings` say `heading` and `help` in their metadata; its values are the defaults.
+    """
+    hints, groups = typing.get_type_hints(type(settings)), {}
+    for field in dataclasses.fields(settings):
+        hint = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
+        own = (field.name, hint, dataclasses.field(default=getattr(settings, field.name)))
+        groups.setdefault(field.metadata["heading"], []).append(own)
+    return [headed(heading, fields) for heading, fields in groups.items()]
+
+
+def headed(heading: str, fields: Sequence[tuple]) -> tuple[str, Any, Any]:
+    """A field that puts other fields under a heading of `--help`."""
+    group = dataclasses.make_dataclass(heading.title(), fields, frozen=True, bases=(Heading,))
+    return heading, Annotated[group, tyro.conf.OmitArgPrefixes], dataclasses.field(default_factory=group)
+
+
 def options_class(name: str, function: Callable, defaults: Mapping[str, Any], extra: Sequence = ()) -> type:
-    """A dataclass with one field per plain keyword argument of a function, and `extra` fields."""
+    """A dataclass with one field per plain keyword argument of a function, and `extra` fields.
+
+    An argument whose default is a dataclass (`Settings`) becomes options of its own, under headings.
+    """
     hints, texts = typing.get_type_hints(function), argument_help(function)
-    fields = list(extra)
+    fields = []
     for parameter in inspect.signature(function).parameters.values():
         hint = hints.get(parameter.name, str)
+        if dataclasses.is_dataclass(parameter.default):
+            fields += under_headings(parameter.default)
         if not is_plain(hint):
             continue
         default = defaults.get(parameter.name, parameter.default)
@@ -163,9 +203,24 @@ def options_class(name: str, function: Callable, defaults: Mapping[str, Any], ex
             fields.insert(0, (parameter.name, annotated))
         else:
             fields.append((parameter.name, annotated, dataclasses.field(default=default)))
-    return dataclasses.make_dataclass(name, fields, frozen=True)
+    return dataclasses.make_dataclass(name, [*fields, *extra], frozen=True)
 
 
 def shallow(options: Any) -> dict[str, Any]:
-    """A dataclass's fields as a dictionary, without following into values."""
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    """A dataclass's fields as a dictionary, without following into values other than headings."""
+    found = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        found |= shallow(value) if isinstance(value, Heading) else {field.name: value}
+    return found
+
+
+def call(function: Callable, chosen: Mapping[str, Any]) -> Any:
+    """A function's result for chosen options; those of an argument that is a dataclass are put into it."""
+    chosen, arguments = dict(chosen), {}
+    for parameter in inspect.signature(function).parameters.values():
+        if dataclasses.is_dataclass(parameter.default):
+            names = [field.name for field in dataclasses.fields(parameter.default)]
+            own = {name: chosen.pop(name) for name in names}
+            arguments[parameter.name] = dataclasses.replace(parameter.default, **own)
+    return function(**chosen, **arguments)

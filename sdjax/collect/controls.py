@@ -91,7 +91,7 @@ def mismatched(rollouts: Sequence[Rollout], views: set[str]) -> list[Rollout]:
 
 
 def reference_only(rollouts: Sequence[Rollout], views: set[str]) -> list[Rollout]:
-    """The last turn is reduced to its privileged text (see `sdjax.contexts`); turns before it stay."""
+    """The last turn is reduced to its privileged text (see `sdjax.collect.contexts`); turns before it stay."""
 
     def reduced(chat: Messages | None) -> Messages | None:
         told = "" if chat is None else chat[-1].get("privileged", "")

@@ -63,7 +63,7 @@ def scored_attempts(
 ) -> list[Rollout]:
     """Judged attempts with the lesson `told` of each, and what `READERS` say of its tokens now, frozen: `scored`.
 
-    `scored(dist, token)` is as in `sdjax.policies.score`; `how` goes to `sdjax.rollouts.attempts`.
+    `scored(dist, token)` is as in `sdjax.engine.policies.score`; `how` goes to `sdjax.collect.rollouts.attempts`.
     """
     rollouts = attempts(environment, examples, key, **how)
     return score(environment, [r.read_by(teacher=told(r, rollouts)) for r in rollouts], READERS, scored)

@@ -24,7 +24,7 @@ from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
 class Policy:
     """A language model that can be sampled and that can score: `params` of `model`, read through `tokenizer`.
 
-    `writer`, if there is one, samples in place of `sdjax.generate.generate`: see `sdjax.engines`.
+    `writer`, if there is one, samples in place of `sdjax.engine.generate.generate`: see `sdjax.samplers.servers`.
     """
 
     model: Transformer
@@ -77,7 +77,7 @@ def sample(
 
     Args:
       policies: one policy, or `K` that are decoded together (then `contexts` is `K` equally long lists, see
-        `sdjax.generate.generate`).
+        `sdjax.engine.generate.generate`).
       key: one random key; row `(i, j)` draws from `fold_in(fold_in(key, i), j)`, whatever else is in the call.
       limit: at most this many tokens, by default `shapes.completion`.
 

@@ -77,7 +77,7 @@ class Experiment:
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
     and after); `save_every` likewise (0: at the end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library.  `mesh` is
-    how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.sharding`).
+    how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).
     With `lora` the student's weights are frozen and adapters trained: they are what is saved and what snapshots hold.
 
     Raises `ExperimentError` where that cannot work.

@@ -61,7 +61,7 @@ def atmanrl(
 ) -> Method:
     """Attention-manipulation RL (Höth et al. 2026, arXiv:2604.16158, Eq. 1-5).  Sequence mean; no deviation, no KL.
 
-    `R = (0 if correct else -1) + coef * saliency`, the saliency of `sdjax.host.saliency` with the live policy's parameters.
+    `R = (0 if correct else -1) + coef * saliency`, the saliency of `sdjax.collect.saliency` with the live policy's parameters.
     The paper takes two passes over a batch: the experiment's `epochs=2`.
 
     Args:

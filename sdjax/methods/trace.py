@@ -66,7 +66,7 @@ def trace(
       refresh_every: batches after which the teacher's parameters are renewed.
       clip: widths of the surrogate's clip below and above 1.
       temperature: of sampling, as published.
-      annotate: `(environment, rollouts, key) -> spans`; see `sdjax.host.annotators`.
+      annotate: `(environment, rollouts, key) -> spans`; see `sdjax.collect.annotators`.
     """
     weight, hold, decay = schedule
 

@@ -30,7 +30,7 @@ from sdjax.samplers.servers import Writer
 
 
 def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int = 3) -> Writer:
-    """A writer (see `sdjax.engines`) that refills finished rows from a queue.
+    """A writer (see `sdjax.samplers.servers`) that refills finished rows from a queue.
 
     Args:
       slots: rows decoded at once, by default `shapes.rows`; their prompts and caches are what memory must hold.
@@ -139,7 +139,7 @@ class Read(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def cast(model: Transformer, params: Any) -> Any:
-    """Parameters as `sdjax.generate` reads them: in the model's type, gathered over a mesh's data axis."""
+    """Parameters as `sdjax.engine.generate` reads them: in the model's type, gathered over a mesh's data axis."""
     to = lambda x: x.astype(model.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     return constrain_parameters(jax.tree.map(to, params), least=math.inf)
 

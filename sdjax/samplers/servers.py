@@ -4,7 +4,7 @@ A writer is any callable
 
     writer(policy, contexts, key, *, n, sampling, limit) -> [len(contexts)][n] samples
 
-`contexts` are lists of token ids; a `sdjax.policies.Sample` holds the tokens (the stop token last where there was one),
+`contexts` are lists of token ids; a `sdjax.engine.policies.Sample` holds the tokens (the stop token last where there was one),
 as many log-probabilities at temperature 1 before any filter, the text, and whether it ended by itself.  A method is
 given one by `written_by(writer, method)`; evaluation and teachers keep the compiled sampler.
 """
@@ -60,7 +60,7 @@ def synchronised(writer: Writer, push: Callable[[Policy], None], *, every: int =
     """A writer that is sent new weights by `push(policy)` before it writes, after every `every`-th change of them.
 
     The first call always pushes; samples record how many changes old the engine's weights are (`Sample.staleness`,
-    0 to `every - 1`; see `sdjax.staleness`).  The count is not part of a checkpoint: a resumed run pushes first.
+    0 to `every - 1`; see `sdjax.samplers.staleness`).  The count is not part of a checkpoint: a resumed run pushes first.
     """
     if every < 1:
         raise EngineError(f"synchronised(every={every}): expected at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax import Array
 
 from sdjax.collect.contexts import (
@@ -29,13 +29,13 @@ from sdjax.collect.contexts import (
 from sdjax.collect.plans import with_plan
 from sdjax.devices.compilation import user_cache
 from sdjax.engine.policies import Policy, sample
-from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
+from sdjax.run.settings import Settings
 from sdjax.study.arms import across, behaviour, trained
 from sdjax.study.pretrain import batches, pretrain, rows, word_tokenizer
 from sdjax.tasks import scratchpad
@@ -198,8 +198,10 @@ def keep(folder: Path, model: Pretrained, arguments: Mapping[str, Any]) -> None:
 SMOKE = {"width": 32, "layers": 1, "steps": 1, "tokens": 512}
 """A base model of seconds, which knows nothing."""
 
-SHAPES = Shapes(context=320, completion=192, rows=128, tokens_per_chunk=None)
-"""Sizes that hold every family's problems and every context."""
+SETTINGS = Settings(model="", lr=3e-4, context=320, completion=192, rows=128, tokens_per_chunk=None)
+"""The study's runs: sizes that hold every family's problems and every context.  No model is the study's own."""
+
+SHAPES = SETTINGS.shapes()
 
 
 def student(model: str = "", smoke: bool = False) -> tuple[Pretrained, str]:
@@ -285,19 +287,9 @@ def run(
     export: bool = False,
 ) -> Experiment:
     """One run of the study: AdamW with gradients clipped at norm 1."""
-    return Experiment(
-        method=method,
-        task=task,
-        student=base,
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=0.01)),
-        shapes=SHAPES,
-        steps=steps,
-        prompts=prompts,
-        seed=seed,
-        evaluation=evaluation,
-        save_every=save_every,
-        export=export,
-    )
+    chosen = {"steps": steps, "prompts": prompts, "lr": lr, "seed": seed}
+    settings = dataclasses.replace(SETTINGS, **chosen, evaluation=evaluation, save_every=save_every)
+    return settings.experiment(method=method, task=task, student=base, export=export)
 
 
 def on_policy(

@@ -183,7 +183,7 @@ def test_compiled_programs_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
 FREED = """if True:
     import ctypes
     import jax
-    from sdjax.compilation import give_back_memory
+    from sdjax.devices.compilation import give_back_memory
     c = ctypes.CDLL(None)
     c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     blocks = [c.malloc(1000) for _ in range(100_000)]

@@ -254,7 +254,10 @@ def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatc
 @pytest.mark.parametrize("factory", [grpo, sdpo])
 def test_on_policy_arms_are_experiments_for_the_command_line_too(factory):
     module = load("on_policy")
-    experiment = module.experiment(method=Choice(factory, module.OPTIONS[factory.__name__]), smoke=True)
+    experiment = module.experiment(
+        method=Choice(factory, module.OPTIONS[factory.__name__]),
+        settings=dataclasses.replace(module.SETTINGS, smoke=True),
+    )
     assert experiment.steps == 2 and experiment.task.name == "scratchpad-in_domain"
 
 

@@ -1,0 +1,113 @@
+"""What every experiment lets its user choose: one frozen type, each option with its help text and its heading."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+
+from sdjax.devices.sharding import mesh_shape
+from sdjax.engine.tokens import Shapes, refuse, shorten
+from sdjax.engine.train import Experiment, check_numbers
+from sdjax.models import adapters
+from sdjax.models.pretrained import Pretrained
+from sdjax.types import Method, Task
+
+
+def option(default: Any, heading: str, text: str) -> Any:
+    """A field of `Settings`: its default, the heading that `--help` lists it under, and its help text."""
+    return dataclasses.field(default=default, metadata={"heading": heading, "help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of every experiment.  An experiment file takes them as one argument, with defaults of its own:
+
+        def experiment(*, method: Choice, settings: Settings = Settings(steps=40, lr=2e-5), ...) -> Experiment:
+
+    On the command line they are plain options (`--steps 40`).  In Python: `dataclasses.replace(settings, steps=40)`.
+
+    Raises (on construction): `ExperimentError`, `MeshError` or `ModelError` for a value that makes no sense.
+    """
+
+    model: str = option("smollm2", "model", "a hub name, a folder in the transformers format, or smollm2 (embedded)")
+    bf16: bool = option(False, "model", "compute in bfloat16; parameters stay float32")
+    lora_rank: int = option(
+        0, "model", "train adapters of this rank on frozen weights; 0 trains the weights themselves"
+    )
+    lora_base: Literal["float", "int8", "nf4"] = option(
+        "float", "model", "the type of the frozen matrices under adapters; int8 and nf4 need sdjax[lora]"
+    )
+    mesh: str = option("", "model", "devices as DATAxMODEL, for example 4x2; by default all on the data axis")
+
+    steps: int = option(100, "training", "batches to train on")
+    prompts: int = option(4, "training", "problems per batch; the method's group size is attempts per problem")
+    rounds: int = option(1, "training", "batches in a row with the same problems and fresh attempts (RESD uses 4)")
+    minibatches: int = option(1, "training", "updates per batch, each on whole groups")
+    epochs: int = option(1, "training", "times that each batch is read")
+    lr: float = option(1e-6, "training", "peak learning rate of AdamW; adapters usually want a larger one")
+    warmup: int = option(0, "training", "steps of linear rise to the peak learning rate")
+    weight_decay: float = option(0.01, "training", "decoupled weight decay of AdamW")
+    clip_norm: float = option(1.0, "training", "largest norm of the gradient; a larger gradient is scaled down")
+    seed: int = option(0, "training", "seed of the problems' order and of every sample")
+    smoke: bool = option(False, "training", "two steps on a few problems, to see that everything works")
+
+    context: int = option(512, "memory", "most tokens of a prompt")
+    completion: int = option(128, "memory", "most tokens of an attempt")
+    shorten_prompts: bool = option(
+        False,
+        "memory",
+        "cut prompts that are too long instead of refusing them: oldest turns first, then the end of privileged text, "
+        "never the question",
+    )
+    rows: int = option(64, "memory", "attempts that one call of the sampler writes")
+    rows_per_chunk: int | None = option(None, "memory", "rows whose activations the update holds at a time; None: all")
+    tokens_per_chunk: int | None = option(512, "memory", "positions whose logits the update holds at a time; None: all")
+    remat: bool = option(False, "memory", "recompute blocks in the backward pass: less memory for more time")
+    scan: bool = option(False, "memory", "loop over the layers instead of compiling each: for deep models on TPUs")
+
+    evaluation: int = option(100, "evaluation", "held-out problems, answered greedily before and after training")
+    evaluate_every: int = option(0, "evaluation", "steps between evaluations; 0: only before and after training")
+    save_every: int = option(25, "evaluation", "steps between checkpoints; 0: only at the end")
+
+    def __post_init__(self):
+        check_numbers(dataclasses.asdict(self))
+        mesh_shape(self.mesh)
+        adapters.chosen(self.lora_rank, self.lora_base)
+
+    def shortened(self) -> Settings:
+        """The same settings, or with `smoke` those of two steps on a few problems."""
+        if not self.smoke:
+            return self
+        few = {"steps": 2, "prompts": 2, "minibatches": 1, "evaluation": 4, "evaluate_every": 0, "save_every": 0}
+        return dataclasses.replace(self, **few)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW after clipping by the global norm; the learning rate rises linearly to `lr`, then stays."""
+        first = self.lr / max(self.warmup, 1)
+        rate = optax.schedules.warmup_constant_schedule(first, self.lr, self.warmup) if self.warmup else self.lr
+        clip = optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(clip, optax.adamw(rate, weight_decay=self.weight_decay))
+
+    def shapes(self) -> Shapes:
+        """The sizes that programs are compiled for."""
+        too_long = shorten if self.shorten_prompts else refuse
+        return Shapes(
+            self.context, self.completion, self.rows, self.rows_per_chunk, self.tokens_per_chunk, too_long=too_long
+        )
+
+    def experiment(self, *, method: Method, task: Task, student: Pretrained, **changes: Any) -> Experiment:
+        """The experiment that these settings describe; `changes` replace fields of `Experiment`."""
+        same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "remat", "scan")
+        same += ("evaluation", "evaluate_every", "save_every")
+        chosen = {
+            **{name: getattr(self, name) for name in same},
+            "optimizer": self.optimizer(),
+            "shapes": self.shapes(),
+            "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,
+            "lora": adapters.chosen(self.lora_rank, self.lora_base),
+            "mesh": mesh_shape(self.mesh),
+        }
+        return Experiment(method=method, task=task, student=student, **(chosen | changes))
