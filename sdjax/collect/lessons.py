@@ -9,9 +9,31 @@ from jax import Array
 
 from sdjax.collect.annotators import Span
 from sdjax.collect.contexts import question, rewrite_last, without_thinking
-from sdjax.collect.rollouts import attempts, solved_peer
+from sdjax.collect.rollouts import attempts, judge, sample, solved_peer
 from sdjax.engine.policies import Environment, score
-from sdjax.types import Example, Messages, Rollout, View
+from sdjax.types import TEACHER, Example, Messages, Rollout, View
+
+
+def before_writing(
+    lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None,
+) -> Callable[[Example], Messages | None]:
+    """What an author who is told a lesson reads before it writes: the lesson about an empty rollout.
+
+    `None`: nothing to say about this example, so that it cannot write.  Without a lesson: the question.
+    """
+    return question if lesson is None else lambda example: lesson(Rollout(example, (), (), "", 0), [])
+
+
+def by_teacher(
+    environment: Environment, teacher: str, examples: Sequence[Example], key: Array, before: Callable, **how: Any
+) -> list[Rollout]:
+    """Judged texts of the policy `teacher`, which reads `before(example)` when it writes and again when it scores.
+
+    Examples without anything to read (`None`) are left out; `how` goes to `sdjax.collect.rollouts.sample`.
+    """
+    examples = [e for e in examples if before(e) is not None]
+    texts = sample(environment.policies[teacher], examples, key, context=before, source=TEACHER, **how)
+    return [r.read_by(student=question(r.example), teacher=before(r.example)) for r in judge(environment, texts)]
 
 
 def attempt_and_verdict(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import jax
 
 from sdjax.collect.contexts import question
-from sdjax.collect.rollouts import attempts, judge, references, sample
+from sdjax.collect.lessons import before_writing, by_teacher
+from sdjax.collect.rollouts import attempts, references
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels.distributions import entropy
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.types import TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Agarwal et al. 2024, On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
@@ -50,26 +51,24 @@ def gkd(
       teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       lmbda: probability that the student writes the batch: 0 is supervised distillation, 1 is on-policy.
       beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon; the scale jumps at both ends.
-      seq_kd: when the student does not write the batch, the teacher does, instead of the dataset.
+      seq_kd: when the student does not write the batch, the teacher does, after its lesson, instead of the dataset.
       group_size: rollouts per prompt.
       temperature: of sampling; the loss is at temperature 1.
-      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
+      lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.  With `seq_kd` it is
+        asked before anything is written: about an empty rollout.
       reduce: how tokens are averaged.
     """
     teacher = teacher_name(teacher, lesson)
 
     def collect(environment, examples, key, memory):
-        rollouts = write(environment, examples, *jax.random.split(key))
+        coin, key = jax.random.split(key)
+        how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
+        own = jax.random.uniform(coin) < lmbda
+        if seq_kd and not own:
+            return by_teacher(environment, teacher, examples, key, before_writing(lesson), **how), memory
+        rollouts = attempts(environment, examples, key, **how) if own else references(environment, examples)
         told = lambda r: lesson(r, rollouts) if lesson else question(r.example)
         return [r.read_by(student=question(r.example), teacher=told(r)) for r in rollouts], memory
-
-    def write(environment, examples, coin, key):
-        how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
-        if jax.random.uniform(coin) < lmbda:
-            return attempts(environment, examples, key, **how)
-        if seq_kd:
-            return judge(environment, sample(environment.policies[teacher], examples, key, source=TEACHER, **how))
-        return references(environment, examples)
 
     def signals(dist, token):
         return {"divergence": jsd(dist["student"], dist["teacher"], beta), "entropy": entropy(dist["student"])}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from sdjax.collect.contexts import question
+from sdjax.collect.lessons import before_writing
 from sdjax.collect.rollouts import judge, written
 from sdjax.collect.synthesis import together
 from sdjax.engine.generate import mixture
@@ -77,7 +78,7 @@ def minillm(
     coin, documents = mixture(mix), read_jsonl(corpus)[0] if corpus else ()
 
     def collect(environment, examples, key, memory):
-        told = [lesson(Rollout(e, (), (), "", 0), []) if lesson else question(e) for e in examples]
+        told = list(map(before_writing(lesson), examples))
         # Without a lesson there is nothing to mix with: the teacher reads the question, and the row is not trained.
         contexts = [[question(e) for e in examples], [t or question(e) for t, e in zip(told, examples, strict=True)]]
         policies = (environment.live, environment.policies[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sdjax.collect.contexts import question, rewrite_last
+from sdjax.collect.lessons import before_writing
 from sdjax.collect.rollouts import judge, written
 from sdjax.collect.synthesis import until_accepted
 from sdjax.engine.generate import Sampling, mixture
@@ -75,7 +76,7 @@ def mixsd(
 
     def collect(environment, examples, key, memory):
         new = {e.id: e for e in examples if e.id not in memory}
-        informed = {id: told(Rollout(e, (), (), "", 0), []) for id, e in new.items()}
+        informed = {id: before_writing(told)(e) for id, e in new.items()}
         some = [e for id, e in new.items() if informed[id] is not None]
         memory = {**memory, **dict.fromkeys(new), **(mixed(environment, some, informed, key) if some else {})}
         rows = [

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sdjax.collect.contexts import question
-from sdjax.collect.rollouts import judge, sample
+from sdjax.collect.lessons import before_writing, by_teacher
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
 from sdjax.kernels.advantages import group_mean
@@ -60,14 +60,13 @@ def pbsd(
     name = "live" if ema_rate == 1.0 else "teacher"
 
     def collect(environment, examples, key, memory):
-        before = lambda example: told(Rollout(example, (), (), "", 0), [])
+        before = before_writing(told)
         examples = [e for e in examples if before(e) is not None]
         how = {"n": pairs, "sampling": Sampling(temperature=temperature)}
         keys = jax.random.split(key)
-        informed = sample(environment.policies[name], examples, keys[0], context=before, source=TEACHER, **how)
-        own = sample(environment.live, examples, keys[1], **how)
-        rows = [r.with_extras(pair=i) for texts in (informed, own) for i, r in enumerate(judge(environment, texts))]
-        return [r.read_by(student=question(r.example), teacher=before(r.example)) for r in rows], memory
+        informed = by_teacher(environment, name, examples, keys[0], before, **how)
+        own = [r.read_by(teacher=before(r.example)) for r in attempts(environment, examples, keys[1], **how)]
+        return [r.with_extras(pair=i) for texts in (informed, own) for i, r in enumerate(texts)], memory
 
     def signals(dist, token):
         both = {"logprobs": logprob(dist["student"], token), "teacher_logprobs": logprob(dist["teacher"], token)}

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from sdjax.collect.contexts import question, with_demonstration
-from sdjax.collect.rollouts import attempts, judge, sample
+from sdjax.collect.lessons import before_writing, by_teacher
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import Reducer, masked_mean, sequence_mean
-from sdjax.types import TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
+from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Shenfeld et al. 2026, Self-Distillation Enables Continual Learning",
@@ -71,15 +72,9 @@ def sdft(
     def collect(environment, examples, key, memory):
         how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
         if from_teacher:
-            return by_teacher(environment, examples, key, how), memory
+            return by_teacher(environment, name, examples, key, before_writing(told), **how), memory
         rollouts = attempts(environment, examples, key, **how)
         return [r.read_by(teacher=told(r, rollouts)) for r in rollouts], memory
-
-    def by_teacher(environment, examples, key, how):
-        before = lambda example: told(Rollout(example, (), (), "", 0), [])
-        examples = [e for e in examples if before(e) is not None]
-        rollouts = sample(environment.policies[name], examples, key, context=before, source=TEACHER, **how)
-        return [r.read_by(student=question(r.example), teacher=before(r.example)) for r in judge(environment, rollouts)]
 
     def signals(dist, token):
         student = dist["student"]

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 
 from sdjax.collect.contexts import question
+from sdjax.collect.lessons import before_writing
 from sdjax.collect.rollouts import judge, sample, written
 from sdjax.collect.synthesis import Writer, weave
 from sdjax.collect.taggers import annotated_by, boundary, connectives, fit_tagger, snippets
@@ -74,7 +75,7 @@ def tessy(
     """
     name = teacher_name(teacher, lesson)
     sampling, trained = Sampling(temperature, top_p, top_k), {}
-    told = lambda example: lesson(Rollout(example, (), (), "", 0), []) if lesson else question(example)
+    told = before_writing(lesson)
     authors = {"student": ("initial", question), "teacher": (name, told)}
 
     def collect(environment, examples, key, memory):

@@ -123,7 +123,7 @@ def test_gkd_coin(monkeypatch, lmbda, seq_kd):
     asked = []
     say = lambda who: lambda *_, **__: asked.append(who) or []
     monkeypatch.setattr(gkd_module, "attempts", say("student"))
-    monkeypatch.setattr(gkd_module, "sample", say("teacher"))
+    monkeypatch.setattr(gkd_module, "by_teacher", say("teacher"))
     monkeypatch.setattr(gkd_module, "references", say("dataset"))
     collect = gkd(lmbda=lmbda, seq_kd=seq_kd).collect
     for _ in range(2):
