@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import inspect
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sdjax import __version__
 from sdjax.cli import options
 from sdjax.errors import InputError, nearest
 
@@ -34,6 +34,8 @@ COMMANDS = """usage: sdjax COMMAND ...
                       exchanges and operations of each of 1 to 8 devices as the mesh grows
   bench [--model NAME]
                       rollout tokens/s, update seconds and memory beside this machine's ceilings
+
+sdjax --version and sdjax --help say which version this is, and this
 
 exit status: 0 done; 2 bad input; 130 and 143 ended by Ctrl-C and SIGTERM (a run is saved: go on with --resume)
 """
@@ -233,8 +235,8 @@ def revision() -> str:
     try:
         found = subprocess.run(command, check=False, capture_output=True, text=True)
     except OSError:  # no git here
-        return importlib.metadata.version("sdjax")
-    return found.stdout.strip() if found.returncode == 0 else importlib.metadata.version("sdjax")
+        return __version__
+    return found.stdout.strip() if found.returncode == 0 else __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,6 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(COMMANDS)
+        return 0
+    if arguments[0] == "--version":
+        print(f"sdjax {__version__}")
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -5,6 +5,8 @@ import functools
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def own_imports(path: Path) -> set[str]:
     found = set()
     for dotted in imports(path):
         parts = dotted.split(".")
-        if parts[0] != "sdjax":
+        if parts[0] != "sdjax" or dotted == "sdjax.__version__":
             continue
         longest = ("/".join(parts[1:end]) for end in range(len(parts), 1, -1))
         found |= {next((n for n in longest if n in known), "/".join(parts[1:2]))}
@@ -102,6 +104,63 @@ def test_the_walk_sees_imports_of_every_form(tmp_path):
     assert own_imports(path) == {"run/fit", "tasks/jsonl", "engine/train"}
     assert floor_of("kernels/weights") < floor_of("engine/score") < floor_of("methods/grpo") < floor_of("__main__")
     assert floor_of("nothing") is None
+
+
+def room_of(name: str) -> str:
+    """The folder of a module, or the module itself where it stands alone."""
+    return name.split("/")[0]
+
+
+def arrows(modules: bool = False) -> dict[str, set[str]]:
+    """Which rooms, or which modules, each of them imports from."""
+    found = {}
+    for path in SOURCES:
+        here = name_of(path) if modules else room_of(name_of(path))
+        there = {other if modules else room_of(other) for other in own_imports(path)}
+        found.setdefault(here, set()).update(there - {here})
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead back to themselves, the first such way that is found; empty without one."""
+
+    def search(way: list[str]) -> list[str]:
+        for other in sorted(graph.get(way[-1], ())):
+            if other in way:
+                return [*way[way.index(other) :], other]
+            if other not in done and (found := search([*way, other])):
+                return found
+        done.add(way[-1])
+        return []
+
+    done: set[str] = set()
+    return next((found for name in sorted(graph) if name not in done and (found := search([name]))), [])
+
+
+def test_no_room_and_no_module_leads_back_to_itself():
+    assert not circle(arrows())
+    assert not circle(arrows(modules=True))
+
+
+def test_circles_are_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def house() -> str:
+    """The rooms by floor, the roof first, each with its files and the rooms that it imports from."""
+    lines, graph = [], arrows()
+    for floor in reversed(range(len(FLOORS))):
+        rooms = sorted({room_of(name_of(p)) for p in SOURCES if floor_of(name_of(p)) == floor})
+        for room in rooms:
+            files = sorted(p.name for p in SOURCES if room_of(name_of(p)) == room and p.name != "__init__.py")
+            lines.append(f"{floor}  {room:10s} {' '.join(files)}")
+            lines.append(f"   {'':10s} <- {' '.join(sorted(graph[room])) or 'nothing of its own'}")
+    return "\n".join(lines)
+
+
+def test_the_house_can_be_printed():
+    assert "kernels    advantages.py" in house() and house().startswith(f"{len(FLOORS) - 1}  __main__")
 
 
 def test_nothing_below_the_experiments_imports_them():
@@ -239,6 +298,53 @@ def test_places_on_one_machine_are_seen():
     assert not MACHINE_PATH.search("runs/tmp/x and https://x.org/data/y and a/b/home/c")
 
 
+# ---- sizes --------------------------------------------------------------------------------------------------------
+
+LONGEST_FUNCTION, LONGEST_FILE = 80, 350
+
+
+def long_functions(tree: ast.Module) -> list[str]:
+    """Functions of more than `LONGEST_FUNCTION` lines; docstrings do not count."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    said = lambda node: len((ast.get_docstring(node) or "").splitlines())
+    return [node.name for node in nodes if node.end_lineno - node.lineno + 1 - said(node) > LONGEST_FUNCTION]
+
+
+@pytest.mark.parametrize("path", SOURCES + EXPERIMENTS, ids=ids(SOURCES + EXPERIMENTS))
+def test_functions_and_files_are_read_in_one_sitting(path):
+    assert not long_functions(tree_of(path))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+
+
+def test_long_functions_are_seen():
+    body = "    x = 1\n"
+    assert long_functions(ast.parse("def f():\n" + body * 80)) == ["f"]
+    assert not long_functions(ast.parse("def f():\n" + body * 79))
+
+
+# ---- what an import loads -------------------------------------------------------------------------------------------
+
+HEAVY = ("jax", "flax", "optax", "orbax", "transformers", "tokenizers", "numpy", "tyro")
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, sdjax; assert sdjax.__version__; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not {name.split(".")[0] for name in shown.split()} & {*HEAVY}
+
+
+def test_the_names_of_the_package_are_where_it_says():
+    import sdjax
+
+    for name, home in sdjax._HOME.items():
+        assert getattr(sdjax, name) is getattr(importlib.import_module(f"sdjax.{home}"), name)
+        assert name in dir(sdjax)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sdjax.nothing  # noqa: B018
+    stated = [n for n in ast.walk(tree_of(ROOT / "sdjax" / "__init__.py")) if isinstance(n, ast.ImportFrom)]
+    assert {a.name for n in stated for a in n.names} - {"annotations", "TYPE_CHECKING", "Any"} == {*sdjax._HOME}
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -252,3 +358,7 @@ def test_every_error_derives_from_the_one_root():
     found = error_classes()
     assert len(found) > 10
     assert {name for name, bases in found.items() if "InputError" not in bases} == {"InputError"}
+
+
+if __name__ == "__main__":
+    print(house())

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdjax.report.runs import Curve, Run
-
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""97.5 % points of Student's distribution for 1, 2, ... degrees of freedom; 2.131 is a bound for all larger ones."""
+from sdjax.study.arms import interval
 
 
 class Group(NamedTuple):
@@ -115,13 +113,11 @@ def over_seeds(values: Sequence[float]) -> Interval | None:
     """
     if not values:
         return None
-    mean = float(np.mean(values))
+    mean, low, high = interval(values)
     if len(values) == 1:
         return Interval(mean)
-    quantile = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1]
-    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    low, high = (0.0, 1.0) if all(0 <= v <= 1 for v in values) else (-math.inf, math.inf)
-    return Interval(mean, max(low, mean - half), min(high, mean + half))
+    least, most = (0.0, 1.0) if all(0 <= v <= 1 for v in values) else (-math.inf, math.inf)
+    return Interval(mean, max(least, low), min(most, high))
 
 
 def accuracy_at(group: Group, place: Callable[[Sequence[int]], int]) -> Interval | None:

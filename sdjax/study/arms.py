@@ -16,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from jax import Array
 
 from sdjax.collect.contexts import question
@@ -168,9 +169,6 @@ def forbidding(tokens: Sequence[int]) -> Callable[[Array, Array], Array]:
 
 # ---- seeds --------------------------------------------------------------------------------------------------------
 
-STUDENT_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""The 97.5 % points of Student's distribution for 1, 2, ... degrees of freedom."""
-
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % interval by Student's t over independent runs (infinite for one)."""
@@ -178,8 +176,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean, count = float(values.mean()), len(values)
     if count < 2:
         return mean, -math.inf, math.inf
-    t = STUDENT_T[count - 1] if count <= len(STUDENT_T) else 1.96
-    half = t * float(values.std(ddof=1)) / math.sqrt(count)
+    half = float(scipy.stats.t.ppf(0.975, count - 1) * values.std(ddof=1)) / math.sqrt(count)
     return mean, mean - half, mean + half
 
 

@@ -16,6 +16,7 @@ import whole_runs
 from rich.console import Console
 from whole_runs import FILE, STEPS, arguments, lines, run_here
 
+import sdjax
 from sdjax.__main__ import main
 from sdjax.cli import options
 from sdjax.devices.compilation import keep_programs
@@ -371,3 +372,21 @@ def test_going_on_drops_what_comes_again(tmp_path):
     assert "-- student reads\n(nothing)\n-- completion\ntwo words\n" in (tmp_path / "rollouts.txt").read_text()
     logged(tmp_path, step=0)[0].close()
     assert lines(tmp_path) == []
+
+
+def test_the_version_is_told(capfd):
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"sdjax {sdjax.__version__}\n"
+
+
+EXPERIMENTS = sorted(p for p in Path("experiments").rglob("*.py") if "def experiment(" in p.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+def test_every_option_of_an_experiment_file_says_what_it_is(path):
+    """Those of methods have a test of their own."""
+    from sdjax.__main__ import train_options
+
+    texts = options.help_texts(train_options(options.load_experiment(str(path)), options.method_factory("grpo")))
+    assert len(texts) > 30
+    assert not [name for name, text in texts.items() if not text and not name.startswith("method.")]

@@ -309,3 +309,10 @@ def test_the_clip_of_opsd_turns_the_pull_on_hedges_round():
     clipped = jax.grad(lambda logits: clip_entries(entries(logits), 0.05))(student)
     np.testing.assert_allclose(plain, [0.4 - 0.975, 0.6 - 0.025], atol=1e-6)  # p - q: fewer hedges
     np.testing.assert_allclose(clipped, [0.025 * 0.4, -0.025 * 0.4], atol=1e-6)  # more of them
+
+
+def test_intervals_of_many_seeds_are_students_too():
+    """t(10) is 2.228: a normal quantile would be too narrow by an eighth."""
+    values = np.arange(11.0)
+    _, low, high = arms.interval(values)
+    assert (high - low) / 2 == pytest.approx(2.228 * values.std(ddof=1) / math.sqrt(11), rel=1e-3)
