@@ -158,13 +158,20 @@ class Objective(NamedTuple):
 
     `signals({view: log-probabilities [..., V]}, token [...]) -> {name: [...]}` sees one position at a time: the
     vocabulary axis lives here.  `terms(batch, {name: [B, T]}, step) -> {name: Term}` sees the whole batch: the time
-    axis lives here.  The objective is applied on every `every`-th batch.
+    axis lives here.  The objective is applied on every `every`-th batch (0, `every`, ...), of those from `since` on and
+    before `until`: what a schedule has ended costs nothing any more.
     """
 
     views: Mapping[str, View]
     signals: Callable[[dict[str, Array], Array], dict[str, Array]]
     terms: Callable[[Batch, dict[str, Array], Array], dict[str, Term]]
     every: int = 1
+    since: int = 0
+    until: int | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the objective is applied on batch `step`, counted from 0."""
+        return step % self.every == 0 and self.since <= step and (self.until is None or step < self.until)
 
 
 class Method(NamedTuple):

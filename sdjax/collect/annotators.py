@@ -8,17 +8,18 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax import Array
 
 from sdjax.collect.contexts import question, rewrite_last
-from sdjax.engine import policies
+from sdjax.collect.rollouts import RolloutError
+from sdjax.collect.synthesis import ask
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Environment
-from sdjax.types import Rollout
+from sdjax.types import Messages, Rollout
 
 MOST_SPANS, MOST_SEGMENTS = 3, 3
 """An answer has at most so many spans, each of at most so many consecutive segments (TRACE, arXiv:2605.10194)."""
@@ -39,6 +40,10 @@ class Span(NamedTuple):
     start: int
     end: int
     kind: str
+
+
+Annotator = Callable[[Environment, Sequence[Rollout], Array], Sequence[Sequence[Span]]]
+Mask = Literal["annotated", "random", "inverted", "all"]
 
 
 def segments(text: str) -> list[tuple[int, int]]:
@@ -77,14 +82,24 @@ def first_error(text: str) -> list[Span]:
     return [Span(*span, "premature conclusion") for span in segments(text)[-1:]]
 
 
-def by_policy(environment: Environment, rollouts: Sequence[Rollout], key: Array) -> list[list[Span]]:
-    """The live policy names decisive or wrong steps of numbered segments, as JSON; what cannot be read marks nothing."""
-    asked = [request(r) for r in rollouts]
-    replies = policies.sample(environment.live, asked, key, sampling=GREEDY) if rollouts else []
-    return [parse(said[0].text, r.text) for said, r in zip(replies, rollouts, strict=True)]
+def by_policy(name: str = "live") -> Annotator:
+    """The policy `name` names decisive or wrong steps of numbered segments, as JSON; what cannot be read marks nothing.
+
+    "live" is the student itself; an external policy may have another vocabulary, since all is text.
+    The annotator raises RolloutError where there is no policy of that name.
+    """
+
+    def annotate(environment: Environment, rollouts: Sequence[Rollout], key: Array) -> list[list[Span]]:
+        if name not in environment.policies:
+            known = ", ".join(sorted(environment.policies))
+            raise RolloutError(f"annotator={name}: there is no policy of this name; there are {known}, and the rule")
+        replies = ask(environment.policies[name], [request(r) for r in rollouts], key, slots=8, sampling=GREEDY)
+        return [parse(said.text, r.text) for said, r in zip(replies, rollouts, strict=True)]
+
+    return annotate
 
 
-def request(rollout: Rollout):
+def request(rollout: Rollout) -> Messages:
     """What an annotator is asked about a rollout: problem, numbered segments and outcome."""
     steps = "\n".join(f"[{i}] {rollout.text[a:b]}" for i, (a, b) in enumerate(segments(rollout.text)))
     wanted = "decisive steps" if rollout.reward >= 0.5 else "root causes of the error"
@@ -99,7 +114,7 @@ def request(rollout: Rollout):
 
 
 def parse(reply: str, text: str) -> list[Span]:
-    """The spans that a reply names.  Entries that make no sense are left out."""
+    """The spans that a reply names.  Entries that make no sense, or name no kind of step, are left out."""
     where, found = segments(text), re.search(r"\[.*\]", reply, re.DOTALL)
     try:
         entries = json.loads(found.group()) if found else []
@@ -108,10 +123,10 @@ def parse(reply: str, text: str) -> list[Span]:
     spans = []
     for entry in entries:
         try:
-            first, last, kind = int(entry["first"]), int(entry["last"]), str(entry["kind"])
+            first, last, kind = int(entry["first"]), int(entry["last"]), str(entry["kind"]).strip()
         except (TypeError, KeyError, ValueError):
             continue
-        if 0 <= first <= last < len(where) and last - first < MOST_SEGMENTS:
+        if kind and 0 <= first <= last < len(where) and last - first < MOST_SEGMENTS:
             spans.append(Span(where[first][0], where[last][1], kind))
     return spans[:MOST_SPANS]
 
@@ -130,6 +145,22 @@ def marked(rollout: Rollout, spans: Sequence[Span], tokenizer: Any) -> np.ndarra
             place = start + len(piece)
             chosen[i] = any(s.start < place and start < s.end for s in spans)
     return chosen
+
+
+def ablated(marks: np.ndarray, mask: Mask, share: float, chance: np.random.Generator) -> np.ndarray:
+    """The tokens that a control marks instead of those that an annotator marked: `[T]` bool -> `[T]` bool.
+
+    "random": `floor(share * T)` of all tokens; "inverted": as many of those that are not marked; "all": every token.
+    Where nothing is marked nothing will be.
+    Source: the mask ablations of TRACE, arXiv:2605.10194 (random 25 %, inverted 25 %, all tokens).
+    """
+    if mask == "annotated" or not marks.any():
+        return marks
+    if mask == "all":
+        return np.ones_like(marks)
+    places = np.flatnonzero(~marks) if mask == "inverted" else np.arange(len(marks))
+    chosen = chance.permutation(places)[: int(share * len(marks))]
+    return np.isin(np.arange(len(marks)), chosen)
 
 
 def step_numbers(tokens: Sequence[int], tokenizer: Any) -> np.ndarray:

@@ -67,7 +67,7 @@ def private_note(example: Example, spans: Iterable[Span], correct: bool) -> Mess
 
     Source: the teacher's note of Wang et al. 2026 (TRACE), arXiv:2605.10194, paraphrased.
     """
-    named = ", ".join(sorted({span.kind for span in spans}))
+    named = ", ".join(sorted({span.kind.strip() for span in spans} - {""}))
     if not named:
         return None
     good = f"Successful solutions of this problem rely on these kinds of steps: {named}. Make such steps explicit."

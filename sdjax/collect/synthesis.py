@@ -27,10 +27,13 @@ from sdjax.types import Example, Messages, Method, Rollout
 def ask(policy: Policy, chats: Sequence[Messages], key: Array, *, slots: int, **how: Any) -> list[Sample]:
     """One completion after each chat, however many there are.
 
-    Chats are padded to a multiple of `slots`, so that a number that differs from call to call compiles once.
+    Chats are padded to `slots`, twice or four times as many, and so on, from `shapes.rows` on to a multiple: a number
+    that differs from call to call compiles few programs, and less than half of what is written is padding.
     """
     if not chats:
         return []
+    while slots < min(len(chats), policy.shapes.rows):
+        slots *= 2
     padded = [*chats, *[chats[-1]] * (-len(chats) % slots)]
     return [s for (s,) in policies.sample(policy, padded, key, **how)][: len(chats)]
 

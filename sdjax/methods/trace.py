@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sdjax.collect.annotators import Span, by_rule, marked
+from sdjax.collect.annotators import Annotator, Mask, ablated, by_policy, by_rule, marked
 from sdjax.collect.lessons import private_note
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
-from sdjax.engine.policies import refresh
-from sdjax.kernels.advantages import group_advantage
-from sdjax.kernels.distributions import entropy, logprob, top_k_with_rest
+from sdjax.engine.policies import frozen, refresh
+from sdjax.kernels.distributions import top_k_with_rest
 from sdjax.kernels.divergences import clip_entries, clip_entries_straight_through, jsd_entries
-from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import keep_earliest
+from sdjax.methods.grpo import grpo
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(
@@ -31,6 +29,10 @@ CARD = Card(
         "spans of a branch of weight 0 get no gradient by Eq. 1 (active_only=False); here they keep GRPO",
         "the published hard clip lowers what the teacher wants most: straight_through=True, or entry_clip=None",
         "not said: which tokens the cap keeps (here the earliest), whose top k (the student's, with the rest)",
+        "the paper's annotator is a language model (annotator=NAME); the default is a rule that knows arithmetic only",
+        "an annotator may mark nothing; the rule then marks the last sentence",
+        "which tokens the inverted mask takes is not said: here random ones outside the spans",
+        "attempts are sampled at 0.6, but ratios and divergences are taken at temperature 1",
     ),
 )
 
@@ -42,16 +44,21 @@ def trace(
     key_weight: float = 1.0,
     schedule: tuple[float, int, int] = (0.5, 10, 30),
     most: float = 0.25,
+    mask: Mask = "annotated",
     top_k: int = 100,
     entry_clip: float | None = 0.05,
     straight_through: bool = False,
     active_only: bool = True,
     refresh_every: int = 10,
     clip: tuple[float, float] = (0.2, 0.28),
+    tis_cap: float | None = None,
     temperature: float = 0.6,
-    annotate: Callable[..., Sequence[Sequence[Span]]] = by_rule,
+    annotator: str = "rule",
+    annotate: Annotator | None = None,
 ) -> Method:
     """Token-routed alignment (Wang et al. 2026, arXiv:2605.10194, Eq. 1-2).  Token mean; divergence: sequence mean.
+
+    After the schedule it is GRPO, and neither annotator nor teacher is asked.  `memory` is how many batches there were.
 
     Args:
       group_size: rollouts per prompt.
@@ -59,48 +66,65 @@ def trace(
       key_weight: of KL(teacher||student) on key spans of correct answers.
       schedule: lambda's first value, the batches for which it stays, and those in which it then falls to 0.
       most: largest share of a row's tokens that is marked.
+      mask: what is marked: the annotated spans or, as a control, as many random tokens as `most` allows, as many outside
+        the spans, or all tokens of the row whatever `most` says.  The teacher is told the same.
       top_k: entries of the student's distribution that are kept, the others in one rest.
       entry_clip: bound of every vocabulary entry's addend; `None`: none.
       straight_through: clip the value only and keep the unclipped gradient.
-      active_only: leave spans alone whose branch has weight 0.
+      active_only: leave spans alone whose branch has weight 0; their rows are then not annotated.
       refresh_every: batches after which the teacher's parameters are renewed.
       clip: widths of the surrogate's clip below and above 1.
-      temperature: of sampling, as published.
-      annotate: `(environment, rollouts, key) -> spans`; see `sdjax.collect.annotators`.
+      tis_cap: as in `grpo`; 2 in the published settings, where another program samples.
+      temperature: of sampling, as published; ratios and divergences are taken at temperature 1.
+      annotator: who marks steps: "rule" (`sdjax.collect.annotators.by_rule`, for arithmetic), or a policy: "live" (the
+        student itself), "initial", or the name of an external one.
+      annotate: instead, `(environment, rollouts, key) -> spans`; see `sdjax.collect.annotators`.
     """
     weight, hold, decay = schedule
+    ends = hold + decay
+    annotate = annotate or (by_rule if annotator == "rule" else by_policy(annotator))
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
-        spans = (
-            annotate(environment, rollouts, jax.random.split(key)[1]) if memory < hold + decay else [()] * len(rollouts)
-        )
-        return [told(environment, r, s) for r, s in zip(rollouts, spans, strict=True)], memory + 1
+        asked = [r for r in rollouts if memory < ends and (not active_only or branch(r.reward))]
+        # Not a key that an attempt was drawn from.
+        marking = jax.random.fold_in(key, len(examples))
+        found = annotate(environment, asked, marking) if asked else []
+        spans = {id(r): tuple(s for s in some if s.kind.strip()) for r, some in zip(asked, found, strict=True)}
+        chance = np.random.default_rng(np.asarray(jax.random.key_data(marking)))
+        return [told(environment, r, spans.get(id(r), ()), chance) for r in rollouts], memory + 1
 
-    def told(environment, rollout, spans):
-        correct = rollout.reward >= 0.5
-        spans = spans if not active_only or (key_weight if correct else error_weight) else ()
-        span = marked(rollout, spans, environment.live.tokenizer)
-        return rollout.with_extras(span=span).read_by(teacher=private_note(rollout.example, spans, correct))
+    def branch(reward):
+        return key_weight if reward >= 0.5 else error_weight
+
+    def told(environment, rollout, spans, chance):
+        span = ablated(marked(rollout, spans, environment.live.tokenizer), mask, most, chance)
+        note = private_note(rollout.example, spans, rollout.reward >= 0.5)
+        return rollout.with_extras(span=span).read_by(teacher=note)
 
     def signals(dist, token):
-        found = {"logprobs": logprob(dist["student"], token), "entropy": entropy(dist["student"])}
         pair = top_k_with_rest(dist["student"], dist["teacher"], by=dist["student"], k=top_k)
         bounded = clip_entries_straight_through if straight_through else clip_entries
         total = lambda entries: entries.sum(-1) if entry_clip is None else bounded(entries, entry_clip)
-        return {**found, "key_kl": total(jsd_entries(*pair, 0.0)), "error_kl": total(jsd_entries(*pair, 1.0))}
+        found = {"key_kl": total(jsd_entries(*pair, 0.0)), "error_kl": total(jsd_entries(*pair, 1.0))}
+        return {**plain.signals(dist, token), **found}
 
     def terms(batch, sig, step):
         left = jnp.clip(1.0 - (step - hold) / max(decay, 1), 0.0, 1.0)
-        span, correct = keep_earliest(batch.extras["span"], batch.mask, most), (batch.reward >= 0.5)[:, None]
-        advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
-        surrogate = clipped_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
+        taught, correct = batch.contexts["teacher"].valid[:, None], (batch.reward >= 0.5)[:, None]
+        span = keep_earliest(batch.extras["span"] & taught, batch.mask, 1.0 if mask == "all" else most)
         kl = jnp.where(correct, key_weight * sig["key_kl"], error_weight * sig["error_kl"])
+        found = plain.terms(batch, sig, step)
+        rest = jnp.where(span, 1.0 - left, 1.0)
         return {
-            "pg": Term(surrogate, jnp.where(span, 1.0 - left, 1.0), reduce=token_mean),
-            "span_kl": Term(jnp.where(span, kl, 0.0), reduce=sequence_mean, coef=weight * left),
-            "entropy": Term(sig["entropy"], coef=0.0),
+            **found,
+            "pg": found["pg"]._replace(weight=found["pg"].weight * rest),
+            "span_kl": Term(jnp.where(taught, kl, 0.0), span.astype(jnp.float32), None, sequence_mean, weight * left),
         }
 
-    views = {"student": View(trainable=True), "teacher": View("teacher", per_rollout=True)}
-    return Method(collect, (Objective(views, signals, terms),), {"teacher": refresh(refresh_every)}, memory=0)
+    base = grpo(clip=clip, tis_cap=tis_cap, reduce=token_mean, collect=collect)
+    plain = base.objectives[0]
+    views = {**plain.views, "teacher": View("teacher", per_rollout=True)}
+    objectives = (Objective(views, signals, terms, until=ends), plain._replace(since=ends))
+    own = {"initial": frozen()} if annotator == "initial" else {}
+    return base._replace(objectives=objectives, snapshots={"teacher": refresh(refresh_every), **own}, memory=0)

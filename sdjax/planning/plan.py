@@ -274,6 +274,7 @@ def compiled_plan(
             quick=quick,
         )
         for objective in method.objectives
+        if objective.due(0)
     )
     sampler, decoding = sampler_cost(network, params, shapes, prompts, rows, quick)
     bytes_of_cache = lambda count, length: size(jax.eval_shape(lambda: empty_cache(network, count, length))) / mesh.size

@@ -190,7 +190,7 @@ class Run:
     def train_on(self, step: int, batch: Batch) -> dict[str, float]:
         """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
         e, outcomes = self.experiment, []
-        due = [(o, u) for o, u in zip(e.method.objectives, self.updates, strict=True) if step % o.every == 0]
+        due = [(o, u) for o, u in zip(e.method.objectives, self.updates, strict=True) if o.due(step)]
         for (_, update), _ in itertools.product(due, range(e.epochs)):
             for part in train.minibatches(batch, e.minibatches):
                 outcomes.append(self.update(update, part))

@@ -17,6 +17,7 @@ from networks import unoptimised
 from sdjax.collect import annotators
 from sdjax.collect.annotators import Span
 from sdjax.collect.contexts import question
+from sdjax.collect.rollouts import RolloutError
 from sdjax.engine import policies
 from sdjax.engine.policies import Sample
 from sdjax.engine.score import token_signals
@@ -333,17 +334,22 @@ def test_policy_as_annotator(monkeypatch):
     reply = 'Sure: [{"first": 0, "last": 1, "kind": "sign"}, {"first": 9, "last": 9, "kind": "x"}, {"first": 2}, 3]'
 
     def sample(policy, contexts, key, sampling):
-        asked.extend(contexts)
+        asked.extend(contexts[:2])  # the others are padding
         return [[Sample((), (), reply, True)] for _ in contexts]
 
     monkeypatch.setattr(policies, "sample", sample)
     rows = [dataclasses.replace(said("red"), text=text), dataclasses.replace(said("red", 0.0), text=text)]
-    assert annotators.by_policy(tiny.environment(), rows, None) == [[Span(0, 9, "sign")]] * 2
+    assert annotators.by_policy()(tiny.environment(), rows, None) == [[Span(0, 9, "sign")]] * 2
     assert (
         "[1] c d." in asked[0][-1]["content"]
         and "correct" in asked[0][-1]["content"]
         and "wrong" in asked[1][-1]["content"]
     )
+    with pytest.raises(
+        RolloutError, match="annotator=nobody: there is no policy of this name; there are live, teacher"
+    ):
+        annotators.by_policy("nobody")(tiny.environment(), rows, None)
+    assert annotators.parse('[{"first": 0, "last": 0, "kind": " "}]', text) == []
     assert annotators.parse("no idea", text) == annotators.parse("[{]", text) == []
     assert annotators.parse('[{"first": 0, "last": 2, "kind": "x"}]', text) == [Span(0, 14, "x")]
     assert annotators.parse(json.dumps([{"first": 0, "last": 0, "kind": "x"}] * 5), text) == [Span(0, 4, "x")] * 3
@@ -555,7 +561,7 @@ def test_one_update(factory):
     parameters, networks = tiny.others(environment_of(method))
     # Another teacher than the student: else on the first batch of some methods there is nothing to learn.
     parameters = {name: tiny.pretrained(1).params for name in parameters}
-    traces, (objective,) = [], method.objectives
+    traces, objective = [], method.objectives[0]
     # Counted here: a jitted function's own cache may be emptied by what other tests compile.
     counted = objective._replace(terms=lambda *data: traces.append(1) or objective.terms(*data))
     update = make_update(counted, networks, optax.sgd(0.1), tiny.SHAPES, token_mean)

@@ -8,14 +8,16 @@ import spies
 import tiny
 from networks import unoptimised
 
+from sdjax.collect.annotators import Span, request
 from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.lessons import before_writing
-from sdjax.engine.generate import Sampling
+from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.methods.gkd import gkd
 from sdjax.methods.minillm import minillm
 from sdjax.methods.mixsd import mixsd
 from sdjax.methods.pbsd import pbsd
 from sdjax.methods.sdft import sdft
+from sdjax.methods.trace import trace
 from sdjax.types import STUDENT, TEACHER
 
 EXAMPLES = tiny.TASK.train[:2]
@@ -104,3 +106,43 @@ def test_a_teacher_that_helps_to_write_has_read_its_lesson(monkeypatch):
     method.collect(environment, EXAMPLES, jax.random.key(0), {})
     assert {s.who for s in sampled} == {("initial", "initial")}
     assert sampled[0].chats == (tuple(map(question, EXAMPLES)), tuple(map(before, EXAMPLES)))
+
+
+# ---- TRACE ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("annotator", ["coach", "live", "initial"])
+def test_trace_asks_its_annotator_about_the_rows_it_can_distil(annotator, monkeypatch):
+    """Those whose branch has a weight, with the verdict and never the log-probabilities; only while the schedule lasts."""
+    method = trace(group_size=4, temperature=1.0, annotator=annotator)
+    environment = spies.distinct(method, also=("coach",))
+    assert set(method.snapshots) == {"teacher", *({"initial"} & {annotator})}
+    sampled, _ = spies.watch(monkeypatch, environment)
+    rows, memory = method.collect(environment, EXAMPLES, jax.random.key(0), 39)
+    right = [r for r in rows if r.reward >= 0.5]
+    assert 0 < len(right) < len(rows) and memory == 40
+    attempts, asked = sampled
+    assert (attempts.who, attempts.n, attempts.sampling) == ("live", *FOUR.values())
+    assert asked.who == annotator and asked.sampling == GREEDY and asked.key != attempts.key
+    requests = [request(r) for r in right]
+    assert list(asked.chats[: len(right)]) == requests and all(chat in requests for chat in asked.chats)
+    # No key of an attempt is drawn from again.
+    assert asked.key not in {spies.key_of(jax.random.fold_in(jax.random.key(0), i)) for i in range(len(EXAMPLES))}
+    method.collect(environment, EXAMPLES, jax.random.key(0), 40)
+    assert len(sampled) == 3
+
+
+def test_trace_asks_about_wrong_rows_where_they_are_distilled(monkeypatch):
+    seen = []
+
+    def annotate(environment, rollouts, key):
+        seen.append({r.reward >= 0.5 for r in rollouts})
+        return [[Span(0, len(r.text), " "), Span(0, 1, "sign")][: 1 + i % 2] for i, r in enumerate(rollouts)]
+
+    for options in ({"error_weight": 1.0}, {"error_weight": 1.0, "key_weight": 0.0}, {"active_only": False}, {}):
+        method = trace(group_size=4, temperature=1.0, annotate=annotate, **options)
+        rows, _ = method.collect(spies.distinct(method), EXAMPLES, jax.random.key(0), 0)
+        # A span without a kind is none: nothing could be told about it.
+        for r in rows:
+            assert r.extras["span"].any() == (r.contexts["teacher"] is not None)
+    assert seen == [{True, False}, {False}, {True, False}, {True}]

@@ -20,7 +20,7 @@ from method_checks import (
 )
 from networks import unoptimised
 
-from sdjax.collect.annotators import Span
+from sdjax.collect.annotators import Span, ablated
 from sdjax.collect.lessons import private_note
 from sdjax.collect.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
 from sdjax.kernels import credit
@@ -710,6 +710,62 @@ def test_trace_without_spans_is_grpo():
     )
 
 
+def test_trace_leaves_rows_without_a_teacher_to_grpo():
+    """A marked row about which the teacher has nothing to say has no divergence, and keeps its policy gradient."""
+    batch, logits, teacher = fixture(on_policy=False, taught=(True, True, False, False))
+    marks = SPANS | np.eye(4, 5, dtype=bool)
+    method = trace(error_weight=1.0, **UNCLIPPED)
+    silent = teacher.at[2:].set(normalise(jnp.arange(7.0)))  # a teacher that was told nothing says something, too
+    value, found = loss_and_gradient(method, traced(batch, marks), logits, silent)
+    wanted = loss_and_gradient(method, traced(batch, marks & np.asarray([[1], [1], [0], [0]], bool)), logits, teacher)
+    close(value, wanted[0])
+    close(found, wanted[1])
+    assert np.abs(found[2:]).max() > 1e-3
+
+
+def test_trace_after_its_schedule_is_grpo_alone():
+    """Before, one objective reads the teacher; after, another one that does not: the engine never runs both."""
+    early, late = trace(schedule=(0.5, 2, 3)).objectives
+    assert [(early.due(step), late.due(step)) for step in range(7)] == [(True, False)] * 5 + [(False, True)] * 2
+    assert set(early.views) == {"student", "teacher"} and set(late.views) == {"student"}
+    batch, logits, teacher = fixture(on_policy=False)
+    method = trace()._replace(objectives=(late,))
+    assert_same(method, WIDE, traced(batch, SPANS), logits, teacher, step=5)
+    assert not trace(schedule=(0.5, 0, 0)).objectives[0].due(0)
+
+
+def test_trace_weighs_by_the_samplers_importance():
+    """`tis_cap` is GRPO's: it multiplies the policy gradient of unmarked tokens, and the weights of spans stay."""
+    batch, logits, teacher = fixture(on_policy=False)
+    old = batch.behavior_logprobs + jnp.linspace(-1.5, 1.5, 20).reshape(4, 5)
+    batch = batch.replace(extras={"span": jnp.asarray(SPANS), "old_logprobs": old})
+    sig = {**read_trace(batch, logits, teacher), "logprobs": old}
+    weight = trace(tis_cap=2.0, most=1.0).objectives[0].terms(batch, sig, 25)["pg"].weight
+    spans = SPANS & np.asarray(batch.contexts["teacher"].valid)[:, None] & np.asarray(batch.mask)
+    ratio = np.minimum(np.exp(np.asarray(old - batch.behavior_logprobs)), 2.0)
+    close(weight, ratio * np.where(spans, 0.5, 1.0))
+    assert (ratio == 2.0).any() and trace(tis_cap=2.0).objectives[1].terms(batch, sig, 50)["pg"].weight.shape == (4, 5)
+
+
+def test_trace_marks_other_tokens_as_a_control():
+    """As many as the cap allows, anywhere, or outside the spans, or all: for rows that an annotator has marked."""
+    marks = np.arange(40) % 4 == 1
+    found = {mask: ablated(marks, mask, 0.25, np.random.default_rng(0)) for mask in ("random", "inverted", "all")}
+    assert found["random"].sum() == found["inverted"].sum() == 10 and found["all"].all()
+    assert (found["random"] & marks).any() and not (found["inverted"] & marks).any()
+    assert (
+        found["inverted"][10:].any()
+        and (found["random"] != ablated(marks, "random", 0.25, np.random.default_rng(1))).any()
+    )
+    np.testing.assert_array_equal(ablated(marks, "annotated", 0.25, np.random.default_rng(0)), marks)
+    assert not any(ablated(marks & False, mask, 0.25, np.random.default_rng(0)).any() for mask in found)
+    # The cap does not take away what the control marks.
+    batch, logits, teacher = fixture(taught=True)
+    everything = traced(batch, np.ones((4, 5)))
+    weight = trace(mask="all").objectives[0].terms(everything, read_trace(batch, logits, teacher), 0)["pg"].weight
+    np.testing.assert_array_equal(np.asarray(weight) == 0.0, np.asarray(batch.mask))
+
+
 def test_trace_schedule():
     batch, zero = traced(tiny.batch(jnp.zeros((1, 4)), reward=[1.0]), np.ones((1, 4))), jnp.zeros((1, 4))
     sig = {"logprobs": zero, "entropy": zero, "key_kl": zero + 1.0, "error_kl": zero}
@@ -838,7 +894,8 @@ def test_trace_note_tells_kinds_only():
     note = lambda *spans: private_note(example, spans, True)
     assert note(Span(0, 3, "case split"), Span(5, 9, "sign")) == note(Span(7, 8, "sign"), Span(1, 2, "case split"))
     assert note(Span(0, 3, "sign")) != note(Span(0, 3, "case split"))
-    assert note() is None
+    assert note() is None and note(Span(0, 3, " ")) is None
+    assert note(Span(0, 3, ""), Span(5, 9, "sign ")) == note(Span(7, 8, "sign"))
     assert private_note(example, [Span(0, 1, "sign")], False) != note(Span(0, 1, "sign"))
     assert example.solution not in note(Span(0, 3, "sign"))[-1]["content"]
 

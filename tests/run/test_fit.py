@@ -159,6 +159,30 @@ def test_epochs_minibatches_objectives_and_programs(tmp_path, capsys, monkeypatc
     assert tiny.programs("update") == before + 2
 
 
+def test_an_objective_before_and_after_a_schedule(tmp_path, capsys, monkeypatch):
+    """`until` and `since` are counted in batches, `every` from the first one: what has ended is not run any more."""
+    calls = collections.defaultdict(list)
+    train_on, make = loop.Run.train_on, train.make_update
+    steps = []
+
+    def counted(objective, *rest):
+        update = make(objective, *rest)
+        return lambda *arguments: calls[objective[3:]].append(steps[-1]) or update(*arguments)
+
+    monkeypatch.setattr(train, "make_update", counted)
+    monkeypatch.setattr(loop.Run, "train_on", lambda run, step, batch: steps.append(step) or train_on(run, step, batch))
+    own = method()
+    times = [{"until": 2}, {"since": 2}, {"every": 2, "since": 1, "until": 4}, {}]
+    own = own._replace(objectives=tuple(own.objectives[0]._replace(**when) for when in times))
+    fit(experiment(own, steps=5), tmp_path / "run")
+    assert calls == {
+        (1, 0, 2): [0, 1],
+        (1, 2, None): [2, 3, 4],
+        (2, 1, 4): [2],
+        (1, 0, None): [0, 1, 2, 3, 4],
+    }
+
+
 def test_nothing_crosses_to_the_device_unasked(tmp_path, capsys):
     """After compilation, an update takes the batch and gives its outcome: no parameters travel."""
     run = loop.Run(experiment(teachers={"coach": tiny.pretrained(1)}), tmp_path, Interrupts())
