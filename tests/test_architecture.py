@@ -245,8 +245,8 @@ def test_a_method_module_exports_its_card_and_a_factory_of_its_own_name(name):
 
 
 @each_method
-def test_the_readme_names_every_method(name):
-    assert f"`{name}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_table_names_every_method(name):
+    assert f"`{name}`" in (ROOT / "sdjax" / "methods" / "README.md").read_text(encoding="utf-8")
 
 
 # ---- words --------------------------------------------------------------------------------------------------------

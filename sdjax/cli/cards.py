@@ -1,4 +1,4 @@
-"""The methods as text: for `sdjax methods` and for the README's table, from each module's `CARD` and its factory."""
+"""The methods as text: for `sdjax methods` and for the table in `methods/README.md`, from each module's `CARD` and its factory."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def page(d: Mapping[str, Any]) -> str:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table, in Markdown."""
+    """The table in `methods/README.md`, in Markdown."""
     rows = ["| method | source | loss | teacher reads |", "|---|---|---|---|"]
     for d in found:
         paper = d["paper"].split(",")[0].split(":")[0]
         source = f"{paper}, [{d['arxiv']}](https://arxiv.org/abs/{d['arxiv']})" if d["arxiv"] else paper
         mark = "" if d["status"] == "paper" else f" ({d['status']})"
         loss = f"`{d['equation']}`"
-        cells = (f"[`{d['name']}`](sdjax/methods/{d['name']}.py)", source + mark, loss, d["teacher"])
+        cells = (f"[`{d['name']}`]({d['name']}.py)", source + mark, loss, d["teacher"])
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(rows)
