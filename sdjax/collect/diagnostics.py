@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.kernels.advantages import group_mean
 from sdjax.kernels.distributions import NEVER, entropy
 from sdjax.kernels.reductions import masked_mean, masked_sum
 from sdjax.kernels.top_k import top_k
@@ -213,6 +214,28 @@ def win_share(reward: Array, correct: Array, over: Array) -> Array:
     wrong = jnp.broadcast_to(over & ~correct, (reward.shape[0],) * 2)
     above = (reward[:, None] > reward) + 0.5 * (reward[:, None] == reward)
     return jnp.where(wrong.any(), masked_mean(above, wrong, axis=-1), 0.5)
+
+
+def auroc_of_groups(reward: Array, correct: Array, over: Array, group: Array) -> tuple[Array, Array]:
+    """`auroc` within each row's group, and one row of every group with correct and wrong rows: `[B] x4 -> [B], [B]`.
+
+    Its mean over those rows is the AUROC per prompt: how hard a prompt is does not enter it, as it does when all rows
+    are compared.  Without any such group 1/2 for all rows in `over`.
+    """
+    chex.assert_equal_shape([reward, correct, over, group])
+    members = (group[:, None] == group) & over
+    above = (reward[:, None] > reward) + 0.5 * (reward[:, None] == reward)
+    share = group_mean(masked_mean(above, members & ~correct, axis=-1), group, over & correct)
+    first = over & (jnp.argmax(members, axis=-1) == jnp.arange(len(group)))
+    mixed = first & (members & correct).any(-1) & (members & ~correct).any(-1)
+    return jnp.where(mixed.any(), share, 0.5), jnp.where(mixed.any(), mixed, over)
+
+
+def auroc_by_prompt(reward: Sequence[float], correct: Sequence[bool], prompt: Sequence[int]) -> float:
+    """The mean of `auroc` over the prompts that have correct and wrong completions; NaN without any: `[B] x3 -> scalar`."""
+    reward, correct, prompt = np.asarray(reward, np.float64), np.asarray(correct, bool), np.asarray(prompt)
+    found = [auroc(reward[prompt == p], correct[prompt == p]) for p in np.unique(prompt)]
+    return _mean([x for x in found if np.isfinite(x)])
 
 
 def agreement_by_outcome(log_ratio: Array, present: Array, correct: Array, threshold: float = AGREEMENT) -> np.ndarray:

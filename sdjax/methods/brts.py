@@ -7,13 +7,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import attempts
 from sdjax.collect.selection import Rule, cut, likeliest_of, selected
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
+from sdjax.kernels import candidates as kernel
 from sdjax.kernels.distributions import entropy, logprob, normalise, top_k_entries
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
@@ -39,10 +39,9 @@ def candidates_reverse_kl(student, teacher, k: int | None):
 
     `sum_v p_v/Z log(p_v/q_v) grad log p_v` with full-vocabulary log-probabilities; with all entries, that of the KL.
     """
-    kept = student.shape[-1] if k is None else min(k, student.shape[-1])
-    student, teacher = top_k_entries(student, teacher, by=student, k=kept)
-    constant = lax.stop_gradient(jnp.exp(normalise(student)) * (student - teacher))
-    return jnp.sum(constant + constant * (student - lax.stop_gradient(student)), axis=-1)
+    ids, kept = kernel.candidates(student, teacher, student.shape[-1] if k is None else k)
+    student, teacher = (jnp.take_along_axis(dist, ids, axis=-1) for dist in (student, teacher))
+    return kernel.candidate_surrogate(student, teacher, kernel.candidate_weights(student, teacher, kept))
 
 
 def head_forward_kl(student, teacher, k: int | None):
