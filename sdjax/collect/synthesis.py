@@ -161,6 +161,15 @@ def repetitive(text: str, *, tail: int = 1000, words: int = 3, times: int = 8) -
     return bool(grams) and max(grams.values()) >= times
 
 
+def whole_texts(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Those that a student may imitate: not cut, not empty, not `repetitive`.
+
+    Source: the cold start of Li et al. 2026 (Rethinking OPD), arXiv:2604.13016, which rejects truncated and degenerate
+    texts without saying what is degenerate.
+    """
+    return [r for r in rollouts if r.finished and r.text and not repetitive(r.text)]
+
+
 @dataclasses.dataclass
 class _Draft:
     """A trace under way."""

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sdjax.collect.cold_start import teacher_texts
+from sdjax.collect.alignment import alignment_signals, alignment_terms
 from sdjax.collect.contexts import question
-from sdjax.collect.continuations import GAIN, with_continuation_gains
-from sdjax.collect.diagnostics import auroc_of_groups, entropy_gap, overlap_statistics, sequence_reward
+from sdjax.collect.continuations import with_continuation_gains
+from sdjax.collect.lessons import before_writing, by_teacher
 from sdjax.collect.rollouts import attempts
+from sdjax.collect.synthesis import whole_texts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, refresh, teacher_name
 from sdjax.kernels import candidates as kernel
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.candidates import Support, Weights
-from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
@@ -90,7 +90,6 @@ def rethinking_opd(
       reduce: how tokens are averaged.
     """
     name, sampling = teacher_name(teacher, lesson), Sampling(temperature=temperature)
-    raw = raw_weights or support == "symmetric_difference"
 
     def collect(environment, examples, key, memory):
         cold = cold_start and memory < cold_start
@@ -103,8 +102,9 @@ def rethinking_opd(
         return rollouts, memory + 1 if cold_start else memory
 
     def written(environment, examples, key):
-        before = lambda e: lesson(Rollout(e, (), (), "", 0), []) if lesson else question(e)
-        return teacher_texts(environment, name, examples, key, before=before, n=group_size, sampling=sampling)
+        how = {"n": group_size, "sampling": sampling}
+        rollouts = by_teacher(environment, name, examples, key, before_writing(lesson), **how)
+        return [r.read_by(teacher=None) for r in whole_texts(rollouts)]
 
     def attempted(environment, examples, key):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=sampling)
@@ -114,52 +114,31 @@ def rethinking_opd(
 
     def signals(dist, token):
         student, teacher = dist["student"], dist["teacher"]
-        found = {
-            **overlap_statistics(student, teacher, min(top_k or 16, student.shape[-1])),
-            "entropy_gap": entropy_gap(student, teacher),
-            "entropy": entropy(student),
-            "logprobs": logprob(student, token),
-            "teacher_logprobs": logprob(teacher, token),
-        }
-        return found if top_k == 0 else {**found, "divergence": divergence(student, teacher, dist.get("sampler"))}
+        found = alignment_signals(student, teacher, token, top_k or 16)
+        if top_k == 0:
+            return found
+        return {**found, "divergence": divergence(student, teacher, dist.get("sampler", lax.stop_gradient(student)))}
 
-    def divergence(student, teacher, sampler):
-        k = student.shape[-1] if top_k is None else top_k
-        old = lax.stop_gradient(student) if sampler is None else sampler
-        ids, kept = kernel.candidates(old, teacher, k, support)
+    def divergence(student, teacher, old):
+        ids, kept = kernel.candidates(old, teacher, top_k or student.shape[-1], support)
         own, before, other = (jnp.take_along_axis(dist, ids, axis=-1) for dist in (student, old, teacher))
         if loss == "renormalised":
             return kernel.candidate_reverse_kl(own, other, kept)
+        raw = raw_weights or support == "symmetric_difference"
         weight = kernel.candidate_weights(before, other, kept, weights, raw=raw)
         return kernel.candidate_surrogate(own, other, weight, old=before, clip=clip, dual_clip=dual_clip)
 
     def terms(batch, sig, step):
         taught, old = batch.contexts["teacher"].valid & (batch.source == STUDENT), batch.behavior_logprobs
-        if top_k == 0:
-            gap = lax.stop_gradient(sig["teacher_logprobs"] - old)
-            sig = {**sig, "divergence": clipped_surrogate(sig["logprobs"], old, gap, clip, dual_clip)}
-        found = {"divergence": Term(sig["divergence"], 1.0, taught, reduce), **measured(batch, sig, taught)}
+        surrogate = lambda advantage: clipped_surrogate(sig["logprobs"], old, advantage, clip, dual_clip)
+        value = surrogate(sig["teacher_logprobs"] - old) if top_k == 0 else sig["divergence"]
+        found = {**alignment_terms(batch, sig, taught), "divergence": Term(value, 1.0, taught, reduce)}
         if rl_weight:
-            advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
-            surrogate = clipped_surrogate(sig["logprobs"], old, advantage, clip, dual_clip)
-            found["pg"] = Term(surrogate, 1.0, batch.source == STUDENT, reduce, rl_weight)
+            reward = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
+            found["pg"] = Term(surrogate(reward), 1.0, batch.source == STUDENT, reduce, rl_weight)
         if cold_start:
             found["nll"] = Term(-sig["logprobs"], 1.0, batch.source == TEACHER, reduce)
         return found
-
-    def measured(batch, sig, taught):
-        over = batch.mask & (batch.valid & taught)[:, None]
-        gap = sig["teacher_logprobs"] - sig["logprobs"]
-        shared = over & (sig["overlap"] > 0)
-        partial = ("overlap_advantage", "extreme_token_gap")
-        names = set(sig) - {"logprobs", "teacher_logprobs", "divergence", "entropy"}
-        found = {n: Term(sig[n], over=shared if n in partial else over, coef=0.0) for n in sorted(names)}
-        share, mixed = auroc_of_groups(sequence_reward(gap, over), batch.reward >= 0.5, over.any(-1), batch.group)
-        found |= {"log_ratio": Term(gap, over=taught, coef=0.0), "auroc": Term(share, over=mixed, coef=0.0)}
-        found["entropy"] = Term(sig["entropy"], coef=0.0)
-        length = batch.present.sum(-1)
-        gains = {n: taught & (length > int(n.split("/")[1])) for n in batch.extras if n.startswith(GAIN)}
-        return found | {n: Term(batch.extras[n], over=rows, coef=0.0) for n, rows in gains.items()}
 
     views = {"student": View(trainable=True), "teacher": View(name, per_rollout=lesson is not None)}
     views |= {"sampler": View("sampler")} if rollout_time else {}

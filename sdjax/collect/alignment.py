@@ -1,0 +1,45 @@
+"""How well student and teacher agree on what is likely, measured beside a method's loss: signals and terms."""
+
+from __future__ import annotations
+
+import jax
+from jax import Array
+
+from sdjax.collect.continuations import GAIN
+from sdjax.collect.diagnostics import auroc_of_groups, entropy_gap, overlap_statistics, sequence_reward
+from sdjax.kernels.distributions import entropy, logprob
+from sdjax.types import Batch, Term
+
+ON_SHARED = ("overlap_advantage", "extreme_token_gap")
+"""What is measured only where the two top-k sets have a token in common."""
+
+
+def alignment_signals(student: Array, teacher: Array, token: Array, k: int) -> dict[str, Array]:
+    """Log-probabilities of the token by both, the student's entropy, overlap of the top-k sets and the entropy gap."""
+    frozen = jax.lax.stop_gradient(student)
+    return {
+        **overlap_statistics(frozen, teacher, min(k, student.shape[-1])),
+        "entropy_gap": entropy_gap(frozen, teacher),
+        "entropy": entropy(frozen),
+        "logprobs": logprob(student, token),
+        "teacher_logprobs": logprob(teacher, token),
+    }
+
+
+def alignment_terms(batch: Batch, sig: dict[str, Array], taught: Array) -> dict[str, Term]:
+    """Terms of coefficient 0 from `alignment_signals` `[B, T]` over the rows `taught` `[B]`; other signals are left out.
+
+    Besides: the mean log-ratio (teacher minus student), how well its row means tell right from wrong rows of a prompt
+    (`auroc`, over prompts with both; 1/2 without any), and the gains of `with_continuation_gains`.
+    """
+    over = batch.mask & (batch.valid & taught)[:, None]
+    shared = over & (sig["overlap"] > 0)
+    names = ("overlap", "student_mass", "teacher_mass", "entropy_gap", *ON_SHARED)
+    found = {name: Term(sig[name], over=shared if name in ON_SHARED else over, coef=0.0) for name in names}
+    gap = sig["teacher_logprobs"] - sig["logprobs"]
+    share, mixed = auroc_of_groups(sequence_reward(gap, over), batch.reward >= 0.5, over.any(-1), batch.group)
+    found |= {"log_ratio": Term(gap, over=over, coef=0.0), "auroc": Term(share, over=mixed, coef=0.0)}
+    depths = {name: int(name.split("/")[1]) for name in batch.extras if name.startswith(GAIN)}
+    longer = lambda depth: taught & (batch.present.sum(-1) > depth)
+    found |= {name: Term(batch.extras[name], over=longer(depth), coef=0.0) for name, depth in depths.items()}
+    return {**found, "entropy": Term(sig["entropy"], coef=0.0)}
