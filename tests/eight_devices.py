@@ -20,7 +20,7 @@ VOCABULARY = 88
 
 @functools.cache
 def config():
-    """Eight heads, 88 vocabulary entries (the tokenizer uses the first of them)."""
+    """Eight heads, 88 vocabulary entries, of which the tokenizer has the first: the others are padding."""
     return tiny.from_hf(
         {
             "model_type": "llama",
@@ -240,7 +240,7 @@ def sampled(sampling, choose=first):
     params = tuple(sharding.place_parameters(spread(tiny.pretrained(k).params)) for k in range(count))
     keys = row_keys(jax.random.key(1), jnp.arange(8), 2)
     stop = jnp.asarray([1], jnp.int32)
-    arguments = ((tiny.model(),) * count, params, sharding.place_rows(contexts), keys, sampling, stop, 12)
+    arguments = ((tiny.policy().model,) * count, params, sharding.place_rows(contexts), keys, sampling, stop, 12)
     program = generate.lower(*arguments, length=12, choose=choose).compile()
     return jax.device_get(generate(*arguments, length=12, choose=choose)), program.as_text()
 
@@ -266,6 +266,7 @@ def test_sampled_tokens_are_those_of_one_device(layout, monkeypatch):
         with on(layout), monkeypatch.context() as patch:
             patch.setattr(attention, "LEAST", 4)
             found, text = sampled(SAMPLINGS[name], CHOICES[choice])
+        assert found.tokens.max() < len(tiny.tokenizer())  # the other entries are padding
         assert text.count(" conditional(") > 2  # of the filters, before the loop and in it
         np.testing.assert_array_equal(found.tokens, wanted.tokens, err_msg=name)
         np.testing.assert_array_equal(found.present, wanted.present)
@@ -283,6 +284,7 @@ def test_collected_rows_are_those_of_one_device(layout):
         env = env._replace(policies={name: split(policy) for name, policy in env.policies.items()})
         found, _ = pairs.made(pairs.rlrt).collect(env, tiny.TASK.train[:2], jax.random.key(0), None)
     assert [r.tokens for r in found] == [r.tokens for r in wanted]
+    assert max(t for r in found for t in r.tokens) < len(tiny.tokenizer())
     for one, other in zip(found, wanted, strict=True):
         assert one.extras.keys() == other.extras.keys()
         for name, value in one.extras.items():
@@ -342,4 +344,4 @@ def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
     assert losses[-1] > 0
     for found, adapters in others:
         np.testing.assert_allclose(found, losses, rtol=1e-4)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), adapters, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), adapters, params)

@@ -16,6 +16,7 @@ from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, t
 from sdjax.engine.generate import Completions, Sampling, first, generate
 from sdjax.engine.score import token_signals
 from sdjax.engine.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
+from sdjax.engine.vocabulary import limited
 from sdjax.models.transformer import Transformer
 from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
 
@@ -24,6 +25,7 @@ from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
 class Policy:
     """A language model that can be sampled and that can score: `params` of `model`, read through `tokenizer`.
 
+    Ids that the tokenizer does not have get no mass (`sdjax.engine.vocabulary`).
     `writer`, if there is one, samples in place of `sdjax.engine.generate.generate`: see `sdjax.samplers.servers`.
     """
 
@@ -32,6 +34,9 @@ class Policy:
     tokenizer: Any
     shapes: Shapes
     writer: Callable[..., list[list[Sample]]] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "model", limited(self.model, self.tokenizer))
 
     @functools.cached_property
     def stop(self) -> tuple[int, ...]:

@@ -137,8 +137,9 @@ def token_signals(
         }
 
     def read(x: dict) -> dict[str, Array]:
-        dist = {name: normalise(transformer.scores(head, x["hidden"][name])) for name, head in heads.items()}
-        return signals(dist, x["token"])
+        unused = {name: models[view.policy].unused for name, view in views.items()}
+        score = lambda name, head: normalise(transformer.scores(head, x["hidden"][name], unused[name]))
+        return signals({name: score(name, head) for name, head in heads.items()}, x["token"])
 
     def per_rows(x: dict) -> dict[str, Array]:
         hidden = {**x["frozen"], **states(trained, x)}

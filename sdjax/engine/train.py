@@ -27,6 +27,7 @@ from sdjax.devices.sharding import (
 )
 from sdjax.engine.score import token_signals
 from sdjax.engine.tokens import Shapes
+from sdjax.engine.vocabulary import difference, limited, same_vocabulary, with_rows
 from sdjax.errors import InputError
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
 from sdjax.models import adapters
@@ -71,7 +72,8 @@ class Experiment:
     """Everything a run is made of, as Python objects.
 
     `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into
-    `minibatches` of whole groups, one update each, and read `epochs` times.  `teachers` are external policies by name.
+    `minibatches` of whole groups, one update each, and read `epochs` times.  `teachers` are external policies by name; one over
+    the student's vocabulary is given as many embedding rows as the student has.
     `dtype` is what the models compute in; parameters and the optimizer stay float32.  `remat` and `scan` are those of
     `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
@@ -113,6 +115,7 @@ class Experiment:
         if not self.task.train:
             raise ExperimentError(f"task {self.task.name} has no training examples")
         check_views(self)
+        object.__setattr__(self, "teachers", over_shared_ids(self.teachers, self.student))
 
 
 def check_views(experiment: Experiment) -> None:
@@ -127,14 +130,18 @@ def check_views(experiment: Experiment) -> None:
                 f"are {', '.join(sorted(policies))}"
             )
         teacher = experiment.teachers.get(view.policy, student)
-        if teacher is student:
-            continue
-        sizes = teacher.config.vocab_size, student.config.vocab_size
-        if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        if not same_vocabulary(teacher.tokenizer, student.tokenizer):
             raise ExperimentError(
-                f"teacher {view.policy!r} and the student have different vocabularies ({sizes[0]} and {sizes[1]} "
-                f"tokens), so view {name!r} cannot score the student's tokens"
+                f"teacher {view.policy!r} and the student have different vocabularies "
+                f"({difference(teacher.tokenizer, student.tokenizer)}), so view {name!r} cannot score the student's tokens"
             )
+
+
+def over_shared_ids(teachers: Mapping[str, Pretrained], student: Pretrained) -> dict[str, Pretrained]:
+    """The teachers, those with the student's vocabulary with as many embedding rows: their padding may differ."""
+    rows, own = student.config.vocab_size, student.tokenizer
+    padded = lambda t: t.config.vocab_size != rows and same_vocabulary(t.tokenizer, own)
+    return {name: with_rows(t, rows) if padded(t) else t for name, t in teachers.items()}
 
 
 def mesh_of(experiment: Experiment) -> Mesh | None:
@@ -212,8 +219,9 @@ def initial_state(experiment: Experiment, params: Any) -> State:
 def models(experiment: Experiment) -> dict[str, Transformer]:
     """The network of every policy: live, snapshots, external teachers."""
     build = lambda config: Transformer(config, experiment.dtype, experiment.remat, experiment.scan)
-    own = {name: build(experiment.student.config) for name in ("live", *experiment.method.snapshots)}
-    return {**own, **{name: build(teacher.config) for name, teacher in experiment.teachers.items()}}
+    student = experiment.student
+    own = dict.fromkeys(("live", *experiment.method.snapshots), student)
+    return {name: limited(build(p.config), p.tokenizer) for name, p in {**own, **experiment.teachers}.items()}
 
 
 def all_views(method: Method) -> dict[str, View]:

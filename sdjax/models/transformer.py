@@ -7,6 +7,7 @@ however many completions share it, in sampling and in training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.devices.sharding import DATA, MODEL, constrain, current, divisors
+from sdjax.kernels.distributions import NEVER
 from sdjax.models.adapters import Adapted
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.configs import ModelConfig
@@ -181,13 +183,15 @@ class Transformer(nn.Module):
 
     `remat` recomputes each block in the backward pass: memory for one block's activations instead of all, for one more
     forward pass of the blocks.  `scan` compiles one period of layers and loops over it, where nothing is decoded: programs
-    of deep models compile many times faster, for a copy of the parameters and of their gradients.
+    of deep models compile many times faster, for a copy of the parameters and of their gradients.  `unused` are ranges
+    `(first, end)` of ids that have an embedding and no token, as where an embedding is padded: their logits are `NEVER`.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
+    unused: tuple[tuple[int, int], ...] = ()
 
     def setup(self):
         c = self.config
@@ -266,7 +270,7 @@ class Transformer(nn.Module):
         return hidden[:, 0], cache
 
     def logits(self, hidden):
-        return scores(self.embed if self.config.tied_embeddings else self.head, hidden)
+        return scores(self.embed if self.config.tied_embeddings else self.head, hidden, self.unused)
 
     def everything(self, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -278,8 +282,11 @@ def head_of(model: Transformer, params: dict) -> Array:
     return params["embed" if model.config.tied_embeddings else "head"]
 
 
-def scores(head: Array, hidden: Array) -> Array:
-    """Float32 logits `[..., V]` of hidden states `[..., D]` by a head `[V, D]`, or `[N, V, D]` of `sharding.copies`."""
+def scores(head: Array, hidden: Array, unused: Sequence[tuple[int, int]] = ()) -> Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]` by a head `[V, D]`, or `[N, V, D]` of `sharding.copies`.
+
+    Those of ids in the ranges `unused` are `NEVER`: such an id has no mass, whoever reads the logits.
+    """
     head = head.astype(hidden.dtype)
     if head.ndim == 2:
         found = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -287,7 +294,11 @@ def scores(head: Array, hidden: Array) -> Array:
         parts = constrain(hidden.reshape(len(head), -1, *hidden.shape[1:]), DATA)
         found = jnp.einsum("n...d,nvd->n...v", parts, head, preferred_element_type=jnp.float32)
         found = constrain(found, DATA, *(None,) * (found.ndim - 2), MODEL).reshape(*hidden.shape[:-1], -1)
-    return constrain(found, *(DATA, *(None,) * found.ndim)[: found.ndim - 1], MODEL)
+    found = constrain(found, *(DATA, *(None,) * found.ndim)[: found.ndim - 1], MODEL)
+    for first, end in unused:
+        ids = jnp.arange(found.shape[-1])
+        found = jnp.where((ids >= first) & (ids < end), NEVER, found)
+    return found
 
 
 def initialise(model: Transformer, key: Array) -> dict:

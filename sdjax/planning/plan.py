@@ -6,6 +6,7 @@ of memory and exchanges is the compiler's word, what it says of seconds is a roo
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -197,6 +198,9 @@ def plan(
         return compiled_plan(built, networks, batch, shapes, prompts, rows, quick)
 
 
+PADDING = 0.01
+"""Sizes that differ by no more than this share are taken for one vocabulary, padded differently: tokenizers are not read."""
+
 TEACHER = "teacher"
 """The name of an external policy, unless the method's options name it."""
 
@@ -205,12 +209,13 @@ def teacher_config(name: str, method: Method, student: ModelConfig) -> ModelConf
     """The teacher's shape.  Raises `PlanError` if a view reads it and it has not the student's vocabulary."""
     config = model_config(name)
     read = any(view.policy == TEACHER for view in train.all_views(method).values())
-    if read and config.vocab_size != student.vocab_size:
+    sizes = config.vocab_size, student.vocab_size
+    if read and max(sizes) > (1 + PADDING) * min(sizes):
         raise PlanError(
-            f"teacher={name} has {config.vocab_size} vocabulary entries and the student {student.vocab_size}: it cannot "
-            "score the student's tokens"
+            f"teacher={name} has {sizes[0]} vocabulary entries and the student {sizes[1]}: it cannot score the student's "
+            "tokens"
         )
-    return config
+    return dataclasses.replace(config, vocab_size=sizes[1]) if read else config
 
 
 def self_taught(method: Choice) -> tuple[Method, Batch, set[str]]:

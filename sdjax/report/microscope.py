@@ -19,6 +19,7 @@ from sdjax.cli import options
 from sdjax.collect.controls import controlled
 from sdjax.engine.policies import compiled_score
 from sdjax.engine.tokens import Shapes, collate, shorten
+from sdjax.engine.vocabulary import is_token, limited, same_vocabulary, with_rows
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import forward_kl, jsd, reverse_kl
 from sdjax.models import pretrained
@@ -81,11 +82,14 @@ def open_run(run: Run, model: str = "", teacher: str = "") -> Reader:
         )
     if teacher:
         told = pretrained.load(teacher)
-        if told.config != config or told.tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ReportError(f"--teacher {teacher} has another architecture or vocabulary than {name}")
+        if not same_vocabulary(told.tokenizer, tokenizer):
+            raise ReportError(f"--teacher {teacher} has another vocabulary than {name}")
+        told = with_rows(told, config.vocab_size)
+        if told.config != config:
+            raise ReportError(f"--teacher {teacher} has another architecture than {name}")
         wanted = {name for line in run.rollouts for name in line["policies"].values()}
         params |= {name: told.params for name in wanted - {*params}}
-    return Reader(Transformer(config), params, tokenizer, objective_of(run.arguments), step)
+    return Reader(limited(Transformer(config), tokenizer), params, tokenizer, objective_of(run.arguments), step)
 
 
 def fitting(params: Mapping[str, Any], whole: Any) -> dict[str, Any]:
@@ -192,13 +196,10 @@ def rollout_of(line: Mapping[str, Any]) -> Rollout:
 
 def check_vocabulary(reader: Reader, lines: Sequence[dict[str, Any]]) -> None:
     """Raises `ReportError` where a token is not of the model's vocabulary: it would be read as another one."""
-    size = reader.model.config.vocab_size
-    highest = max((token for line in lines for token in line["tokens"]), default=0)
-    lowest = min((token for line in lines for token in line["tokens"]), default=0)
-    if highest >= size or lowest < 0:
-        wrong = highest if highest >= size else lowest
+    wrong = next((t for line in lines for t in line["tokens"] if not is_token(reader.model, t)), None)
+    if wrong is not None:
         raise ReportError(
-            f"step {lines[0]['step']}: token {wrong} is not one of the model's {size}: name the model that was trained "
+            f"step {lines[0]['step']}: token {wrong} is not one of the model's tokens: name the model that was trained "
             "with --model"
         )
 

@@ -31,6 +31,7 @@ from sdjax.devices.sharding import to_host
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy, Sample
 from sdjax.engine.tokens import decode_text
+from sdjax.engine.vocabulary import is_token
 from sdjax.errors import InputError
 from sdjax.models import adapters, pretrained
 from sdjax.types import Method
@@ -249,11 +250,12 @@ def read(url: str, choice: Mapping[str, Any], policy: Policy, limit: int) -> Sam
         raise EngineError(f"{url} returned {count} log-probabilities for {len(tokens)} tokens")
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in logprobs):
         raise EngineError(f"{url} returned a log-probability that is not a finite number")
-    size = policy.model.config.vocab_size
-    if len(tokens) > limit or not all(isinstance(t, int) and 0 <= t < size for t in tokens):
+    if len(tokens) > limit:
+        raise EngineError(f"{url} returned {len(tokens)} tokens where at most {limit} were asked for")
+    wrong = next((t for t in tokens if not is_token(policy.model, t)), None)
+    if wrong is not None:
         raise EngineError(
-            f"{url} returned {len(tokens)} tokens up to {max(tokens)}, where at most {limit} below {size} were asked "
-            "for: does it serve this model?"
+            f"{url} returned the token id {wrong!r}, which the tokenizer does not have: does it serve this model?"
         )
     stopped = choice.get("finish_reason") == "stop"
     if stopped and tokens[-1] not in policy.stop:

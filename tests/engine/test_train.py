@@ -251,14 +251,6 @@ def test_wrong_experiments_are_refused(sentence):
         experiment(**WRONG[sentence])
 
 
-def test_a_teacher_with_another_vocabulary_is_refused():
-    own = tiny.pretrained(1)
-    other = own._replace(config=dataclasses.replace(own.config, vocab_size=own.config.vocab_size + 1))
-    with pytest.raises(ExperimentError, match="teacher 'teacher' and the student have different vocabularies"):
-        experiment(method=METHOD._replace(snapshots={}), teachers={"teacher": other})
-    experiment(method=METHOD._replace(snapshots={}), teachers={"teacher": own})
-
-
 @pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
 def test_learning_rates(lr):
     with pytest.raises(ExperimentError, match="lr=.*: expected a number above 0"):
