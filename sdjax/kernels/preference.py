@@ -40,18 +40,20 @@ def class_midpoint(reward: Array, positive: Array, valid: Array) -> Array:
     return jax.lax.stop_gradient(means / 2.0)
 
 
-def unpaired(reward: Array, positive: Array, valid: Array) -> Array:
+def unpaired(reward: Array, positive: Array, valid: Array, midpoint: Array | None = None) -> Array:
     """BCO's loss per row: `-log sigmoid(+-(reward - midpoint))`, plus for positive rows: `[B] x3 -> [B]`.
 
-    `reward` is an implicit one, beta times `sequence_log_ratio`.  The midpoint is that of this batch's classes, so a
-    constant in all rewards changes nothing.  VPD adds the *class means*: use one term over the positive rows and one
-    over the others; a mean over both together is another loss.  With one class absent there is nothing to tell apart:
-    loss and gradient are 0 (VPD does not say; we skip the step).
+    `reward` is an implicit one, beta times `sequence_log_ratio`.  The midpoint (`[B]` or a scalar, a constant) is by
+    default that of these rows' classes, so a constant in all rewards changes nothing; with one class absent there is
+    then nothing to tell apart, and loss and gradient are 0 (VPD does not say; we skip the step).  VPD adds the *class
+    means*: use one term over the positive rows and one over the others; a mean over both together is another loss.
 
     Sources: Jung et al. 2024 (BCO), arXiv:2404.04656; Li et al. 2026 (VPD), arXiv:2605.15113, E-step.  TRL's BCO takes
     one mean over both classes and a running midpoint.
     """
+    if midpoint is None:
+        valid = valid & jnp.any(valid & positive) & jnp.any(valid & ~positive)
+        midpoint = class_midpoint(reward, positive, valid)
     # Cleaned first: the slope of softplus at NaN is NaN, and so would be its product with a masked row's zero.
-    margin = jnp.where(valid, reward - class_midpoint(reward, positive, valid), 0.0)
-    both = jnp.any(valid & positive) & jnp.any(valid & ~positive)
-    return jnp.where(valid & both, jax.nn.softplus(jnp.where(positive, -margin, margin)), 0.0)
+    margin = jnp.where(valid, reward - jax.lax.stop_gradient(midpoint), 0.0)
+    return jnp.where(valid, jax.nn.softplus(jnp.where(positive, -margin, margin)), 0.0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from sdjax.collect.contexts import question, rewrite_last, with_feedback
-from sdjax.collect.rollouts import solved_peer
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax.collect.contexts import question, rewrite_last, with_feedback, without_thinking
 from sdjax.collect.synthesis import ask
-from sdjax.engine.policies import frozen
+from sdjax.engine.policies import Environment, frozen, score
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.preference import sequence_log_ratio, unpaired
 from sdjax.kernels.reductions import Reducer, token_mean
@@ -26,6 +30,8 @@ CARD = Card(
         "no official code; the divergence depends on the task: JSD on the top 100 (default), alpha=1 on the top 20, or 0",
         "a live M-step teacher as in Algorithm 1 (default); the tables list SDPO's EMA rate (0.01, 0.05)",
         "a batch with one class has no E-step, and rows without a lesson are in neither step: both ours",
+        "the midpoint is one batch's, as in Algorithm 1; midpoint_rate below 1 makes it the text's moving average",
+        "E's classes are weighed as in the whole batch, so that a minibatch may hold one of them only: ours",
         "Proposition 1 (the objective never falls) does not hold as stated; nothing here depends on it",
     ),
 )
@@ -42,11 +48,45 @@ def critique_request(rollout: Rollout) -> Messages:
     return rewrite_last(question(example), content, rollout.text)
 
 
+def criticised(environment: Environment, rollouts: Sequence[Rollout], key: Array, success: float) -> list[Rollout]:
+    """The rollouts with a critique by the live policy as the lesson of every failure, whether its group has a success.
+
+    Successes, and failures about which nothing is said, read what they read anyway.
+    """
+    wrong = [r for r in rollouts if r.reward < success]
+    asked = [critique_request(r) for r in wrong]
+    said = [without_thinking(s.text) for s in ask(environment.live, asked, key, slots=8)]
+    told = {id(r): with_feedback(question(r.example), feedback=s) for r, s in zip(wrong, said, strict=True) if s}
+    return [r.read_by(teacher=told.get(id(r), r.contexts["teacher"])) for r in rollouts]
+
+
+def told_apart(
+    rollouts: Sequence[Rollout], implicit: np.ndarray | None, success: float, midpoint: float | None, rate: float
+) -> tuple[list[Rollout], float | None]:
+    """The rollouts with what the E-step needs of the whole batch, and the midpoint: constants of all its minibatches.
+
+    `right [B]`; `midpoint`, half-way between the classes' mean implicit rewards, moved by `rate` from the one before;
+    `class_weight`, the number of rows over that of their class: a mean of weighted rows over all of them is the class
+    mean.  Rows without a lesson are in no class.  Without implicit rewards (no E-step is due) or with one class only
+    all weights are 0, and the midpoint stays.
+    """
+    kept = np.asarray([r.contexts["teacher"] is not None and len(r.tokens) > 0 for r in rollouts])
+    right = np.asarray([r.reward >= success for r in rollouts])
+    classes, weight = (kept & right, kept & ~right), np.zeros(len(rollouts))
+    if implicit is not None and all(c.any() for c in classes):
+        now = float(np.mean([implicit[c].mean() for c in classes]))
+        midpoint = now if midpoint is None else (1.0 - rate) * midpoint + rate * now
+        weight = kept.sum() / np.where(right, *(c.sum() for c in classes))
+    told = lambda r, w: r.with_extras(right=r.reward >= success, class_weight=float(w), midpoint=midpoint or 0.0)
+    return [told(r, w) for r, w in zip(rollouts, weight, strict=True)], midpoint
+
+
 def vpd(
     *,
     group_size: int = 8,
     every: int = 5,
     beta: float = 0.1,
+    midpoint_rate: float = 1.0,
     prior: Literal["current", "initial"] = "current",
     feedback: Literal["sibling", "environment", "critique"] = "sibling",
     success: float = 0.5,
@@ -62,6 +102,8 @@ def vpd(
 
     E, every few batches: BCO on `beta * (log q(y|x, lesson) - log p_old(y|x))`, sums over tokens; the student that wrote
     the attempt is the constant reference.  M, on every batch: SDPO.  Weights are shared, so E moves the student too.
+    The midpoint and the classes are those of the whole batch before the E-step, whatever the minibatches: it is scored
+    once more for that.  `memory` is `{"batches", "midpoint"}`.
     The paper's one-phase hybrids with GRPO: `sdpo(rl_weight=...)` (joint), `antisd(beta=1, coef=-w, warmup=0, low=0)`
     (advantage reshaping) and `rlrt(toward=True, rows="all")` (reweighting).
 
@@ -69,9 +111,11 @@ def vpd(
       group_size: rollouts per prompt.
       every: batches per E-step; 0: none, which is SDPO.
       beta: scale of the implicit reward; 0 makes E a constant.
+      midpoint_rate: how far an E-step's midpoint moves the running one: 1 is that of the batch alone (Algorithm 1); the
+        paper's text calls it a moving average.
       prior: E's reference: the student that wrote the attempt, or the initial model (the paper's ablation, which loses).
-      feedback: what the lesson is made of: a peer's success alone; a peer's success, else the verifier's feedback; or a
-        critique by the policy, which is told the answer.
+      feedback: what the lesson is made of: a peer's success alone; a peer's success, else the verifier's feedback; or,
+        for failures, a critique by the policy, which is told the answer.
       success: the least reward of a success.
       alpha: M's divergence: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon.
       top_k: entries of the student's distribution that are kept, the others in one bucket; `None`: all.
@@ -86,35 +130,42 @@ def vpd(
     distil = sdpo(**how, temperature=temperature, lesson=told, reduce=reduce)
 
     def collect(environment, examples, key, memory):
-        rollouts, memory = distil.collect(environment, examples, key, memory)
+        rollouts, _ = distil.collect(environment, examples, key, distil.memory)
         rollouts = [r.read_by(prior=question(r.example)) for r in rollouts]
-        return (criticised(environment, rollouts, key) if feedback == "critique" and not lesson else rollouts), memory
+        if feedback == "critique" and not lesson:
+            # Not a key that an attempt was drawn from.
+            rollouts = criticised(environment, rollouts, jax.random.fold_in(key, len(examples)), success)
+        due = bool(every) and refine.due(memory["batches"])
+        implicit = implicit_rewards(environment, rollouts) if due else None
+        rows, midpoint = told_apart(rollouts, implicit, success, memory["midpoint"], midpoint_rate)
+        return rows, {"batches": memory["batches"] + 1, "midpoint": midpoint}
 
-    def criticised(environment, rollouts, key):
-        """Failures read a critique; successes, and groups without one, what they read anyway."""
-        wrong = [r for r in rollouts if r.reward < success and solved_peer(r, rollouts, success)]
-        said = ask(environment.live, [critique_request(r) for r in wrong], key, slots=len(rollouts))
-        chats = {id(r): with_feedback(question(r.example), feedback=s.text) for r, s in zip(wrong, said, strict=True)}
-        return [r.read_by(teacher=chats.get(id(r), r.contexts["teacher"])) for r in rollouts]
+    def implicit_rewards(environment, rollouts):
+        """`beta` times the log-ratio of teacher and reference of whole attempts, by the present parameters: `[B]`."""
+        found = score(environment, rollouts, readers, signals)
+        old = lambda r: r.logprobs if prior == "current" else r.extras["prior_logprobs"]
+        return np.asarray([beta * np.sum(r.extras["teacher_logprobs"] - np.asarray(old(r))) for r in found])
 
     def signals(dist, token):
         return {f"{name}_logprobs": logprob(dist[name], token) for name in readers}
 
     def terms(batch, sig, step):
-        kept, positive = batch.valid & batch.contexts["teacher"].valid, batch.reward >= success
+        kept, right = batch.valid & batch.contexts["teacher"].valid, batch.extras["right"]
         # The sampler's log-probabilities are the student's as it was when it wrote the attempt.
         reference = batch.behavior_logprobs if prior == "current" else sig["prior_logprobs"]
-        ratio = sequence_log_ratio(sig["teacher_logprobs"], reference, batch.mask & kept[:, None])
-        value = unpaired(beta * ratio, positive, kept)
+        reward = beta * sequence_log_ratio(sig["teacher_logprobs"], reference, batch.mask & kept[:, None])
+        value = unpaired(reward, right, kept, batch.extras["midpoint"])
+        mean = lambda value, **how: Term(value, batch.extras["class_weight"], kept, token_mean, **how)
         return {
-            "right": Term(value, over=kept & positive, reduce=token_mean),
-            "wrong": Term(value, over=kept & ~positive, reduce=token_mean),
+            "right": mean(jnp.where(right, value, 0.0)),
+            "wrong": mean(jnp.where(right, 0.0, value)),
+            "margin": mean(jnp.where(right, reward, -reward), coef=0.0),
         }
 
     readers = {"teacher": View("live", trainable=True, per_rollout=True)}
     snapshots = dict(distil.snapshots)
     if prior == "initial":
         readers, snapshots = {**readers, "prior": View("initial")}, {**snapshots, "initial": frozen()}
-    refine = Objective(readers, signals, terms, every)
+    refine = Objective(readers, signals, terms, every or 1)
     objectives = (*((refine,) if every else ()), *distil.objectives)
-    return distil._replace(collect=collect, objectives=objectives, snapshots=snapshots)
+    return Method(collect, objectives, snapshots, {"batches": 0, "midpoint": None})

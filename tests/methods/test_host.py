@@ -46,7 +46,7 @@ from sdjax.methods.rlcsd import contrast, rlcsd, shaped
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
 from sdjax.methods.sort import sort
 from sdjax.methods.tessy import tessy
-from sdjax.methods.vpd import vpd
+from sdjax.methods.vpd import told_apart, vpd
 from sdjax.models.pretrained import Pretrained
 from sdjax.tasks.errors import TaskError
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict
@@ -83,11 +83,20 @@ def row(text, reward, group=0, feedback=None, tokens=(), source=STUDENT):
 # ---- VPD: its note, section 6 -----------------------------------------------------------------------------------------
 
 
+def apart(rewards, implicit, taught=True):
+    """What VPD's host half says of a whole batch, as extras."""
+    heard = np.broadcast_to(taught, len(rewards))
+    rows = [row("x", r, tokens=(1,)).read_by(teacher=() if h else None) for r, h in zip(rewards, heard, strict=True)]
+    rows, _ = told_apart(rows, np.asarray(implicit), 0.5, None, 1.0)
+    return {name: np.asarray([r.extras[name] for r in rows]) for name in ("right", "class_weight", "midpoint")}
+
+
 def rewarded(rewards, ratios, *, taught=True, beta=0.1):
     """The E-step's loss, its terms and its gradient in the implicit rewards, of rows of one token."""
     objective = vpd(beta=beta).objectives[0]
+    constants = apart(rewards, ratios if beta else np.zeros(len(rewards)), taught)
     rewards = jnp.asarray(rewards, jnp.float32)
-    batch = tiny.batch(jnp.zeros((len(rewards), 1)), reward=rewards, taught=taught, views=("teacher",))
+    batch = tiny.batch(jnp.zeros((len(rewards), 1)), reward=rewards, taught=taught, views=("teacher",), **constants)
 
     def loss(implicit):
         return tiny.reduced(
@@ -145,7 +154,9 @@ def test_vpd_gradient_reaches_the_teacher_alone():
     positive = logprob(student, tokens[0])
     # A wrong row with the opposite reward, so that the midpoint is 0.
     opposite = 2 * logprob(teacher, tokens[0]) - positive
-    batch = tiny.batch(tokens, behavior=jnp.stack([positive, opposite]), reward=[1.0, 0.0], views=("teacher",))
+    constants = apart([1.0, 0.0], [0.1, -0.1])
+    behavior = jnp.stack([positive, opposite])
+    batch = tiny.batch(tokens, behavior=behavior, reward=[1.0, 0.0], views=("teacher",), **constants)
 
     def loss(logits):
         dist = normalise(jnp.stack([logits, jax.lax.stop_gradient(logits)]))
@@ -182,21 +193,24 @@ def test_vpd_prior():
     assert initial.snapshots.keys() == {"initial"} and set(initial.objectives[0].views) == {"teacher", "prior"}
     assert not initial.objectives[0].views["prior"].trainable
     behavior, prior = jnp.asarray([[-1.0], [-2.0]]), jnp.asarray([[-0.5], [-2.5]])
-    batch = tiny.batch([[0], [0]], behavior=behavior, reward=[1.0, 0.0], views=("teacher", "prior"))
+    rows = {"behavior": behavior, "reward": [1.0, 0.0], "views": ("teacher", "prior")}
 
-    def loss(method, teacher, prior):
-        sig = {"teacher_logprobs": teacher, "prior_logprobs": prior}
-        return tiny.reduced(method.objectives[0], batch, sig)[0]
-
-    both = jax.value_and_grad(loss, argnums=(1, 2))
     teacher = jnp.asarray([[-0.8], [-2.2]])
-    close(both(initial, teacher, behavior)[0], loss(current, teacher, prior))
+
+    def both(method, teacher, prior):
+        constants = apart([1.0, 0.0], 0.1 * np.asarray(teacher - (behavior if method is current else prior))[:, 0])
+        batch = tiny.batch([[0], [0]], **rows, **constants)
+        signals = lambda teacher, prior: {"teacher_logprobs": teacher, "prior_logprobs": prior}
+        loss = lambda *both: tiny.reduced(method.objectives[0], batch, signals(*both))[0]
+        return jax.value_and_grad(loss, argnums=(0, 1))(teacher, prior)
+
+    close(both(initial, teacher, behavior)[0], both(current, teacher, prior)[0])
     value, (slope, of_prior) = both(initial, teacher, prior)
     gap = 0.1 * ((-0.8 + 0.5) - (-2.2 + 2.5)) / 2
     close(value, 2 * np.log1p(np.exp(-gap)))
     close(slope, 0.1 * jax.nn.sigmoid(-gap) * jnp.asarray([[-1.0], [1.0]]))
     np.testing.assert_array_equal(of_prior, 0.0)
-    rows, _ = initial.collect(environment(initial), tiny.TASK.train[:2], jax.random.key(0), None)
+    rows, _ = initial.collect(environment(initial), tiny.TASK.train[:2], jax.random.key(0), initial.memory)
     assert all(r.contexts["prior"] == r.example.prompt for r in rows)
 
 
@@ -233,18 +247,45 @@ def test_vpd_expectation_maximisation():
     close(objective, [0.5, 0.6201, 0.5530, 0.4503], atol=1e-4)
 
 
-def test_vpd_critiques_failures_of_groups_with_a_success(monkeypatch):
-    method = vpd(feedback="critique", group_size=4)
-    env = environment(method)
-    rollouts, _ = method.collect(env, tiny.TASK.train[:2], jax.random.key(0), None)
-    assert any(r.reward < 0.5 for r in rollouts)
-    for r in rollouts:
-        told = r.contexts["teacher"]
-        solved = [o for o in rollouts if o.group == r.group and o is not r and o.reward >= 0.5]
-        assert (told is None) == (not solved)
-        if r.reward < 0.5 and solved:
-            assert "feedback from your unsuccessful" in told[-1]["content"]
-        assert r.contexts["student"] == r.example.prompt
+def test_vpd_tells_the_whole_batch_apart():
+    """Three rows with a lesson, one right; one without; one empty: neither counts."""
+    heard = lambda r, taught: r.read_by(teacher=() if taught else None)
+    rows = [heard(row("x", r, tokens=(1,)), t) for r, t in ((1.0, True), (0.2, True), (0.0, True), (1.0, False))]
+    rows.append(heard(row("", 1.0), True))
+    implicit = np.asarray([0.4, -0.2, 0.1, 9.0, 9.0])
+    found, midpoint = told_apart(rows, implicit, 0.5, None, 0.3)
+    close(midpoint, (0.4 - 0.05) / 2)
+    assert [r.extras["right"] for r in found] == [True, False, False, True, True]
+    close([r.extras["class_weight"] for r in found[:3]], [3.0, 1.5, 1.5])
+    assert {r.extras["midpoint"] for r in found} == {midpoint}
+    close(told_apart(rows, implicit, 0.5, 0.5, 0.3)[1], 0.7 * 0.5 + 0.3 * midpoint)
+    close(told_apart(rows, implicit, 0.1, None, 1.0)[1], ((0.4 - 0.2) / 2 + 0.1) / 2)  # another threshold
+    for silent in (told_apart(rows, None, 0.5, 0.5, 1.0), told_apart(rows[:1], implicit[:1], 0.5, 0.5, 1.0)):
+        assert silent[1] == 0.5 and all(r.extras["class_weight"] == 0.0 for r in silent[0])
+
+
+@pytest.mark.parametrize("rewards", [(1, 1, 0, 0), (1, 0, 0, 0), (1, 1, 1, 0)])
+def test_vpd_in_minibatches_is_the_whole_batch(rewards):
+    """Margins (3, 1, 0, -2): the mean over halves, one of a class alone, is the loss of all, in value and gradient."""
+    implicit, objective = jnp.asarray([3.0, 1.0, 0.0, -2.0]), vpd(beta=1.0).objectives[0]
+    batch = tiny.batch(
+        np.zeros((4, 1)), group=[0, 1, 2, 3], reward=rewards, views=("teacher",), **apart(rewards, implicit)
+    )
+    whole, _, slopes = rewarded(rewards, implicit, beta=1.0)
+
+    def in_halves(implicit):
+        sig = implicit[:, None]
+        half = lambda h: (jax.tree.map(lambda x: x[h], batch), {"teacher_logprobs": sig[h]})
+        return sum(tiny.reduced(objective, *half(h))[0] for h in (slice(2), slice(2, 4))) / 2
+
+    value, found = jax.value_and_grad(in_halves)(implicit)
+    close(value, whole)
+    close(found, slopes)
+    assert np.abs(slopes).min() > 1e-3
+    classes = [np.asarray(implicit)[np.asarray(rewards) == c].mean() for c in (1, 0)]
+    signs = np.where(np.asarray(rewards) == 1, 1, -1)
+    parts = np.log1p(np.exp(-signs * (np.asarray(implicit) - np.mean(classes))))
+    close(whole, sum(parts[np.asarray(rewards) == c].mean() for c in (0, 1)))
 
 
 # ---- CIPO: its note, section 6 ----------------------------------------------------------------------------------------
@@ -1192,7 +1233,7 @@ def test_op2sd_never_shows_the_own_problem():
 # ---- host halves and whole steps on a tiny model ---------------------------------------------------------------------------
 
 OPTIONS = {
-    "vpd": (vpd, {"group_size": 4}),
+    "vpd": (vpd, {"group_size": 4, "every": 1}),
     "cipo": (cipo, {"group_size": 4}),
     "resd": (resd, {"group_size": 4}),
     "mopd": (mopd, {"group_size": 4}),

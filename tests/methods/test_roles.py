@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 import spies
 import tiny
@@ -12,15 +13,20 @@ from sdjax.collect.annotators import Span, request
 from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.lessons import before_writing
 from sdjax.engine.generate import GREEDY, Sampling
+from sdjax.engine.score import token_signals
+from sdjax.engine.tokens import Shapes
+from sdjax.kernels.reductions import reduce_terms
 from sdjax.methods.gkd import gkd
 from sdjax.methods.minillm import minillm
 from sdjax.methods.mixsd import mixsd
 from sdjax.methods.pbsd import pbsd
 from sdjax.methods.sdft import sdft
 from sdjax.methods.trace import trace
-from sdjax.types import STUDENT, TEACHER
+from sdjax.methods.vpd import critique_request, vpd
+from sdjax.types import STUDENT, TEACHER, Verdict
 
 EXAMPLES = tiny.TASK.train[:2]
+ROOMY = Shapes(context=512, completion=8, rows=16, tokens_per_chunk=None)
 FOUR = {"n": 4, "sampling": Sampling(temperature=1.0)}
 
 
@@ -146,3 +152,100 @@ def test_trace_asks_about_wrong_rows_where_they_are_distilled(monkeypatch):
         for r in rows:
             assert r.extras["span"].any() == (r.contexts["teacher"] is not None)
     assert seen == [{True, False}, {False}, {True, False}, {True}]
+
+
+# ---- VPD ------------------------------------------------------------------------------------------------------------
+
+
+def never(example, text):
+    return Verdict(0.0)
+
+
+def mostly(example, text):
+    """Right, but for answers of an odd length to the first two examples."""
+    return Verdict(float(example not in EXAMPLES or len(text) % 2 == 0))
+
+
+def test_vpd_criticises_failures_of_groups_without_a_success(monkeypatch):
+    """The groups in which nothing else says anything; a peer's success needs a success."""
+    method = vpd(feedback="critique", group_size=4, every=0)
+    environment = spies.distinct(method, verify=never, shapes=ROOMY)
+    sampled, _ = spies.watch(monkeypatch, environment)
+    rows, _ = method.collect(environment, EXAMPLES, jax.random.key(0), method.memory)
+    attempts, critiques = sampled
+    assert (attempts.who, critiques.who) == ("live", "live")
+    assert list(critiques.chats) == [critique_request(r) for r in rows]
+    assert all(r.example.answer in chat[-1]["content"] for r, chat in zip(rows, critiques.chats, strict=True))
+    heard = [r for r in rows if r.contexts["teacher"] is not None]
+    assert len(heard) >= 6 and all(
+        "feedback from your unsuccessful" in r.contexts["teacher"][-1]["content"] for r in heard
+    )
+    assert all(r.contexts["student"] == question(r.example) for r in rows)
+    alone = vpd(feedback="sibling", group_size=4, every=0)
+    rows, _ = alone.collect(environment, EXAMPLES, jax.random.key(0), alone.memory)
+    assert [r.contexts["teacher"] for r in rows] == [None] * 8
+
+
+def test_vpd_draws_critiques_from_keys_of_their_own(monkeypatch):
+    """Critique `i` and attempt `(i, 0)` once drew the same uniforms; the attempts are still SDPO's."""
+    method, plain = vpd(feedback="critique", group_size=4, every=0), vpd(group_size=4, every=0)
+    environment = spies.distinct(method, verify=never, shapes=ROOMY)
+    sampled, _ = spies.watch(monkeypatch, environment)
+    rows, _ = method.collect(environment, EXAMPLES, jax.random.key(3), method.memory)
+    drawn = [jax.random.fold_in(jax.random.fold_in(jax.random.key(3), i), j) for i in range(2) for j in range(4)]
+    said = jax.random.wrap_key_data(np.asarray(sampled[1].key, np.uint32))
+    critiques = [jax.random.fold_in(jax.random.fold_in(said, i), 0) for i in range(8)]
+    assert not {*map(spies.key_of, drawn)} & {*map(spies.key_of, critiques)}
+    again, _ = plain.collect(environment, EXAMPLES, jax.random.key(3), plain.memory)
+    assert [r.tokens for r in again] == [r.tokens for r in rows]
+
+
+def test_vpd_pays_for_few_critiques_where_few_attempts_fail(monkeypatch):
+    method = vpd(feedback="critique", group_size=4, every=0)
+    environment = spies.distinct(method, verify=mostly, shapes=ROOMY)
+    sampled, _ = spies.watch(monkeypatch, environment)
+    rows, _ = method.collect(environment, tiny.TASK.train[:4], jax.random.key(0), method.memory)
+    wrong = [r for r in rows if r.reward < 0.5]
+    assert 0 < len(wrong) <= 8 < len(rows) and len(sampled[1].chats) == 8
+    assert list(sampled[1].chats[: len(wrong)]) == [critique_request(r) for r in wrong]
+
+
+@pytest.mark.parametrize("prior", ["current", "initial"])
+def test_vpd_scores_its_midpoint_by_the_present_parameters(prior, monkeypatch):
+    """Only where an E-step is due; the implicit rewards are those that the E-step itself will see first."""
+    method = vpd(group_size=4, every=2, prior=prior, beta=0.5, ema_rate=0.1)
+    environment = spies.distinct(method)
+    _, scored = spies.watch(monkeypatch, environment)
+    rows, memory = method.collect(environment, EXAMPLES, jax.random.key(1), method.memory)
+    readers = {"teacher": "live", **({"prior": "initial"} if prior == "initial" else {})}
+    assert [(s.views, s.who) for s in scored] == [(readers, frozenset(readers.values()))]
+    assert memory["batches"] == 1 and memory["midpoint"] == rows[0].extras["midpoint"] != 0.0
+    batch = tiny.collected(method, rows)
+    sig = token_signals(
+        method.objectives[0].views, method.objectives[0].signals, *others_of(environment), batch, rows=None, tokens=None
+    )
+    # With midpoint and weights of this batch alone, all is as if they were taken from what the E-step sees.
+    terms = method.objectives[0].terms(batch, sig, 0)
+    reference = batch.behavior_logprobs if prior == "current" else sig["prior_logprobs"]
+    over = batch.mask & (batch.valid & batch.contexts["teacher"].valid)[:, None]
+    implicit = 0.5 * np.where(over, sig["teacher_logprobs"] - reference, 0.0).sum(-1)
+    heard, right = np.asarray(over).any(-1), np.asarray(batch.reward) >= 0.5
+    means = [implicit[heard & c].mean() for c in (right, ~right)]
+    np.testing.assert_allclose(memory["midpoint"], np.mean(means), rtol=1e-4)
+    margin = reduced(terms["margin"], batch)
+    np.testing.assert_allclose(margin, means[0] - means[1], rtol=1e-4)
+    later, memory = method.collect(environment, EXAMPLES, jax.random.key(1), memory)
+    assert len(scored) == 1 and memory["batches"] == 2 and {r.extras["class_weight"] for r in later} == {0.0}
+
+
+def others_of(environment):
+    """Networks and parameters by policy name."""
+    return (
+        {n: p.model for n, p in environment.policies.items()},
+        {n: p.params for n, p in environment.policies.items()},
+    )
+
+
+def reduced(term, batch):
+    """A term's mean."""
+    return float(reduce_terms({"x": term}, batch.mask & batch.valid[:, None])[1]["x"])

@@ -22,6 +22,7 @@ from sdjax.engine import train
 from sdjax.engine.tokens import LengthError, Shapes, shorten
 from sdjax.engine.train import Experiment, ExperimentError
 from sdjax.kernels.distributions import logprob
+from sdjax.methods.vpd import vpd
 from sdjax.models.pretrained import Pretrained
 from sdjax.run import loop
 from sdjax.run.checkpoint import CheckpointError
@@ -157,6 +158,39 @@ def test_epochs_minibatches_objectives_and_programs(tmp_path, capsys, monkeypatc
     fit(experiment(own, task=task, steps=4, prompts=4, epochs=2, minibatches=2), tmp_path / "run")
     assert calls == {1: 4 * 4, 2: 2 * 4}
     assert tiny.programs("update") == before + 2
+
+
+@pytest.mark.slow
+def test_two_objectives_in_minibatches_and_epochs(tmp_path, capsys, monkeypatch):
+    """VPD: the E-step on every second batch, all of its updates first; its constants are those of the whole batch."""
+    calls, make = [], train.make_update
+
+    def counted(objective, *rest):
+        update, name = make(objective, *rest), "M" if "student" in objective.views else "E"
+
+        def call(*arguments):
+            result = update(*arguments)
+            extras = {n: np.asarray(x) for n, x in arguments[3].extras.items()}
+            calls.append((name, int(arguments[4]), extras, bool(result[2].useful)))
+            return result
+
+        return call
+
+    monkeypatch.setattr(train, "make_update", counted)
+    own = vpd(group_size=4, every=2, feedback="environment", ema_rate=0.5)
+    roomy = Shapes(context=128, completion=4, rows=16, tokens_per_chunk=None)
+    result = fit(experiment(own, steps=3, prompts=4, minibatches=2, epochs=2, shapes=roomy), tmp_path / "run")
+    assert [(name, step) for name, step, *_ in calls] == [
+        (name, step) for step, names in enumerate(("EM", "M", "EM")) for name in names for _ in range(4)
+    ]
+    for _, step, extras, useful in calls:
+        assert useful and len({*extras["midpoint"].tolist()}) == 1
+        assert (extras["class_weight"] > 0.0).any() == (step != 1)
+    same = [extras["midpoint"][0] for _, step, extras, _ in calls if step == 0]
+    assert len(same) == 8 and len(set(same)) == 1
+    found = lines(tmp_path / "run")
+    assert [{"right", "wrong", "margin"} <= set(line) for line in found] == [True, False, True]
+    assert int(result.state.step) == 3 and all(np.isfinite(line["loss"]) for line in found)
 
 
 def test_an_objective_before_and_after_a_schedule(tmp_path, capsys, monkeypatch):
