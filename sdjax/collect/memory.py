@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.types import Rollout
+
 NO_REWARDS = {"steps": 0, "count": 0, "mean": 0.0, "squares": 0.0}
 """Running moments before the first batch."""
 
@@ -44,3 +46,24 @@ def entropy_gated(median: float, memory: dict[str, Any], warmup: int, low: float
     level = float(np.median(memory["warm"])) if memory["warm"] else 0.0
     gate = 1.0 if median >= level else 0.0 if median < low * level else memory["gate"]
     return gate, {**memory, "gate": gate}
+
+
+def told_apart(
+    rollouts: Sequence[Rollout], implicit: np.ndarray | None, success: float, midpoint: float | None, rate: float
+) -> tuple[list[Rollout], float | None]:
+    """The rollouts with what the E-step needs of the whole batch, and the midpoint: constants of all its minibatches.
+
+    `right [B]`; `midpoint`, half-way between the classes' mean implicit rewards, moved by `rate` from the one before;
+    `class_weight`, the number of rows over that of their class: a mean of weighted rows over all of them is the class
+    mean.  Rows without a lesson are in no class.  Without implicit rewards (no E-step is due) or with one class only
+    all weights are 0, and the midpoint stays.
+    """
+    kept = np.asarray([r.contexts["teacher"] is not None and len(r.tokens) > 0 for r in rollouts])
+    right = np.asarray([r.reward >= success for r in rollouts])
+    classes, weight = (kept & right, kept & ~right), np.zeros(len(rollouts))
+    if implicit is not None and all(c.any() for c in classes):
+        now = float(np.mean([implicit[c].mean() for c in classes]))
+        midpoint = now if midpoint is None else (1.0 - rate) * midpoint + rate * now
+        weight = kept.sum() / np.where(right, *(c.sum() for c in classes))
+    told = lambda r, w: r.with_extras(right=r.reward >= success, class_weight=float(w), midpoint=midpoint or 0.0)
+    return [told(r, w) for r, w in zip(rollouts, weight, strict=True)], midpoint

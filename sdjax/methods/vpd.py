@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from sdjax.collect.contexts import question, rewrite_last, with_feedback, without_thinking
-from sdjax.collect.synthesis import ask
-from sdjax.engine.policies import Environment, frozen, score
+from sdjax.collect.contexts import question
+from sdjax.collect.critiques import criticised
+from sdjax.collect.memory import told_apart
+from sdjax.engine.policies import frozen, score
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.preference import sequence_log_ratio, unpaired
 from sdjax.kernels.reductions import Reducer, token_mean
@@ -35,50 +35,6 @@ CARD = Card(
         "Proposition 1 (the objective never falls) does not hold as stated; nothing here depends on it",
     ),
 )
-
-
-def critique_request(rollout: Rollout) -> Messages:
-    """A failed attempt and the correct answer, and the request for two or three sentences about the mistake."""
-    example = rollout.example
-    content = (
-        f"{question(example)[-1]['content']}\n\nA wrong attempt:\n{rollout.text}\n\nThe correct answer is "
-        f"{example.answer}. In two or three sentences, say what the mistake and the misconception behind it are, "
-        "specifically and so that it can be acted upon, without merely stating the answer."
-    )
-    return rewrite_last(question(example), content, rollout.text)
-
-
-def criticised(environment: Environment, rollouts: Sequence[Rollout], key: Array, success: float) -> list[Rollout]:
-    """The rollouts with a critique by the live policy as the lesson of every failure, whether its group has a success.
-
-    Successes, and failures about which nothing is said, read what they read anyway.
-    """
-    wrong = [r for r in rollouts if r.reward < success]
-    asked = [critique_request(r) for r in wrong]
-    said = [without_thinking(s.text) for s in ask(environment.live, asked, key, slots=8)]
-    told = {id(r): with_feedback(question(r.example), feedback=s) for r, s in zip(wrong, said, strict=True) if s}
-    return [r.read_by(teacher=told.get(id(r), r.contexts["teacher"])) for r in rollouts]
-
-
-def told_apart(
-    rollouts: Sequence[Rollout], implicit: np.ndarray | None, success: float, midpoint: float | None, rate: float
-) -> tuple[list[Rollout], float | None]:
-    """The rollouts with what the E-step needs of the whole batch, and the midpoint: constants of all its minibatches.
-
-    `right [B]`; `midpoint`, half-way between the classes' mean implicit rewards, moved by `rate` from the one before;
-    `class_weight`, the number of rows over that of their class: a mean of weighted rows over all of them is the class
-    mean.  Rows without a lesson are in no class.  Without implicit rewards (no E-step is due) or with one class only
-    all weights are 0, and the midpoint stays.
-    """
-    kept = np.asarray([r.contexts["teacher"] is not None and len(r.tokens) > 0 for r in rollouts])
-    right = np.asarray([r.reward >= success for r in rollouts])
-    classes, weight = (kept & right, kept & ~right), np.zeros(len(rollouts))
-    if implicit is not None and all(c.any() for c in classes):
-        now = float(np.mean([implicit[c].mean() for c in classes]))
-        midpoint = now if midpoint is None else (1.0 - rate) * midpoint + rate * now
-        weight = kept.sum() / np.where(right, *(c.sum() for c in classes))
-    told = lambda r, w: r.with_extras(right=r.reward >= success, class_weight=float(w), midpoint=midpoint or 0.0)
-    return [told(r, w) for r, w in zip(rollouts, weight, strict=True)], midpoint
 
 
 def vpd(

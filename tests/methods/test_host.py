@@ -15,6 +15,7 @@ from method_checks import assert_same, close, expected_gradient, fixture, loss_a
 from sdjax.collect import corrections, plans, playbook, selection
 from sdjax.collect.annotators import step_numbers
 from sdjax.collect.contexts import question, with_suffix
+from sdjax.collect.memory import told_apart
 from sdjax.collect.peers import peers
 from sdjax.engine.policies import ema, sample
 from sdjax.engine.tokens import Shapes, collate
@@ -46,7 +47,7 @@ from sdjax.methods.rlcsd import contrast, rlcsd, shaped
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
 from sdjax.methods.sort import sort
 from sdjax.methods.tessy import tessy
-from sdjax.methods.vpd import told_apart, vpd
+from sdjax.methods.vpd import vpd
 from sdjax.models.pretrained import Pretrained
 from sdjax.tasks.errors import TaskError
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict

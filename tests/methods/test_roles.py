@@ -11,6 +11,7 @@ from networks import unoptimised
 
 from sdjax.collect.annotators import Span, request
 from sdjax.collect.contexts import question, with_solution
+from sdjax.collect.critiques import critique_request
 from sdjax.collect.lessons import before_writing
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.score import token_signals
@@ -22,7 +23,7 @@ from sdjax.methods.mixsd import mixsd
 from sdjax.methods.pbsd import pbsd
 from sdjax.methods.sdft import sdft
 from sdjax.methods.trace import trace
-from sdjax.methods.vpd import critique_request, vpd
+from sdjax.methods.vpd import vpd
 from sdjax.types import STUDENT, TEACHER, Verdict
 
 EXAMPLES = tiny.TASK.train[:2]
