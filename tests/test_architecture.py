@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sdjax.cli import cards
 from sdjax.types import Card, Method
 
 ROOT = Path(__file__).parent.parent
@@ -247,6 +248,48 @@ def test_a_method_module_exports_its_card_and_a_factory_of_its_own_name(name):
 @each_method
 def test_the_table_names_every_method(name):
     assert f"`{name}`" in (ROOT / "sdjax" / "methods" / "README.md").read_text(encoding="utf-8")
+
+
+@each_method
+def test_every_option_of_a_method_has_a_text(name):
+    """What `sdjax methods NAME` and `sdjax train ... --help` say of it."""
+    said = cards.describe(name)["options"]
+    assert said and not [option for option, what in said.items() if not what["help"].strip()]
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+FOR_PEOPLE = ("sequence_mean_of", "token_sum")
+"""Reducers that no method takes by default: for a method's option `reduce`, and named in cards."""
+
+
+def used_names(tree: ast.Module, without: ast.FunctionDef | None = None) -> set[str]:
+    """Names that a module mentions in code, import lines and one function left out."""
+    inside = set() if without is None else {id(n) for n in ast.walk(without)}
+    nodes = [n for n in ast.walk(tree) if id(n) not in inside]
+    found = {n.id for n in nodes if isinstance(n, ast.Name)}
+    return found | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+def without_user(kernels: dict[Path, ast.Module], others: list[ast.Module]) -> list[str]:
+    """Public functions of kernels that neither another module nor another function of their own uses."""
+    trees = [*kernels.values(), *others]
+    is_public = lambda node: isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    public = [(tree, node) for tree in kernels.values() for node in tree.body if is_public(node)]
+    users = lambda own, f: (used_names(t, f if t is own else None) for t in trees)
+    return [f.name for own, f in public if not any(f.name in names for names in users(own, f))]
+
+
+def test_every_public_kernel_has_a_user():
+    kernels = {p: tree_of(p) for p in SOURCES if p.parent.name == "kernels"}
+    found = without_user(kernels, [tree_of(p) for p in SOURCES if p not in kernels])
+    assert sorted(found) == sorted(FOR_PEOPLE)
+
+
+def test_a_kernel_without_a_user_is_seen():
+    kernel = ast.parse("def used():\n    return used()\ndef unused():\n    return unused()\n")
+    other = ast.parse("from kernels import unused\nx = used()\n")
+    assert without_user({Path("k"): kernel}, [other]) == ["unused"]
 
 
 # ---- words --------------------------------------------------------------------------------------------------------

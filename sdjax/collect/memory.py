@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.kernels.weights import hysteresis
 from sdjax.types import Rollout
 
 NO_REWARDS = {"steps": 0, "count": 0, "mean": 0.0, "squares": 0.0}
@@ -44,7 +45,7 @@ def entropy_gated(median: float, memory: dict[str, Any], warmup: int, low: float
     if len(memory["warm"]) < warmup:
         return 0.0, {**memory, "warm": [*memory["warm"], float(median)]}
     level = float(np.median(memory["warm"])) if memory["warm"] else 0.0
-    gate = 1.0 if median >= level else 0.0 if median < low * level else memory["gate"]
+    gate = float(hysteresis(memory["gate"], median, low * level, level))
     return gate, {**memory, "gate": gate}
 
 

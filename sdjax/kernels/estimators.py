@@ -108,13 +108,6 @@ def sampled_jsd(
     return weight * (_value(log_ratio, beta) + score_coefficient(log_ratio, beta) * score)
 
 
-def sampled_forward_kl(
-    student: Array, teacher: Array, *, behavior: Array | None = None, clamp: float | None = None
-) -> Array:
-    """`sampled_jsd` at `beta` 0: KL(teacher || student) from a token of the *student*, by the weight q/p."""
-    return sampled_jsd(student, teacher, 0.0, behavior=behavior, clamp=clamp)
-
-
 def sampled_reverse_kl(
     student: Array, teacher: Array, *, behavior: Array | None = None, clamp: float | None = None
 ) -> Array:

@@ -66,7 +66,8 @@ def cipo(
       compare: corrections with all those of the problem, or with those of the same attempt.
       normalised: divide advantages by their standard deviation.
       share: of right attempts among those corrected: at first, least, most.
-      target: how many right attempts should stay right; gains: how the share reacts to the gap, to a drop, to repetition.
+      target: how many right attempts should stay right.
+      gains: how the share reacts to the gap, to a drop, to repetition.
       medium: pass rates of the problems whose attempts are preferred.
       clip: widths of the ratio's clip below and above 1.
       kl_coef: weight of the penalty (k3) towards the initial policy, in both streams.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -42,6 +43,8 @@ def dapo(
     overlong_factor: float = 1.0,
     overlong_filter: bool = False,
     tis_cap: float | None = None,
+    tis_bounds: tuple[float, float] | None = None,
+    tis_level: Literal["token", "sequence"] = "token",
     temperature: float = 1.0,
 ) -> Method:
     """Decoupled clip and dynamic sampling (Yu et al. 2025, arXiv:2503.14476, Eq. 8-13).
@@ -56,7 +59,8 @@ def dapo(
       overlong: share of the completion limit, at its end, in which length is penalised; 0: no penalty.
       overlong_factor: the penalty at the limit.
       overlong_filter: take no gradient from answers that were cut off (their rewards still count in the mean).
-      tis_cap: as in `grpo`.
+      tis_cap, tis_bounds, tis_level: weights for a sampler whose numerics differ from the scorer's: truncated at a cap,
+        or dropped outside of bounds (IcePop), per token or per row; see `grpo`.
       temperature: of sampling.
     """
 
@@ -77,4 +81,12 @@ def dapo(
             rollouts = [r if r.finished else untrained(r) for r in rollouts]
         return rollouts
 
-    return grpo(group_size=group_size, clip=clip, tis_cap=tis_cap, reduce=token_mean, collect=collect)
+    return grpo(
+        group_size=group_size,
+        clip=clip,
+        tis_cap=tis_cap,
+        tis_bounds=tis_bounds,
+        tis_level=tis_level,
+        reduce=token_mean,
+        collect=collect,
+    )

@@ -12,7 +12,7 @@ from sdjax.methods.opsd import opsd
 from sdjax.types import Card, Messages, Method, Rollout
 
 CARD = Card(
-    paper="DASH, self-distillation with an adaptive horizon, 2026",
+    paper="DASH 2026 (authors not in our source), self-distillation with an adaptive horizon",
     arxiv="2608.06243",
     equation="A_t = r_t + f_t A_{t+1}, f = horizon sigmoid(-kappa (r - mean r)), r = sum_v min(q_v log(q_v/p_v), clip)",
     student="question",
@@ -23,7 +23,9 @@ CARD = Card(
         "their mean is above 1 and is not divided out: part of any effect is a larger step",
         "that the mean of r is the row's, and the reduction, are reconstructions",
         "not DASH-OPD (2607.29078), which switches executors",
+        "known from one line of a survey, without code",
     ),
+    status="reconstruction",
 )
 
 

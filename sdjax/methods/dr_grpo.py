@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sdjax.kernels.reductions import constant_mean
 from sdjax.methods.grpo import grpo
 from sdjax.types import Card, Method
@@ -23,6 +25,8 @@ def dr_grpo(
     clip: tuple[float, float] = (0.2, 0.2),
     length: int = 1024,
     tis_cap: float | None = None,
+    tis_bounds: tuple[float, float] | None = None,
+    tis_level: Literal["token", "sequence"] = "token",
     temperature: float = 1.0,
 ) -> Method:
     """GRPO done right (Liu et al. 2025, arXiv:2503.20783, section 3.2): `A = R - mean R`, and a constant divisor.
@@ -33,7 +37,8 @@ def dr_grpo(
       group_size: rollouts per prompt.
       clip: widths of the ratio's clip below and above 1.
       length: the constant divisor, usually the completion limit: only the loss's scale depends on it.
-      tis_cap: as in `grpo`.
+      tis_cap, tis_bounds, tis_level: weights for a sampler whose numerics differ from the scorer's: truncated at a cap,
+        or dropped outside of bounds (IcePop), per token or per row; see `grpo`.
       temperature: of sampling.
     """
     return grpo(
@@ -41,6 +46,8 @@ def dr_grpo(
         normalised=False,
         clip=clip,
         tis_cap=tis_cap,
+        tis_bounds=tis_bounds,
+        tis_level=tis_level,
         temperature=temperature,
         reduce=constant_mean(length),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sdjax.kernels.policy_gradient import sequence_clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean
 from sdjax.methods.grpo import grpo
@@ -24,6 +26,8 @@ def gspo(
     normalised: bool = True,
     clip: tuple[float, float] = (3e-4, 4e-4),
     tis_cap: float | None = None,
+    tis_bounds: tuple[float, float] | None = None,
+    tis_level: Literal["token", "sequence"] = "token",
     temperature: float = 1.0,
 ) -> Method:
     """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071).  Sequence mean.
@@ -33,7 +37,8 @@ def gspo(
       normalised: divide the advantage by the group's standard deviation.
       clip: widths of the clip of the sequence's ratio; it acts from the second update on a batch on (paper: 4
         minibatches per batch of rollouts).
-      tis_cap: as in `grpo`.
+      tis_cap, tis_bounds, tis_level: weights for a sampler whose numerics differ from the scorer's: truncated at a cap,
+        or dropped outside of bounds (IcePop), per token or per row; see `grpo`.
       temperature: of sampling.
     """
 
@@ -45,6 +50,8 @@ def gspo(
         normalised=normalised,
         clip=clip,
         tis_cap=tis_cap,
+        tis_bounds=tis_bounds,
+        tis_level=tis_level,
         temperature=temperature,
         reduce=sequence_mean,
         surrogate=surrogate,

@@ -13,13 +13,17 @@ from sdjax.methods.opd import opd_with
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
-    paper="Importance-Weighted On-Policy Distillation, 2026",
+    paper="IW-OPD 2026 (authors not in our source), Importance-Weighted On-Policy Distillation",
     arxiv="2606.22600",
     equation="-(p/b) w a, a = log q - log b, w_t = 1 + gamma (1 - sum_{j<t} |a_j| / sum_j |a_j|), w a constant",
     student="question",
     teacher="question; an external policy, or the initial one with a lesson",
     reduction="token mean",
-    differences=("the weights' mean is above 1 and is not divided out: part of any effect is a larger step",),
+    differences=(
+        "the weights' mean is above 1 and is not divided out: part of any effect is a larger step",
+        "known from a paragraph and from TRL's code; group size and reduction are ours",
+    ),
+    status="second-hand",
 )
 
 

@@ -21,6 +21,8 @@ CARD = Card(
     reduction="token mean",
     differences=(
         "prompt and choice of the other problem were not available: OPSD's template, a problem met before, at random",
+        "the paper's control by topic (another problem of the same topic) is not offered: tasks here name no topics",
+        "clip, temperatures and reduction are OPSD's; the paper's were not available",
     ),
     status="reconstruction",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jax import lax
 
@@ -13,7 +13,8 @@ from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels.advantages import group_advantage, reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
-from sdjax.kernels.divergences import reverse_kl
+from sdjax.kernels.divergences import reverse_kl, unnormalised_top_k_forward_kl
+from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
@@ -26,10 +27,15 @@ CARD = Card(
     teacher="question; an external policy, or the initial one with a lesson",
     reduction="token mean",
     differences=(
-        "Tinker's loss is a sum over tokens (reduce=token_sum): the scale matters to gradient clipping only",
-        "full_vocabulary, the exact reverse KL per position, is not in Tinker's recipe",
+        "Tinker's loss is a sum over tokens (reduce=token_sum): long batches then weigh more in clipping and in Adam's moments",
+        "full_vocabulary, the exact reverse KL per position, is not in Tinker's recipe; its top-k forms are rethinking_opd",
+        "direct, losses that verl differentiates, is not in it either: k1 has no gradient in the mean, k3 a forward KL's",
     ),
 )
+
+Direct = Literal["k1", "k2", "k3", "k3_plus", "top_k_forward_kl"]
+VERL_TOP_K = 32
+"""Entries of the teacher's distribution in verl's `forward_kl_topk`."""
 
 
 def opd(
@@ -39,6 +45,7 @@ def opd(
     coef: float = 1.0,
     discount: float = 0.0,
     full_vocabulary: bool = False,
+    direct: Direct | None = None,
     rl_weight: float = 0.0,
     temperature: float = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
@@ -55,12 +62,14 @@ def opd(
       coef: weight of the teacher's part.
       discount: of the log-ratios of later tokens (1: the sequence's reverse KL); sampled form only.
       full_vocabulary: the exact reverse KL of every position instead of the sampled token's estimate.
+      direct: instead, one of verl's losses, differentiated as it stands: estimates of reverse KL from the sampled token
+        (k1, k2, k3, and k3_plus, whose gradient is k2's), or KL(teacher||student) on the teacher's 32 likeliest tokens.
       rl_weight: weight of the group-centred reward, without deviation; 0 is distillation alone.
       temperature: of sampling; all log-probabilities are taken at temperature 1.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.
       reduce: how tokens are averaged.
     """
-    teacher = teacher_name(teacher, lesson)
+    teacher, exact = teacher_name(teacher, lesson), "reverse_kl" if full_vocabulary else direct
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
@@ -72,19 +81,24 @@ def opd(
         found = {"logprobs": logprob(student, token), "entropy": entropy(student)}
         if full_vocabulary:
             return {**found, "reverse_kl": reverse_kl(student, teacher)}
+        if direct == "top_k_forward_kl":
+            k = min(VERL_TOP_K, student.shape[-1])
+            return {**found, "top_k_forward_kl": unnormalised_top_k_forward_kl(student, teacher, k)}
+        if direct:
+            return {**found, direct: sampled_kl(found["logprobs"], logprob(teacher, token), direct, clamp=20.0)}
         return {**found, "teacher_logprobs": logprob(teacher, token)}
 
     def terms(batch, sig, step):
         found, old = {"entropy": Term(sig["entropy"], coef=0.0)}, batch.behavior_logprobs
         taught = batch.contexts["teacher"].valid
         advantage = rl_weight * group_advantage(batch.reward, batch.group, batch.valid, normalised=False)[:, None]
-        if full_vocabulary:
-            found["reverse_kl"] = Term(sig["reverse_kl"], 1.0, taught, reduce, coef)
+        if exact:
+            found[exact] = Term(sig[exact], 1.0, taught, reduce, coef)
         else:
             gap = sig["teacher_logprobs"] - old
             found["log_ratio"] = Term(-gap, 1.0, taught, coef=0.0)
             advantage = advantage + reward_to_go(coef * gap, batch.mask & taught[:, None], discount)
-        if rl_weight or not full_vocabulary:
+        if rl_weight or not exact:
             policy_gradient = -token_ratio(sig["logprobs"], old) * lax.stop_gradient(advantage)
             found["pg"] = Term(policy_gradient, 1.0, None if rl_weight else taught, reduce)
         return found

@@ -12,7 +12,7 @@ from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(
-    paper="OPSA 2026, Does On-Policy Distillation Really Distill?",
+    paper="OPSA 2026 (authors not in our source), Does On-Policy Distillation Really Distill?",
     arxiv="2608.31046",
     equation="-A log p(y), A = -penalty where p(y) < threshold, else 0",
     student="question",
@@ -37,8 +37,11 @@ def opsa(
     paper: the control that every teacher must beat.  A reconstruction from the abstract of arXiv:2608.31046.
 
     Args:
+      group_size: rollouts per prompt.
       threshold: probability below which a sampled token is penalised.
       penalty: size of the advantage.
+      temperature: of sampling; probabilities are taken at temperature 1.
+      reduce: how tokens are averaged.
     """
 
     def collect(environment, examples, key, memory):

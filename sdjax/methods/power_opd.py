@@ -11,7 +11,7 @@ from sdjax.methods.opd import opd_with
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
-    paper="PowerOPD, 2026",
+    paper="PowerOPD 2026 (authors not in our source)",
     arxiv="2606.17199",
     equation="-(p/b) (q^alpha - b^alpha)",
     student="question",
@@ -21,7 +21,9 @@ CARD = Card(
         "alpha is 5 in the released script (default) and 0.1 in the code's class",
         "the reward is not divided by alpha; scaled=True does, and tends to plain OPD as alpha -> 0",
         "its mean over tokens is not minus a divergence: the fixed point q = p is shared, the path there is not",
+        "known from a paragraph and from its code; group size and reduction are ours",
     ),
+    status="second-hand",
 )
 
 

@@ -19,7 +19,9 @@ CARD = Card(
     differences=(
         "the weights' mean is below 1 and is not divided out: part of any effect is a smaller step",
         "IW-OPD weighs early tokens more, with an external teacher: a negative width is that direction",
+        "known from a paragraph and from its code",
     ),
+    status="second-hand",
 )
 
 

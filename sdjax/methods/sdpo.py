@@ -75,16 +75,20 @@ def sdpo(
     `sdjax.kernels.reductions.sequence_mean_of`).
 
     Args:
+      group_size: rollouts per prompt.
       alpha: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon (paper: 0.5, or 1 with feedback).
       top_k: entries of the student's distribution that are kept, the others in one `rest` bucket, or dropped and
         renormalised without `rest`; `None` is the full vocabulary (paper: 100, or 20 with feedback).
+      rest: keep one bucket for all entries outside of `top_k`.
       sampled_token: use the sampled token's log-probabilities only: unbiased for every alpha, of higher variance.
       sequence_level: instead, every sampled token's advantage is its row's mean of `log q/p` (the paper's ablation).
       ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live (paper: 0.05, 0.01 with feedback).
       trust: instead, the teacher is the geometric mixture `initial^(1-trust) * live^trust`, both reading the lesson.
       is_cap: cap of the importance weight `w` (no effect in the first update on a batch); `None`: no weight.
       rl_weight: lambda of Eq. 3: `lambda * policy gradient + (1 - lambda) * distillation`; not in the released code.
+      temperature: of sampling; all distributions are taken at temperature 1.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default `peer_or_feedback()`.
+      reduce: how tokens are averaged.
     """
     lesson = lesson or peer_or_feedback()
 

@@ -15,7 +15,7 @@ from sdjax.methods.opd import opd_with
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
-    paper="TOP-D, on-policy distillation from a proximal teacher, 2026",
+    paper="TOP-D 2026 (authors not in our source), on-policy distillation from a proximal teacher",
     arxiv="2607.04751",
     equation="-(p/b) A, A = group-whitened mean of r to come, r = log(alpha q/p + 1 - alpha)",
     student="question",

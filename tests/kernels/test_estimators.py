@@ -149,7 +149,6 @@ def test_a_teacher_that_agrees_sends_nothing_token_by_token(beta):
 def test_ends_are_forward_and_reverse_kl():
     logits, teacher = random_pair(8)
     student = normalise(logits)
-    np.testing.assert_array_equal(est.sampled_forward_kl(student, teacher), est.sampled_jsd(student, teacher, 0.0))
     np.testing.assert_array_equal(est.sampled_reverse_kl(student, teacher), est.sampled_jsd(student, teacher, 1.0))
     np.testing.assert_allclose(
         est.sampled_reverse_kl(student, teacher), est.sampled_kl(student, teacher, "k3"), rtol=1e-5
@@ -185,8 +184,8 @@ def test_extreme_ratios_are_finite(beta):
 
 def test_clamp_bounds_the_weight_and_biases():
     student, teacher = jnp.float32(-10.0), jnp.float32(-1.0)
-    free = jax.grad(est.sampled_forward_kl)(student, teacher)
-    bounded = jax.grad(lambda s, t: est.sampled_forward_kl(s, t, clamp=2.0))(student, teacher)
+    free = jax.grad(lambda s, t: est.sampled_jsd(s, t, 0.0))(student, teacher)
+    bounded = jax.grad(lambda s, t: est.sampled_jsd(s, t, 0.0, clamp=2.0))(student, teacher)
     np.testing.assert_allclose(free, 1 - np.exp(9.0), rtol=1e-5)
     np.testing.assert_allclose(bounded, 1 - np.exp(2.0), rtol=1e-5)
 

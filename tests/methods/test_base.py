@@ -591,6 +591,72 @@ def test_truncated_importance_weights():
     close(-logprob_gradient(method, batch, behavior), 1.0)
 
 
+def test_what_a_reward_is_compared_with():
+    """Two groups of unequal spread: by the group's deviation, by the batch's (ScaleRL), or with the other rows (RLOO)."""
+    rewards = np.asarray([1.0, 0.0, 0.0, 0.0, 0.6, 0.2, 0.6, 0.2])
+    batch = tiny.batch(jnp.zeros((8, 1)), reward=rewards, group=[0] * 4 + [1] * 4)
+    of = lambda **how: -8 * logprob_gradient(grpo(**how), batch, jnp.zeros((8, 1)))[:, 0]
+    groups = rewards.reshape(2, 4)
+    centred = groups - groups.mean(1, keepdims=True)
+    close(of(), (centred / (groups.std(1, ddof=1, keepdims=True) + 1e-6)).ravel(), rtol=1e-5)
+    close(of(compared="batch"), (centred / centred.std(ddof=1)).ravel(), rtol=1e-5)
+    others = [(row.sum() - row) / 3 for row in groups]
+    close(of(compared="leave_one_out"), (groups - others).ravel(), rtol=1e-5)
+    cispo_too = -8 * logprob_gradient(cispo(compared="batch"), batch, jnp.zeros((8, 1)))[:, 0]
+    close(cispo_too, of(compared="batch"))
+    equal = batch.replace(reward=jnp.ones(8))
+    for how in ("group", "batch", "leave_one_out"):
+        assert not logprob_gradient(grpo(compared=how), equal, jnp.zeros((8, 1))).any()
+
+
+def test_informative_groups_are_counted():
+    batch = tiny.batch(jnp.zeros((4, 1)), reward=[1.0, 1.0, 0.0, 1.0], group=[0, 0, 1, 1])
+    zeros = jnp.zeros((4, 1))
+    terms = tiny.reduced(grpo().objectives[0], batch, {"logprobs": zeros, "entropy": zeros})[1]
+    assert float(terms["informative"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"tis_cap": 2.0}, [[2.0, 0.5], [1.0, 2.0]]),
+        ({"tis_bounds": (0.5, 2.0)}, [[0.0, 0.5], [1.0, 0.0]]),
+        ({"tis_cap": 2.0, "tis_level": "sequence"}, [[1.5, 1.5], [2.0, 2.0]]),
+        ({"tis_bounds": (0.0, 3.0), "tis_level": "sequence"}, [[1.5, 1.5], [0.0, 0.0]]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("factory", [grpo, dr_grpo, dapo, gspo, cispo], ids=lambda f: f.__name__)
+def test_weights_of_the_samplers_numerics(factory, how, expected):
+    """Ratios of the scorer to the sampler of (3, 1/2) and (1, 9): truncated or dropped, per token or per row."""
+    old = jnp.full((2, 2), -1.0)
+    behavior = old - jnp.log(jnp.asarray([[3.0, 0.5], [1.0, 9.0]]))
+    batch = tiny.batch(jnp.zeros((2, 2)), behavior=behavior, reward=[1.0, 0.0], old_logprobs=old)
+    sig = {"logprobs": old, "entropy": jnp.zeros((2, 2))}
+    weight = factory(**how).objectives[0].terms(batch, sig, 0)["pg"].weight
+    close(jnp.broadcast_to(weight, (2, 2)), expected)
+
+
+@pytest.mark.parametrize(
+    ("direct", "value", "gradient"),
+    [
+        ("k1", 0.515682, (0.0, 0.0, 0.0)),
+        ("k2", None, REVERSE),
+        ("k3", 0.515682, FORWARD),
+        ("k3_plus", 0.515682, REVERSE),
+        ("top_k_forward_kl", 0.376584, FORWARD),
+    ],
+)
+def test_opd_with_verls_losses(direct, value, gradient):
+    """Mean value and mean gradient over the student's tokens: k1 teaches nothing, k3 a forward KL."""
+    method = opd(direct=direct)
+    close(expected_gradient(method), gradient)
+    dist = {"student": STUDENT_DIST, "teacher": TEACHER_DIST}
+    values = [float(method.objectives[0].signals(dist, jnp.asarray(v))[direct]) for v in range(3)]
+    if value is not None:
+        assert float(np.exp(np.asarray(STUDENT_DIST)) @ values) == pytest.approx(value, abs=2e-6)
+
+
 def test_reference_penalty():
     method = grpo(kl_coef=0.1)
     batch = tiny.batch([[0]], behavior=[[-1.0]])
