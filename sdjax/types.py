@@ -57,6 +57,21 @@ class Task(NamedTuple):
     verify: Callable[[Example, str], Verdict]
 
 
+class Scores(NamedTuple):
+    """Some entries of the distribution that a completion token was scored with: `K` of them per position.
+
+    On the host `[T, K]` arrays of one completion, in a batch `[B, T, K]`.  The sampled token is one of the entries; an
+    entry that is not used has the id `UNUSED`.
+    """
+
+    tokens: Any  # [..., K] int32
+    logprobs: Any  # [..., K] float32
+
+
+UNUSED = 2**30
+"""The token id of an entry of `Scores` that says nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """One completion of one example, with what each view reads before it.
@@ -64,7 +79,8 @@ class Rollout:
     `logprobs` has one float per token, under whatever wrote the completion, at temperature 1.  `group` is the same for
     all rollouts of one prompt.  `trained` is False for tokens the policy did not produce (tool output) or that are
     kept out of the loss.  `contexts` maps a view's name to a chat, or to `None`: nothing to say about this row.
-    `finished` is False when the completion was cut by the length limit.
+    `finished` is False when the completion was cut by the length limit.  `scores` holds what a server said of the tokens,
+    by the view that it stands for.
     """
 
     example: Example
@@ -79,10 +95,15 @@ class Rollout:
     contexts: Mapping[str, Messages | None] = dataclasses.field(default_factory=dict)
     trained: tuple[bool, ...] | None = None
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
 
     def read_by(self, **contexts: Messages | None) -> Rollout:
         """The same rollout with these views' contexts added."""
         return dataclasses.replace(self, contexts={**self.contexts, **contexts})
+
+    def scored(self, **scores: Scores) -> Rollout:
+        """The same rollout with what servers said of its tokens, by view."""
+        return dataclasses.replace(self, scores={**self.scores, **scores})
 
     def with_extras(self, **extras: Any) -> Rollout:
         """The same rollout with these extras added: a float per row, or one per token."""
@@ -97,12 +118,15 @@ class Context:
     """What one view reads before the completions.  Row `r` of the batch reads context `r // (B / C)`.
 
     Left-padded, so that in every view the completion starts at column `P`.  `valid` is per *row* `[B]`: False where
-    this view has nothing to say about the row.
+    this view has nothing to say about the row.  `member` and `scores` are there for views that read `ByField` and
+    `Scored`.
     """
 
     tokens: Array  # [C, P] int32
     mask: Array  # [C, P] bool
     valid: Array  # [B] bool
+    member: Array | None = None  # [B] int32: which of the view's policies reads the row
+    scores: Scores | None = None  # [B, T, K]: what the view's server said
 
 
 @flax.struct.dataclass
@@ -125,17 +149,34 @@ class Batch:
 # ---- methods ------------------------------------------------------------------------------------------------------
 
 
+class ByField(NamedTuple):
+    """A policy that depends on the example: the one of `policies` that the field `field` of its `meta` names."""
+
+    field: str
+    policies: tuple[str, ...]
+
+
+class Scored(NamedTuple):
+    """No policy of this process: `Rollout.scores` says what a server with the name `server` made of the tokens."""
+
+    server: str
+
+
 class View(NamedTuple):
     """One named reader of the completion; its context goes by the view's own name.
 
-    `policy` is "live", a snapshot's name or an external policy's name; gradients flow through trainable views only.
+    `policy` is "live", a snapshot's name or an external policy's name, or else `ByField` or `Scored`; gradients flow
+    through trainable views only.
     A view's context is the same for all rollouts of a prompt, and is read once for all of them; with `per_rollout` it
     may differ, and is read once per rollout in a batch where it does.
+    `entries` is how much of the view's distribution `signals` reads: all of it (`None`), or the sampled token and so
+    many of the likeliest entries, the others only as their total mass.
     """
 
-    policy: str = "live"
+    policy: str | ByField | Scored = "live"
     trainable: bool = False
     per_rollout: bool = False
+    entries: int | None = None
 
 
 class Term(NamedTuple):
@@ -179,13 +220,15 @@ class Method(NamedTuple):
 
     `collect(environment, examples, key, memory) -> (rollouts, memory)` samples, judges and writes contexts.
     `objectives` are applied in order to the same batch.  `snapshots` maps a name to a rule
-    `(live, old, step) -> new`, applied after every batch.  `memory` is the initial host state, JSON-able.
+    `(live, old, step) -> new`, applied after every batch.  `memory` is the initial host state, JSON-able.  `writers`
+    names the policies, besides the live one, that `collect` itself asks to write or to score.
     """
 
     collect: Callable[..., tuple[list[Rollout], Any]]
     objectives: tuple[Objective, ...]
     snapshots: Mapping[str, Callable] = {}
     memory: Any = None
+    writers: tuple[str, ...] = ()
 
 
 class Card(NamedTuple):

@@ -14,11 +14,11 @@ from jax import Array
 
 from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
 from sdjax.engine.generate import Completions, Sampling, first, generate
-from sdjax.engine.score import token_signals
+from sdjax.engine.score import policies_of, token_signals
 from sdjax.engine.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
 from sdjax.engine.vocabulary import limited
 from sdjax.models.transformer import Transformer
-from sdjax.types import Batch, Example, Messages, Rollout, Verdict, View
+from sdjax.types import Batch, ByField, Example, Messages, Method, Objective, Rollout, Scored, Verdict, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def score(
     """
     live = environment.live
     batch = collate(rollouts, views, live.tokenizer, live.shapes, multiple=axis_size(DATA))
-    used = {view.policy for view in views.values()}
+    used = {name for view in views.values() for name in policies_of(view)}
     found = to_host(
         compiled_score(
             tuple(sorted(views.items())),
@@ -188,6 +188,16 @@ def compiled_score(views, signals, models, params, batch: Batch, rows, tokens):
 def teacher_name(teacher: str | None, lesson: Callable | None) -> str:
     """The policy that teaches: the one named, else the "initial" snapshot if it is told a lesson, else "teacher"."""
     return teacher or ("initial" if lesson else "teacher")
+
+
+def reading(method: Method, policy: str, other: str | ByField | Scored) -> Method:
+    """The method in which every view that reads `policy` reads another one."""
+
+    def changed(objective: Objective) -> Objective:
+        own = {name: v._replace(policy=other) if v.policy == policy else v for name, v in objective.views.items()}
+        return objective._replace(views=own)
+
+    return method._replace(objectives=tuple(changed(o) for o in method.objectives))
 
 
 # ---- snapshots: (live, old, step) -> new, after every batch ---------------------------------------------------------

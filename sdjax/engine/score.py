@@ -6,19 +6,20 @@ run over chunks of positions whose logits are recomputed in the backward pass.  
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.devices.sharding import DATA, axis_size, copies, with_whole_head
+from sdjax.devices.sharding import DATA, axis_size, copies, current, with_whole_head
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
 from sdjax.models.transformer import Transformer
-from sdjax.types import Batch, Context, View
+from sdjax.types import Batch, ByField, Context, Scored, Scores, View
 
 
 def hidden_states(model: Transformer, params: Any, context: Context, completion: Array, present: Array) -> Array:
@@ -98,6 +99,73 @@ def read_by(view: View, model: Transformer, params: Any) -> Any:
     return with_whole_head(jax.lax.stop_gradient(params), model.dtype)
 
 
+# ---- views whose policy depends on the example ------------------------------------------------------------------------
+
+
+def policies_of(view: View) -> tuple[str, ...]:
+    """The names of the policies of this process that a view reads."""
+    if isinstance(view.policy, ByField):
+        return view.policy.policies
+    return () if isinstance(view.policy, Scored) else (view.policy,)
+
+
+def head_of(models: Sequence[Transformer], params: Sequence[Any]) -> Array:
+    """The parameter that a view's logits are computed with: its policy's, or those of several side by side, `[V, sum D]`.
+
+    The hidden states of `states_by_member` are 0 but for a row's own part, so the product is the row's own logits.
+    """
+    heads = [transformer.head_of(model, tree) for model, tree in zip(models, params, strict=True)]
+    return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=-1)
+
+
+def states_by_member(
+    models: Sequence[Transformer], params: Sequence[Any], context: Context, completion: Array, present: Array
+) -> Array:
+    """Hidden states `[B, T, sum D]` by the policy that `context.member` gives each row, 0 in the parts of the others.
+
+    A policy that reads none of the rows is not run.
+    """
+
+    def part(number: int) -> Array:
+        read = lambda: hidden_states(models[number], params[number], context, completion, present)
+        nothing = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(read))
+        own = context.member == number
+        return jnp.where(own[:, None, None], jax.lax.cond(own.any(), read, nothing), 0)
+
+    return jnp.concatenate([part(number) for number in range(len(models))], axis=-1)
+
+
+def over_members(function: Callable, tree: Any, member: Array, members: int, units: int, chunks: int) -> Any:
+    """`over_rows` without gradients, in an order in which all but `members - 1` chunks hold rows of one member only.
+
+    On a mesh rows stay on their devices, so the order stays as it is: a chunk then costs as much as it has members.
+    """
+    if current() is not None:
+        return over_rows(function, tree, units, chunks, False)
+    # At least so many that most chunks have one member.
+    chunks = divisor_at_least(units, max(chunks, 2 * members))
+    sort = jnp.argsort(member.reshape(units, -1)[:, 0])
+    # Chunk i holds units i, i + chunks, ...: see strided_chunks.
+    order = sort.reshape(chunks, units // chunks).T.reshape(-1)
+    taken = lambda tree, order: jax.tree.map(lambda x: x.reshape(units, -1, *x.shape[1:])[order].reshape(x.shape), tree)
+    return taken(over_rows(function, taken(tree, order), units, chunks, False), jnp.argsort(order))
+
+
+def spread(scores: Scores, size: int) -> Array:
+    """Log-probabilities `[..., V]` of given entries `[..., K]`; what is left of the mass is the same for all others.
+
+    Exact for signals that read no more than the entries and the total mass of the rest (`View.entries`).
+    """
+    used = scores.tokens < size
+    known = jax.nn.logsumexp(jnp.where(used, scores.logprobs, -jnp.inf), axis=-1)
+    rest = jnp.log(-jnp.expm1(jnp.minimum(known, -1e-7))) - jnp.log(jnp.maximum(size - used.sum(-1), 1))
+    flat = jnp.broadcast_to(rest[..., None], (*rest.shape, size)).reshape(-1, size)
+    entries = scores.tokens.reshape(len(flat), -1)
+    rows = jnp.arange(len(flat))[:, None]
+    found = flat.at[rows, entries].set(scores.logprobs.reshape(entries.shape), mode="drop")
+    return found.reshape(*rest.shape, size)
+
+
 def token_signals(
     views: Mapping[str, View],
     signals: Callable[[dict[str, Array], Array], dict[str, Array]],
@@ -122,38 +190,49 @@ def token_signals(
     units = math.gcd(*(batch.contexts[name].tokens.shape[0] for name in views))
     row_chunks = divisor_at_least(units, math.ceil(total / rows)) if rows else 1
     # Here, and not in every chunk of rows and tokens, what a mesh splits along data is gathered and summed.
-    params = {name: read_by(view, models[view.policy], params[view.policy]) for name, view in views.items()}
+    read = {name: policies_of(view) for name, view in views.items()}
+    networks = {name: [models[policy] for policy in own] for name, own in read.items() if own}
+    params = {name: [read_by(views[name], models[p], params[p]) for p in read[name]] for name in networks}
     apart = total // row_chunks % axis_size(DATA) == 0 and axis_size(DATA) > 1
-    heads = {name: transformer.head_of(models[view.policy], params[name]) for name, view in views.items()}
+    heads = {name: head_of(own, params[name]) for name, own in networks.items()}
     heads = {name: copies(head) if apart and views[name].trainable else head for name, head in heads.items()}
     live = batch.present & batch.valid[:, None]
-    frozen = {name: view for name, view in views.items() if not view.trainable}
-    trained = {name: view for name, view in views.items() if view.trainable}
+    scored = {name: batch.contexts[name].scores for name, own in read.items() if not own}
+    trained = [name for name in networks if views[name].trainable]
+    chosen = [name for name in networks if batch.contexts[name].member is not None]
+    frozen = [name for name in networks if name not in (*trained, *chosen)]
 
-    def states(some: Mapping[str, View], x: dict) -> dict[str, Array]:
-        return {
-            name: hidden_states(models[view.policy], params[name], x["contexts"][name], x["completion"], x["present"])
-            for name, view in some.items()
-        }
+    def states(some: Sequence[str], x: dict) -> dict[str, Array]:
+        return {name: states_of(name, x) for name in some}
 
-    def read(x: dict) -> dict[str, Array]:
-        unused = {name: models[view.policy].unused for name, view in views.items()}
-        score = lambda name, head: normalise(transformer.scores(head, x["hidden"][name], unused[name]))
-        return signals({name: score(name, head) for name, head in heads.items()}, x["token"])
+    def states_of(name: str, x: dict) -> Array:
+        rest = x["contexts"][name], x["completion"], x["present"]
+        if name in chosen:
+            return states_by_member(networks[name], params[name], *rest)
+        return hidden_states(networks[name][0], params[name][0], *rest)
+
+    def at_positions(x: dict) -> dict[str, Array]:
+        # The policies of one view have one tokenizer, and so the same ids without a token.
+        score = lambda name, head: transformer.scores(head, x["hidden"][name], networks[name][0].unused)
+        dist = {name: normalise(score(name, head)) for name, head in heads.items()}
+        size = next(iter(dist.values())).shape[-1]
+        return signals({**dist, **{name: spread(x["hidden"][name], size) for name in scored}}, x["token"])
 
     def per_rows(x: dict) -> dict[str, Array]:
-        hidden = {**x["frozen"], **states(trained, x)}
+        keep = lambda s: jnp.where(x["live"].reshape(x["live"].shape + (1,) * (s.ndim - 2)), s, 0)
         # Garbage at absent tokens is replaced before the head: it changes neither values nor gradients.
-        hidden = {name: jnp.where(x["live"][..., None], h, 0) for name, h in hidden.items()}
+        hidden = jax.tree.map(keep, {**x["frozen"], **states(trained, x)})
         wanted = math.ceil(x["completion"].size / tokens) if tokens else 1
         chunks = divisor_at_least(length, wanted)
-        found = over_tokens(read, {"hidden": hidden, "token": x["completion"]}, x["live"], chunks)
-        keep = lambda s: jnp.where(x["live"].reshape(x["live"].shape + (1,) * (s.ndim - 2)), s, 0)
+        found = over_tokens(at_positions, {"hidden": hidden, "token": x["completion"]}, x["live"], chunks)
         return jax.tree.map(keep, found)
 
     common = {"completion": batch.completion, "present": batch.present, "live": live}
-    contexts = lambda some: {name: batch.contexts[name] for name in some}
+    with_contexts = lambda some: {**common, "contexts": {name: batch.contexts[name] for name in some}}
     # Frozen views are read outside the rematerialised part: their forward pass is never repeated.
-    early = over_rows(lambda x: states(frozen, x), {**common, "contexts": contexts(frozen)}, units, row_chunks, False)
-    late = {**common, "contexts": contexts(trained), "frozen": early}
+    early = over_rows(lambda x: states(frozen, x), with_contexts(frozen), units, row_chunks, False)
+    for name in chosen:
+        own, member = functools.partial(states_of, name), batch.contexts[name].member
+        early[name] = over_members(own, with_contexts([name]), member, len(networks[name]), units, row_chunks)
+    late = {**with_contexts(trained), "frozen": {**early, **scored}}
     return over_rows(per_rows, late, units, row_chunks, True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.errors import InputError
-from sdjax.types import Batch, Context, Messages, Rollout, View
+from sdjax.types import UNUSED, Batch, ByField, Context, Example, Messages, Rollout, Scored, Scores, View
 
 Fit = Callable[[Messages, Callable[[Messages], int], int], Messages]
 """What to do with a chat that is too long: `(chat, count tokens, limit) -> chat`."""
@@ -17,6 +17,10 @@ Fit = Callable[[Messages, Callable[[Messages], int], int], Messages]
 
 class LengthError(InputError, ValueError):
     """A prompt does not fit into the context."""
+
+
+class FieldError(InputError, ValueError):
+    """An example does not say which of several policies reads it."""
 
 
 def refuse(messages: Messages, count: Callable[[Messages], int], limit: int) -> Messages:
@@ -153,6 +157,7 @@ def collate(
 
     Raises:
       ValueError: rollouts of a group disagree about a shared context.
+      FieldError: an example names none of the policies that a view chooses from.
       LengthError: a context does not fit.
     """
     members: dict[int, list[Rollout]] = {}
@@ -176,7 +181,10 @@ def collate(
         mask=trained & present,
         behavior_logprobs=fill(0.0, np.float32, lambda r: r.logprobs),
         contexts={
-            name: collate_context(slots, name, view, per_group, tokenizer, shapes) for name, view in views.items()
+            name: collate_context(slots, name, view, per_group, tokenizer, shapes).replace(
+                member=members_of(slots, name, view, per_group), scores=collate_scores(slots, name, view, length)
+            )
+            for name, view in views.items()
         },
         reward=per_row(np.float32, lambda r: r.reward),
         group=np.repeat(np.arange(count, dtype=np.int32), per_group),
@@ -225,6 +233,46 @@ def collate_context(slots, name: str, view: View, per_group: int, tokenizer: Any
     # A context nobody speaks still needs one real token, or its rows would attend to nothing.
     mask[~mask.any(-1), -1] = True
     return Context(tokens, mask, np.asarray([c is not None for c in chats]))
+
+
+def members_of(slots, name: str, view: View, per_group: int) -> np.ndarray | None:
+    """For a view that reads `ByField`: which of its policies reads each row, `[B]` int32, the same in all of a group.
+
+    Raises: FieldError.
+    """
+    if not isinstance(view.policy, ByField):
+        return None
+    found = []
+    for start in range(0, len(slots), per_group):
+        rows = [r for r in slots[start : start + per_group] if r is not None and r.contexts.get(name) is not None]
+        found += [member_of(rows[0].example, view.policy) if rows else 0] * per_group
+    return np.asarray(found, np.int32)
+
+
+def member_of(example: Example, policy: ByField) -> int:
+    """The place, among the policies, of the one that an example's field names.  Raises `FieldError`."""
+    value = str(example.meta.get(policy.field, ""))
+    if value not in policy.policies:
+        said = f"has {policy.field}={value!r}" if policy.field in example.meta else f"has no field {policy.field!r}"
+        raise FieldError(
+            f"example {example.id!r} {said}: it must name one of the teachers {', '.join(policy.policies)}"
+        )
+    return policy.policies.index(value)
+
+
+def collate_scores(slots, name: str, view: View, length: int) -> Scores | None:
+    """For a view that reads `Scored`: the scores of all rollouts, `[B, length, K]`, unused where there are none."""
+    if not isinstance(view.policy, Scored):
+        return None
+    given = [None if r is None else r.scores.get(name) for r in slots]
+    width = max((s.tokens.shape[-1] for s in given if s is not None), default=1)
+    tokens = np.full((len(slots), length, width), UNUSED, np.int32)
+    logprobs = np.zeros(tokens.shape, np.float32)
+    for row, scores in enumerate(given):
+        if scores is not None:
+            count, entries = scores.tokens.shape
+            tokens[row, :count, :entries], logprobs[row, :count, :entries] = scores
+    return Scores(tokens, logprobs)
 
 
 def alike(chats: Sequence[Messages | None], per_group: int) -> bool:

@@ -25,15 +25,15 @@ from sdjax.devices.sharding import (
     place_parameters,
     place_whole,
 )
-from sdjax.engine.score import token_signals
-from sdjax.engine.tokens import Shapes
+from sdjax.engine.score import policies_of, token_signals
+from sdjax.engine.tokens import Shapes, member_of
 from sdjax.engine.vocabulary import difference, limited, same_vocabulary, with_rows
 from sdjax.errors import InputError
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
 from sdjax.models import adapters
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.types import Batch, Method, Objective, Task, View
+from sdjax.types import Batch, ByField, Method, Objective, Task, View
 
 
 class ExperimentError(InputError, ValueError):
@@ -74,7 +74,8 @@ class Experiment:
     `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into
     `minibatches` of whole groups, one update each, and read `epochs` times.  `teachers` are external policies by name; one over
     the student's vocabulary is given as many embedding rows as the student has.
-    `dtype` is what the models compute in; parameters and the optimizer stay float32.  `remat` and `scan` are those of
+    `dtype` is what the models compute in; parameters and the optimizer stay float32.  `teacher_dtype`, if it is given, is
+    what teachers compute in and what their parameters are kept in.  `remat` and `scan` are those of
     `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
     and after); `save_every` likewise (0: at the end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
@@ -100,6 +101,7 @@ class Experiment:
     remat: bool = False
     scan: bool = False
     teachers: Mapping[str, Pretrained] = dataclasses.field(default_factory=dict)
+    teacher_dtype: Any = None
     reduce: Reducer = token_mean
     evaluation: int = 100
     evaluate_every: int = 0
@@ -119,22 +121,36 @@ class Experiment:
 
 
 def check_views(experiment: Experiment) -> None:
-    """Raises `ExperimentError` if a view reads a policy that does not exist or that has another vocabulary."""
-    student, policies = experiment.student, {"live", *experiment.method.snapshots, *experiment.teachers}
-    for name in sorted({"live", *experiment.method.snapshots} & {*experiment.teachers}):
+    """Raises `ExperimentError` if a policy that is read does not exist or has another vocabulary."""
+    student, method = experiment.student, experiment.method
+    for name in sorted({"live", *method.snapshots} & {*experiment.teachers}):
         raise ExperimentError(f"teacher {name!r} goes by the name of one of the method's own policies; rename it")
-    for name, view in all_views(experiment.method).items():
-        if view.policy not in policies:
-            raise ExperimentError(
-                f"view {name!r} reads policy {view.policy!r}, which is neither live, a snapshot nor a teacher; there "
-                f"are {', '.join(sorted(policies))}"
-            )
-        teacher = experiment.teachers.get(view.policy, student)
-        if not same_vocabulary(teacher.tokenizer, student.tokenizer):
-            raise ExperimentError(
-                f"teacher {view.policy!r} and the student have different vocabularies "
-                f"({difference(teacher.tokenizer, student.tokenizer)}), so view {name!r} cannot score the student's tokens"
-            )
+    policies = {"live", *method.snapshots, *experiment.teachers}
+    for name in (name for name in method.writers if name not in policies):
+        raise ExperimentError(
+            f"the method writes with policy {name!r}, which is neither live, a snapshot nor a teacher; there are "
+            f"{', '.join(sorted(policies))}"
+        )
+    for name, view in all_views(method).items():
+        for policy in policies_of(view):
+            if policy not in policies:
+                raise ExperimentError(
+                    f"view {name!r} reads policy {policy!r}, which is neither live, a snapshot nor a teacher; there "
+                    f"are {', '.join(sorted(policies))}"
+                )
+            check_vocabulary(name, policy, experiment.teachers.get(policy, student), student)
+        if isinstance(view.policy, ByField):
+            for example in experiment.task.train:
+                member_of(example, view.policy)
+
+
+def check_vocabulary(view: str, policy: str, teacher: Pretrained, student: Pretrained) -> None:
+    """Raises `ExperimentError` if a teacher has another vocabulary than the student."""
+    if not same_vocabulary(teacher.tokenizer, student.tokenizer):
+        raise ExperimentError(
+            f"teacher {policy!r} and the student have different vocabularies "
+            f"({difference(teacher.tokenizer, student.tokenizer)}), so view {view!r} cannot score the student's tokens"
+        )
 
 
 def over_shared_ids(teachers: Mapping[str, Pretrained], student: Pretrained) -> dict[str, Pretrained]:
@@ -218,10 +234,10 @@ def initial_state(experiment: Experiment, params: Any) -> State:
 
 def models(experiment: Experiment) -> dict[str, Transformer]:
     """The network of every policy: live, snapshots, external teachers."""
-    build = lambda config: Transformer(config, experiment.dtype, experiment.remat, experiment.scan)
-    student = experiment.student
-    own = dict.fromkeys(("live", *experiment.method.snapshots), student)
-    return {name: limited(build(p.config), p.tokenizer) for name, p in {**own, **experiment.teachers}.items()}
+    student, teachers = experiment.student, experiment.teachers
+    build = lambda p, dtype: limited(Transformer(p.config, dtype, experiment.remat, experiment.scan), p.tokenizer)
+    own = {name: build(student, experiment.dtype) for name in ("live", *experiment.method.snapshots)}
+    return {**own, **{name: build(t, experiment.teacher_dtype or experiment.dtype) for name, t in teachers.items()}}
 
 
 def all_views(method: Method) -> dict[str, View]:

@@ -9,6 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+import numpy as np
+
 from sdjax.models import gguf_files, weights
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.fields import ModelError
@@ -72,6 +75,13 @@ def save(folder: str | os.PathLike, config: ModelConfig, params: dict, tokenizer
         (Path(folder) / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
+
+
+def kept_in(params: dict, dtype: Any) -> dict:
+    """Parameters in another floating type, on the host; as they are for `None`."""
+    if dtype is None:
+        return params
+    return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
 
 
 # ---- transformers folders -----------------------------------------------------------------------------------------

@@ -75,12 +75,18 @@ class Run:
         self.base, start = train.frozen_and_trained(experiment)
         self.base_checksum = adapters.fingerprint(experiment.student.params, experiment.lora) if self.base else None
         self.state = train.initial_state(experiment, start)
-        self.experiment = dataclasses.replace(experiment, student=experiment.student._replace(params=None))
         arrays = checkpoint.arrays_of(self.state)
         processes.by_first(lambda: checkpoint.check_space(folder, arrays))
         # Once, not in every step: published parameters lie on the host.
         put = jax.device_put if sharding.current() is None else sharding.place_parameters
-        self.teachers = {name: put(teacher.params) for name, teacher in experiment.teachers.items()}
+        kept = lambda teacher: pretrained.kept_in(teacher.params, experiment.teacher_dtype)
+        self.teachers = {name: put(kept(teacher)) for name, teacher in experiment.teachers.items()}
+        without = lambda model: model._replace(params=None)
+        self.experiment = dataclasses.replace(
+            experiment,
+            student=without(experiment.student),
+            teachers={name: without(teacher) for name, teacher in experiment.teachers.items()},
+        )
         self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed, experiment.rounds)
         self.updates = [
             train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
