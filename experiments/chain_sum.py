@@ -13,7 +13,6 @@ from sdjax.cli.options import Choice
 from sdjax.collect.contexts import after_demonstrations, question, with_solution
 from sdjax.collect.rollouts import solved_peer
 from sdjax.engine.train import Experiment
-from sdjax.models import pretrained
 from sdjax.run.settings import Settings
 from sdjax.tasks.reasoning_gym import chain_sum, worked_demonstrations
 
@@ -59,4 +58,4 @@ def experiment(
         solution = rollout.example.solution if peer is None else peer.text
         return after_demonstrations(with_solution(question(rollout.example), solution), told)
 
-    return settings.experiment(method=method(lesson=lesson), task=task, student=pretrained.load(settings.model))
+    return settings.experiment(method=settings.method(method, lesson), task=task)

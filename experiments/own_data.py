@@ -1,17 +1,18 @@
 """Your model on your problems: a file of JSON lines, any method.
 
     sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method grpo
+    sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method opd --teacher Qwen/Qwen3-8B
+    sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method opd --lesson solution
 
 A line has `prompt` (text) or `messages` (a chat that ends with a user turn) and `answer`; `solution` (a worked
 reference, which only teachers read) and `feedback` (a fixed remark for wrong answers) are optional.  Answers are compared
-as mathematics.
+as mathematics.  Other fields may name a teacher: `--teachers math=MODEL,code=MODEL --teacher-field domain`.
 """
 
 from __future__ import annotations
 
 from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
-from sdjax.models import pretrained
 from sdjax.run.settings import Settings
 from sdjax.tasks.jsonl import jsonl
 
@@ -39,5 +40,6 @@ def experiment(
       skip_bad_rows: count and list bad lines instead of refusing the file.
     """
     settings = settings.shortened()
+    chosen = settings.method(method)
     task = jsonl(data, test_path=test_data, test_fraction=test_fraction, skip_bad_rows=skip_bad_rows)
-    return settings.experiment(method=method(), task=task, student=pretrained.load(settings.model))
+    return settings.experiment(method=chosen, task=task)

@@ -48,7 +48,7 @@ def experiment(
       export: the run ends with a model folder.
       replay: batches hold rollouts of the batch before, too.
     """
-    own = method(lesson=lesson)
+    own = settings.method(method, lesson)
     return settings.shortened().experiment(
         method=remembering(own) if replay else own,
         task=Task("recall", tiny.TASK.train, tiny.TASK.test, verify),

@@ -52,10 +52,11 @@ def experiment(
       train_size: distinct training problems.
     """
     settings = settings.shortened()
+    own = settings.method(method, testbed.peer(thinking))
     base, _ = testbed.student(settings.model, settings.smoke)
     size = 8 if settings.smoke else train_size
     task = scratchpad.scratchpad(train_size=size, test_size=settings.evaluation, seed=settings.seed)
-    return settings.experiment(method=method(lesson=testbed.peer(thinking)), task=task, student=base)
+    return settings.experiment(method=own, task=task, student=base)
 
 
 def study(

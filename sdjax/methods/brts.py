@@ -125,4 +125,5 @@ def brts(
         }
 
     views = {"student": View(trainable=True), "teacher": View(name)}
-    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if name == "initial" else {})
+    snapshots = {"initial": frozen()} if name == "initial" else {}
+    return Method(collect, (Objective(views, signals, terms),), snapshots, writers=(name,))

@@ -11,7 +11,7 @@ from sdjax.collect.lessons import before_writing, by_teacher
 from sdjax.collect.rollouts import attempts, references
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, teacher_name
-from sdjax.kernels.distributions import entropy
+from sdjax.kernels.distributions import entropy, top_k_with_rest
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
@@ -26,6 +26,7 @@ CARD = Card(
     differences=(
         "the paper's XSum runs sample at temperature 1; TRL's default, 0.9, is the default here",
         "one coin per batch, as in TRL",
+        "top_k, for teachers that give no more than their likeliest tokens, is neither in the paper nor in TRL's GKD",
         "the paper's mixture with a reward is not included: see opd's rl_weight",
     ),
 )
@@ -36,6 +37,7 @@ def gkd(
     teacher: str | None = None,
     lmbda: float = 0.5,
     beta: float = 0.5,
+    top_k: int | None = None,
     seq_kd: bool = False,
     group_size: int = 1,
     temperature: float = 0.9,
@@ -51,6 +53,8 @@ def gkd(
       teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       lmbda: probability that the student writes the batch: 0 is supervised distillation, 1 is on-policy.
       beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon; the scale jumps at both ends.
+      top_k: the teacher's likeliest entries, and one for all others, are compared instead of the whole vocabulary: a
+        lower bound, and all that a teacher behind a server can give; `None`: the whole vocabulary.
       seq_kd: when the student does not write the batch, the teacher does, after its lesson, instead of the dataset.
       group_size: rollouts per prompt.
       temperature: of sampling; the loss is at temperature 1.
@@ -71,7 +75,10 @@ def gkd(
         return [r.read_by(student=question(r.example), teacher=told(r)) for r in rollouts], memory
 
     def signals(dist, token):
-        return {"divergence": jsd(dist["student"], dist["teacher"], beta), "entropy": entropy(dist["student"])}
+        student, told = dist["student"], dist["teacher"]
+        if top_k is not None:
+            student, told = top_k_with_rest(student, told, by=told, k=top_k)
+        return {"divergence": jsd(student, told, beta), "entropy": entropy(dist["student"])}
 
     def terms(batch, sig, step):
         return {
@@ -79,5 +86,6 @@ def gkd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None)}
-    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if teacher == "initial" else {})
+    views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None, entries=top_k)}
+    snapshots = {"initial": frozen()} if teacher == "initial" else {}
+    return Method(collect, (Objective(views, signals, terms),), snapshots, writers=(teacher,) if seq_kd else ())

@@ -131,4 +131,4 @@ def minillm(
         }
 
     snapshots = {"initial": frozen()} if name == "initial" else {}
-    return Method(collect, (Objective(views, signals, terms),), snapshots, 0 if documents else None)
+    return Method(collect, (Objective(views, signals, terms),), snapshots, 0 if documents else None, (name,))

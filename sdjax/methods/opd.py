@@ -103,12 +103,17 @@ def opd(
             found["pg"] = Term(policy_gradient, 1.0, None if rl_weight else taught, reduce)
         return found
 
-    views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None)}
+    told = View(teacher, per_rollout=lesson is not None, entries=None if full_vocabulary else 0)
+    views = {"student": View(trainable=True), "teacher": told}
     return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if teacher == "initial" else {})
 
 
-def opd_with(terms: Callable, signals: Callable | None = None, **options: Any) -> Method:
-    """`opd` with other `terms`, and other `signals` if they are given; its host half and views.  `options` are `opd`'s."""
+def opd_with(terms: Callable, signals: Callable | None = None, entries: int | None = 0, **options: Any) -> Method:
+    """`opd` with other `terms`, and other `signals` if they are given; its host half and views.  `options` are `opd`'s.
+
+    `entries` is how much of the teacher's distribution the signals read (see `View`): the sampled token's alone.
+    """
     base = opd(**options)
     (plain,) = base.objectives
-    return base._replace(objectives=(plain._replace(terms=terms, signals=signals or plain.signals),))
+    views = {**plain.views, "teacher": plain.views["teacher"]._replace(entries=entries)}
+    return base._replace(objectives=(Objective(views, signals or plain.signals, terms),))

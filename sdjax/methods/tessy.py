@@ -123,4 +123,5 @@ def tessy(
         traces = weave(writers, key, end=end, sampling=sampling, tries=tries)
         return {e.id: None if t is None else t.text for e, t in zip(examples, traces, strict=True)}
 
-    return Method(collect, sft(reduce=reduce).objectives, {"initial": frozen()}, {"texts": {}, "snippets": {}})
+    memory = {"texts": {}, "snippets": {}}
+    return Method(collect, sft(reduce=reduce).objectives, {"initial": frozen()}, memory, writers=(name,))

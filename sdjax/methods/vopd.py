@@ -84,4 +84,5 @@ def vopd(
         found = {name: Term(value, 1.0, taught, coef=0.0) for name, value in measured.items()}
         return {"pg": Term(policy_gradient, 1.0, taught, reduce), **found}
 
-    return opd_with(terms, signals, teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)
+    how = {"teacher": teacher, "group_size": group_size, "temperature": temperature, "lesson": lesson}
+    return opd_with(terms, signals, entries=0 if baseline == "none" else None, **how)

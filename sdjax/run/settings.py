@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import optax
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment, check_numbers
-from sdjax.models import adapters
+from sdjax.models import adapters, pretrained
 from sdjax.models.pretrained import Pretrained
+from sdjax.run import teachers
+from sdjax.run.teachers import Teachers
 from sdjax.types import Method, Task
 
 
@@ -41,6 +44,25 @@ class Settings:
         "float", "model", "the type of the frozen matrices under adapters; int8 and nf4 need sdjax[lora]"
     )
     mesh: str = option("", "model", "devices as DATAxMODEL, for example 4x2; by default all on the data axis")
+
+    teacher: str = option(
+        "",
+        "teacher",
+        "another model that teaches, for methods that take one: a folder, a hub name, smollm2 or a .gguf file",
+    )
+    teacher_dtype: Literal["float32", "bfloat16"] | None = option(
+        None,
+        "teacher",
+        "what teachers compute in and are kept in; None: they compute as the student does and are kept in float32",
+    )
+    teachers: str = option("", "teacher", "several, as math=MODEL,code=MODEL; each problem has one of them")
+    teacher_field: str = option("", "teacher", "the field of a problem that names which of the teachers it has")
+    lesson: Literal["auto", "solution"] = option(
+        "auto",
+        "teacher",
+        "what a teacher reads besides the question; auto: nothing where another model teaches, else what the experiment "
+        "or the method's paper says; solution: the problem's solution, whoever teaches",
+    )
 
     steps: int = option(100, "training", "batches to train on")
     prompts: int = option(4, "training", "problems per batch; the method's group size is attempts per problem")
@@ -76,6 +98,18 @@ class Settings:
         check_numbers(dataclasses.asdict(self))
         mesh_shape(self.mesh)
         adapters.chosen(self.lora_rank, self.lora_base)
+        self.chosen_teachers()
+
+    def chosen_teachers(self) -> Teachers:
+        """The models that teach, by the name of their policy."""
+        return teachers.chosen(self.teacher, self.teachers, self.teacher_field)
+
+    def method(self, choice: Callable[..., Method], lesson: Callable | None = None) -> Method:
+        """The method of an experiment's `method` argument with its teachers; `lesson` is what the experiment tells them.
+
+        Raises: TeacherError where the method has no teacher, or needs one, or cannot have these.
+        """
+        return teachers.taught(choice, self.chosen_teachers(), lesson, told=self.lesson == "solution")
 
     def shortened(self) -> Settings:
         """The same settings, or with `smoke` those of two steps on a few problems."""
@@ -98,8 +132,15 @@ class Settings:
             self.context, self.completion, self.rows, self.rows_per_chunk, self.tokens_per_chunk, too_long=too_long
         )
 
-    def experiment(self, *, method: Method, task: Task, student: Pretrained, **changes: Any) -> Experiment:
-        """The experiment that these settings describe; `changes` replace fields of `Experiment`."""
+    def experiment(
+        self, *, method: Method, task: Task, student: Pretrained | None = None, **changes: Any
+    ) -> Experiment:
+        """The experiment that these settings describe; `changes` replace fields of `Experiment`.
+
+        The student is `model`, loaded here after all that can be refused before, unless it is given.
+        """
+        own = self.chosen_teachers()
+        teachers.check_task(task, own, told=self.lesson == "solution")
         same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "remat", "scan")
         same += ("evaluation", "evaluate_every", "save_every")
         chosen = {
@@ -109,5 +150,9 @@ class Settings:
             "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,
             "lora": adapters.chosen(self.lora_rank, self.lora_base),
             "mesh": mesh_shape(self.mesh),
+            "student": pretrained.load(self.model) if student is None else student,
         }
-        return Experiment(method=method, task=task, student=student, **(chosen | changes))
+        if own.models:
+            dtype = self.teacher_dtype and jnp.dtype(self.teacher_dtype)
+            chosen |= {"teachers": teachers.load(own, dtype), "teacher_dtype": dtype}
+        return Experiment(method=method, task=task, **(chosen | changes))
