@@ -144,4 +144,5 @@ def rethinking_opd(
     views |= {"sampler": View("sampler")} if rollout_time else {}
     snapshots = {"initial": frozen()} if name == "initial" else {}
     snapshots |= {"sampler": refresh(1)} if rollout_time else {}
-    return Method(collect, (Objective(views, signals, terms),), snapshots, 0 if cold_start else None)
+    memory, writers = 0 if cold_start else None, (name,) if cold_start or depths else ()
+    return Method(collect, (Objective(views, signals, terms),), snapshots, memory, writers)
