@@ -12,11 +12,10 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import tyro
-
-from sdjax.cli.options import load_experiment
+from sdjax.cli.options import from_command_line, load_experiment
 from sdjax.study import testbed
 from sdjax.study.arms import every_seed, table
+from sdjax.study.settings import TrainingSettings
 from sdjax.tasks import scratchpad
 
 SIZES = (1, 8, 64, 128, 512)
@@ -26,47 +25,33 @@ ARMS = {name: ON_POLICY.ARMS[name] for name in ("GRPO", "SDPO, c = s, frozen")}
 
 def study(
     *,
-    out: str = "runs/degrade",
-    model: str = "",
-    sizes: tuple[int, ...] = SIZES,
-    steps: int = 30,
+    settings: TrainingSettings = TrainingSettings(),
     every: int = 15,
-    prompts: int = 8,
-    group: int = 8,
-    lr: float = 3e-4,
-    problems: int = 96,
-    seeds: int = 3,
-    smoke: bool = False,
+    sizes: tuple[int, ...] = SIZES,
 ) -> str:
     """Trains on few and on many problems, and shows how all families fare.
 
     Args:
-      out: the folder of results; finished arms are not run again, interrupted ones go on.
-      model: a model's folder instead of the base model.
+      every: batches between two measurements.
       sizes: numbers of distinct training problems.
-      steps: batches; `every` so many of them the student is measured.
-      prompts, group: problems per batch and attempts per problem.
-      lr: learning rate of AdamW.
-      problems: of each family, held out, on which the student is measured, and answers to training problems.
-      seeds: of problems, order and samples.
-      smoke: two steps on one and on three problems with a base model that knows nothing.
     """
-    if smoke:
-        sizes, steps, every, prompts, group, problems, seeds = (1, 3), 2, 2, 2, 2, 2, 1
-    families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
-    base, identity = testbed.student(model, smoke)
-    shared = {"steps": steps, "every": every, "prompts": prompts, "lr": lr, "problems": problems}
+    chosen = settings.shortened()
+    every, sizes = (2, (1, 3)) if chosen.smoke else (every, sizes)
+    families = scratchpad.FAMILIES[:1] if chosen.smoke else scratchpad.FAMILIES
+    base, identity = testbed.student(chosen.model, chosen.smoke)
+    shared = {"steps": chosen.steps, "every": every, "prompts": chosen.prompts, "lr": chosen.lr}
+    shared["problems"] = chosen.problems
 
     def prepared(of: tuple[str, int], seed: int):
         name, size = of
         own = {**shared, "train_size": size, "seed": seed}
-        run = testbed.on_policy(ARMS[name](group_size=group), base, families, **own, arm=name)
-        return {"model": identity, "group": group, "arm": name, **own}, run
+        run = testbed.on_policy(ARMS[name](group_size=chosen.group), base, families, **own, arm=name)
+        return {"model": identity, "group": chosen.group, "arm": name, **own}, run
 
-    runs = every_seed(out, "on-policy", tuple(itertools.product(ARMS, sizes)), seeds, prepared)
+    runs = every_seed(chosen.out, "on-policy", tuple(itertools.product(ARMS, sizes)), chosen.seeds, prepared)
     end = lambda some: {"seeds": str(len(some)), **testbed.fares([r[-1] for r in some])}
     return table([{"arm": name, "problems": str(size), **end(some)} for (name, size), some in runs.items()])
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

@@ -12,13 +12,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from sdjax.cli.options import from_command_line
 from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.policies import Environment, Policy, score
 from sdjax.study import testbed
 from sdjax.study.arms import across, every_seed, table
+from sdjax.study.settings import StudySettings
 from sdjax.tasks import scratchpad
 from sdjax.types import Rollout, View
 
@@ -76,37 +77,26 @@ def by_result(rollouts: list[Rollout], tokenizer) -> dict[str, float]:
     return {"right": mean(chances[True]), "wrong": mean(chances[False]), "share wrong": len(chances[False]) / count}
 
 
-def study(
-    *,
-    out: str = "runs/degrade",
-    model: str = "",
-    problems: int = 64,
-    group: int = 8,
-    seeds: int = 3,
-    smoke: bool = False,
-) -> str:
+def study(*, settings: StudySettings = StudySettings(problems=64), group: int = 8) -> str:
     """Measures the chance of a hedge after right and wrong results.
 
     Args:
-      out: the folder of results; what is there already is not measured again.
-      model: a model's folder instead of the base model.
-      problems, group: training problems, and attempts at each.
-      seeds: sets of problems and samples.
-      smoke: a base model that knows nothing and a few problems.
+      group: attempts at each of the problems, which are training problems.
     """
-    problems, group, seeds = (2, 2, 1) if smoke else (problems, group, seeds)
-    base, identity = testbed.student(model, smoke)
+    chosen = settings.shortened()
+    problems, group = chosen.problems, 2 if chosen.smoke else group
+    base, identity = testbed.student(chosen.model, chosen.smoke)
     policy = testbed.policy_of(base)
 
     def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "group": group, "seed": seed}
         return arguments, lambda _: measured(policy, problems, group, seed)
 
-    runs = every_seed(out, "hedging", ("base",), seeds, prepared)["base"]
+    runs = every_seed(chosen.out, "hedging", ("base",), chosen.seeds, prepared)["base"]
     columns = {"after a right result, %": "right", "after a wrong one, %": "wrong", "wrong, %": "share wrong"}
     cells = lambda name: {column: across(runs, name, kind, scale=100) for column, kind in columns.items()}
     return table([{"reads besides the question": name, **cells(name)} for name in READERS])
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

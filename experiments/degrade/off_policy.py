@@ -11,14 +11,15 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import tyro
 
+from sdjax.cli.options import from_command_line
 from sdjax.collect.contexts import question, with_solution
 from sdjax.engine.policies import Policy
 from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained
 from sdjax.study import testbed
 from sdjax.study.arms import arm, every_seed, shown, table, trained
+from sdjax.study.settings import StudySettings
 from sdjax.tasks import scratchpad
 from sdjax.types import Example
 
@@ -53,51 +54,43 @@ def fine_tuning(base: Pretrained, texts: dict[str, str], train_size: int, steps:
 
 def study(
     *,
-    out: str = "runs/degrade",
-    model: str = "",
+    settings: StudySettings = StudySettings(problems=128),
     steps: int = 32,
     batch: int = 32,
     lr: float = 1e-3,
     train_size: int = 256,
     samples: int = 4,
-    problems: int = 128,
-    seeds: int = 3,
-    smoke: bool = False,
 ) -> str:
     """Writes both sets of traces, fine-tunes on them, and shows how all families fare.
 
     Args:
-      out: the folder of results; finished arms are not run again, interrupted ones go on.
-      model: a model's folder instead of the base model.
       steps: batches of the arms that see equally many traces.
       batch: traces per batch.
       lr: learning rate of AdamW.
       train_size: training problems; those without a correct trace of either kind are left out.
-      samples: attempts at a correct trace.
-      problems: held-out problems of each family.
-      seeds: of problems, traces, order and samples.
-      smoke: two steps on reference solutions with a base model that knows nothing.
+      samples: attempts at a correct trace; with `smoke` the traces are reference solutions.
     """
-    if smoke:
-        steps, batch, train_size, samples, problems, seeds = 2, 2, 4, 2, 2, 1
-    families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
-    base, identity = testbed.student(model, smoke)
+    chosen = settings.shortened()
+    if chosen.smoke:
+        steps, batch, train_size, samples = 2, 2, 4, 2
+    families = scratchpad.FAMILIES[:1] if chosen.smoke else scratchpad.FAMILIES
+    base, identity = testbed.student(chosen.model, chosen.smoke)
     common = {"model": identity, "train_size": train_size, "samples": samples}
 
     def prepared(name: str, seed: int):
-        write = lambda _: traces(base, train_size, samples, seed, not smoke)
-        texts = arm(out, "traces", {**common, "seed": seed}, write)
+        write = lambda _: traces(base, train_size, samples, seed, not chosen.smoke)
+        texts = arm(chosen.out, "traces", {**common, "seed": seed}, write)
         tokens = {kind: sum(len(t.split()) + 1 for t in some.values()) for kind, some in texts.items()}
         many = round(steps * tokens["unguided"] / tokens["guided"]) if name == "guided, equal tokens" else steps
         e = fine_tuning(base, texts[name.split(",")[0]], train_size, many, batch, lr, seed)
-        measured = testbed.held_out_problems(problems, seed, families)
+        measured = testbed.held_out_problems(chosen.problems, seed, families)
         probe = partial(testbed.everywhere, problems=measured, key=jax.random.key(1000 + seed))
         arguments = {**common, "arm": name, "steps": many, "batch": batch, "lr": lr}
-        arguments |= {"problems": problems, "seed": seed}
+        arguments |= {"problems": chosen.problems, "seed": seed}
         told = {"experiment": "off-policy", "arm": name, "seed": seed}
         return arguments, lambda folder: trained(e, folder, probe, many, told)
 
-    runs = every_seed(out, "off-policy", ARMS, seeds, prepared)
+    runs = every_seed(chosen.out, "off-policy", ARMS, chosen.seeds, prepared)
     rows = []
     for name, at in (("base", 0), *((name, -1) for name in ARMS)):
         some = [r[at] for r in runs[ARMS[0] if name == "base" else name]]
@@ -106,4 +99,4 @@ def study(
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

@@ -12,15 +12,14 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
-import tyro
-
-from sdjax.cli.options import Choice
+from sdjax.cli.options import Choice, from_command_line
 from sdjax.engine.train import Experiment
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
 from sdjax.run.settings import Settings
 from sdjax.study import testbed
 from sdjax.study.arms import every_seed, table
+from sdjax.study.settings import TrainingSettings
 from sdjax.tasks import scratchpad
 
 METHOD = "sdpo"
@@ -61,46 +60,32 @@ def experiment(
 
 def study(
     *,
-    out: str = "runs/degrade",
-    model: str = "",
+    settings: TrainingSettings = TrainingSettings(),
     arms: tuple[str, ...] = tuple(ARMS),
-    steps: int = 30,
     every: int = 15,
-    prompts: int = 8,
-    group: int = 8,
-    lr: float = 3e-4,
     train_size: int = 512,
-    problems: int = 96,
-    seeds: int = 3,
-    smoke: bool = False,
 ) -> str:
     """Runs every arm with every seed, and shows how all families fare.
 
     Args:
-      out: the folder of results; finished arms are not run again, interrupted ones go on.
-      model: a model's folder instead of the base model.
       arms: which of the arms.
-      steps: batches; `every` so many of them the student is measured.
-      prompts, group: problems per batch and attempts per problem.
-      lr: learning rate of AdamW.
+      every: batches between two measurements.
       train_size: distinct training problems.
-      problems: of each family, held out, on which the student is measured, and of the training set.
-      seeds: of problems, order and samples.
-      smoke: two steps of two arms of a base model that knows nothing.
     """
-    if smoke:
-        steps, every, prompts, group, train_size, problems, seeds = 2, 1, 2, 2, 4, 2, 1
-        arms = ("GRPO", "SDPO, c = s without thinking, EMA")
-    families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
-    base, identity = testbed.student(model, smoke)
-    sizes = {"steps": steps, "every": every, "prompts": prompts, "lr": lr, "train_size": train_size}
+    chosen = settings.shortened()
+    if chosen.smoke:
+        every, train_size, arms = 1, 4, ("GRPO", "SDPO, c = s without thinking, EMA")
+    families = scratchpad.FAMILIES[:1] if chosen.smoke else scratchpad.FAMILIES
+    base, identity = testbed.student(chosen.model, chosen.smoke)
+    sizes = {"steps": chosen.steps, "every": every, "prompts": chosen.prompts, "lr": chosen.lr}
+    sizes["train_size"] = train_size
 
     def prepared(name: str, seed: int):
-        own = {**sizes, "problems": problems, "seed": seed}
-        run = testbed.on_policy(ARMS[name](group_size=group), base, families, **own, arm=name)
-        return {"model": identity, "group": group, "arm": name, **own}, run
+        own = {**sizes, "problems": chosen.problems, "seed": seed}
+        run = testbed.on_policy(ARMS[name](group_size=chosen.group), base, families, **own, arm=name)
+        return {"model": identity, "group": chosen.group, "arm": name, **own}, run
 
-    runs = every_seed(out, "on-policy", arms, seeds, prepared)
+    runs = every_seed(chosen.out, "on-policy", arms, chosen.seeds, prepared)
     before = next(iter(runs.values()))  # at step 0 all arms are the base model
     return table([line("base", before, 0), *(line(n, r, at) for n, r in runs.items() for at in range(1, len(r[0])))])
 
@@ -112,4 +97,4 @@ def line(name: str, runs: list[list[dict]], at: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

@@ -17,9 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from sdjax.cli.options import Choice, load_experiment
+from sdjax.cli.options import Choice, from_command_line, load_experiment
 from sdjax.collect import rollouts
 from sdjax.collect.contexts import question
 from sdjax.engine import policies
@@ -33,6 +32,7 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
 from sdjax.study.arms import across, behaviour, every_seed, table, trained
+from sdjax.study.settings import StudySettings
 from sdjax.tasks.reasoning_gym import chain_sum, reasoning_gym
 from sdjax.types import Rollout, Task, View
 
@@ -89,38 +89,31 @@ def held_out(trained_on: Task, problems: int, seed: int) -> dict[str, Task]:
 
 def study(
     *,
-    out: str = "runs/degrade",
-    model: str = "smollm2",
+    settings: StudySettings = StudySettings(model="smollm2", problems=64),
     arms: tuple[str, ...] = tuple(ARMS),
     steps: int = 30,
     prompts: int = 4,
     lr: float = 2e-5,
-    problems: int = 64,
-    seeds: int = 3,
-    smoke: bool = False,
 ) -> str:
     """Trains with every method and seed, and shows how the model fares where it was trained and where not.
 
     Args:
-      out: the folder of results; finished arms are not run again, interrupted ones go on.
-      model: a hub name, a folder, or "smollm2" (embedded).
       arms: which of the arms; the base model stands above them.
       steps: batches.
       prompts: problems per batch, four attempts at each.
       lr: learning rate of AdamW, after five steps of linear rise.
-      problems: held out, of each kind; half as many of GSM-Symbolic.
-      seeds: of problems, order and samples.
-      smoke: two steps of two arms, on two problems of each kind.
     """
-    if smoke:
-        steps, prompts, problems, seeds, arms = 2, 2, 4, 1, ("SDPO", "SFT")
+    chosen = settings.shortened()
+    if chosen.smoke:
+        chosen, steps, prompts, arms = dataclasses.replace(chosen, problems=4), 2, 2, ("SDPO", "SFT")
+    model, problems = chosen.model, chosen.problems
     shared = {"model": model, "steps": steps, "prompts": prompts, "lr": lr, "problems": problems}
-    settings = dataclasses.replace(SUMS.SETTINGS, model=model, steps=steps, lr=lr, evaluation=problems, save_every=0)
+    sums = dataclasses.replace(SUMS.SETTINGS, model=model, steps=steps, lr=lr, evaluation=problems, save_every=0)
 
     def prepared(name: str, seed: int):
         def run(folder: Path):
             rows = prompts * (4 if name == "SFT" else 1)
-            own = dataclasses.replace(settings, prompts=rows, seed=seed)
+            own = dataclasses.replace(sums, prompts=rows, seed=seed)
             experiment = SUMS.experiment(method=ARMS.get(name, ARMS["SFT"]), settings=own)
             tasks, start = held_out(experiment.task, problems, seed), experiment.student
             base = Policy(Transformer(start.config), start.params, start.tokenizer, experiment.shapes)
@@ -135,7 +128,7 @@ def study(
 
         return {**shared, "arm": name, "seed": seed}, run
 
-    runs = every_seed(out, "real-model", ("base", *arms), seeds, prepared)
+    runs = every_seed(chosen.out, "real-model", ("base", *arms), chosen.seeds, prepared)
     return table(
         [{"arm": name, "seeds": str(len(some)), **cells([r[-1] for r in some])} for name, some in runs.items()]
     )
@@ -150,4 +143,4 @@ def cells(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

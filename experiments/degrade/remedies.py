@@ -12,8 +12,8 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import tyro
 
+from sdjax.cli.options import from_command_line
 from sdjax.collect.controls import with_teacher_context
 from sdjax.engine.policies import Policy
 from sdjax.methods.antisd import antisd
@@ -30,6 +30,7 @@ from sdjax.methods.vopd import vopd
 from sdjax.run.evaluate import pass_at_k
 from sdjax.study import testbed
 from sdjax.study.arms import across, every_seed, table, trained
+from sdjax.study.settings import TrainingSettings
 from sdjax.tasks import scratchpad
 from sdjax.types import Method
 
@@ -81,56 +82,40 @@ def probed(policy: Policy, problems: dict, samples: int, some: int, key) -> dict
 
 def study(
     *,
-    out: str = "runs/degrade",
-    model: str = "",
+    settings: TrainingSettings = TrainingSettings(),
     arms: tuple[str, ...] = (*ARMS, *CONTROLS),
-    steps: int = 30,
-    prompts: int = 8,
-    group: int = 8,
-    lr: float = 3e-4,
     train_size: int = 512,
-    problems: int = 96,
     repeated: int = 48,
     samples: int = 16,
-    seeds: int = 3,
-    smoke: bool = False,
 ) -> str:
     """Runs every method and control with every seed, and shows how all families fare, and pass@k where it was trained.
 
     Args:
-      out: the folder of results; finished arms are not run again.
-      model: a model's folder instead of the base model.
       arms: which of the arms and controls; the base model stands above them.
-      steps: batches.
-      prompts, group: problems per batch and attempts per problem.
-      lr: learning rate of AdamW.
       train_size: distinct training problems.
-      problems: of each family, held out, answered once.
       repeated, samples: so many of the in-domain ones are answered so many times, for pass@k.
-      seeds: of problems, order and samples.
-      smoke: two steps of two arms with a base model that knows nothing.
     """
-    if smoke:
-        steps, prompts, group, train_size, problems, repeated, samples, seeds = 2, 2, 2, 4, 2, 2, 2, 1
-        arms = ("OPSD", "SDPO, mismatched")
-    families = scratchpad.FAMILIES[:1] if smoke else scratchpad.FAMILIES
-    base, identity = testbed.student(model, smoke)
-    measured = {"model": identity, "problems": problems, "repeated": repeated, "samples": samples}
-    sizes = {"steps": steps, "prompts": prompts, "lr": lr}
+    chosen = settings.shortened()
+    if chosen.smoke:
+        train_size, repeated, samples, arms = 4, 2, 2, ("OPSD", "SDPO, mismatched")
+    families = scratchpad.FAMILIES[:1] if chosen.smoke else scratchpad.FAMILIES
+    base, identity = testbed.student(chosen.model, chosen.smoke)
+    measured = {"model": identity, "problems": chosen.problems, "repeated": repeated, "samples": samples}
+    sizes = {"steps": chosen.steps, "prompts": chosen.prompts, "lr": chosen.lr}
 
     def prepared(name: str, seed: int):
-        held_out = testbed.held_out_problems(problems, seed, families)
+        held_out = testbed.held_out_problems(chosen.problems, seed, families)
         probe = partial(probed, problems=held_out, samples=samples, some=repeated, key=jax.random.key(1000 + seed))
         own = {**measured, "arm": name, "seed": seed}
         if name == "base":
             return own, lambda _: [{"step": 0, **probe(testbed.policy_of(base))}]
         task = scratchpad.scratchpad(train_size=train_size, test_size=1, seed=seed)
-        experiment = testbed.run(method_of(name, group), base, task, **sizes, seed=seed)
+        experiment = testbed.run(method_of(name, chosen.group), base, task, **sizes, seed=seed)
         told = {"experiment": "remedies", "arm": name, "seed": seed}
-        own |= {**sizes, "group": group, "train_size": train_size}
+        own |= {**sizes, "group": chosen.group, "train_size": train_size}
         return own, lambda folder: trained(experiment, folder, probe, 0, told)
 
-    runs = every_seed(out, "remedies", ("base", *arms), seeds, prepared)
+    runs = every_seed(chosen.out, "remedies", ("base", *arms), chosen.seeds, prepared)
     return table([{"arm": name, **cells([r[-1] for r in some])} for name, some in runs.items()])
 
 
@@ -141,4 +126,4 @@ def cells(results: list[dict]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

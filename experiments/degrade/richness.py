@@ -9,12 +9,13 @@ eight, with and without its thinking, and what it writes when it has read that (
 from __future__ import annotations
 
 import jax
-import tyro
 
+from sdjax.cli.options import from_command_line
 from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.policies import Policy
 from sdjax.study import testbed
 from sdjax.study.arms import behaviour, every_seed, table
+from sdjax.study.settings import StudySettings
 from sdjax.tasks import scratchpad
 
 LEVELS = ("none", "answer", "steps", "regeneration", "full solution")
@@ -44,36 +45,24 @@ def sweep(policy: Policy, problems: int, samples: int, seed: int) -> dict:
     return {"kept": len(kept), **{level: measure(context) for level, context in contexts.items()}}
 
 
-def study(
-    *,
-    out: str = "runs/degrade",
-    model: str = "",
-    problems: int = 96,
-    samples: int = 8,
-    seeds: int = 3,
-    smoke: bool = False,
-) -> str:
+def study(*, settings: StudySettings = StudySettings(), samples: int = 8) -> str:
     """Measures the teacher at every level of context.
 
     Args:
-      out: the folder of results; what is there already is not measured again.
-      model: a model's folder instead of the base model.
-      problems: held-out problems per seed, of which those solved sometimes are kept.
-      samples: answers per problem and level.
-      seeds: sets of problems and samples.
-      smoke: a base model that knows nothing and a few problems.
+      samples: answers per problem and level; of the problems those that are solved sometimes are kept.
     """
-    problems, samples, seeds = (3, 2, 1) if smoke else (problems, samples, seeds)
-    base, identity = testbed.student(model, smoke)
+    chosen = settings.shortened()
+    problems, samples = (3, 2) if chosen.smoke else (chosen.problems, samples)
+    base, identity = testbed.student(chosen.model, chosen.smoke)
     policy = testbed.policy_of(base)
 
     def prepared(_: str, seed: int):
         arguments = {"model": identity, "problems": problems, "samples": samples, "seed": seed}
         return arguments, lambda _: sweep(policy, problems, samples, seed)
 
-    runs = every_seed(out, "richness", ("base",), seeds, prepared)["base"]
+    runs = every_seed(chosen.out, "richness", ("base",), chosen.seeds, prepared)["base"]
     return table([{"context": level, **testbed.behaves(runs, level)} for level in LEVELS])
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

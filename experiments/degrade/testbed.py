@@ -11,13 +11,14 @@ import time
 from functools import partial
 
 import jax
-import tyro
 
+from sdjax.cli.options import from_command_line
 from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Policy
 from sdjax.study import testbed
 from sdjax.study.arms import behaviour, every_seed, forbidding, table
+from sdjax.study.settings import StudySettings
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, HEDGES, Family
 
@@ -43,24 +44,15 @@ def facts(policy: Policy, problems: int, seed: int, families: tuple[Family, ...]
     return found
 
 
-def study(
-    *, out: str = "runs/degrade", model: str = "", problems: int = 128, seeds: int = 3, smoke: bool = False
-) -> str:
-    """Makes the base model and measures it.
-
-    Args:
-      out: the folder of results; what is there already is not measured again.
-      model: a model's folder instead of the base model.
-      problems: held-out problems per family and seed.
-      seeds: sets of problems and samples.
-      smoke: a base model that knows nothing and a few problems.
-    """
-    problems, seeds = (4, 1) if smoke else (problems, seeds)
-    families = FAMILIES[:1] if smoke else FAMILIES
+def study(*, settings: StudySettings = StudySettings(problems=128)) -> str:
+    """Makes the base model and measures it."""
+    chosen = settings.shortened()
+    problems = 4 if chosen.smoke else chosen.problems
+    families = FAMILIES[:1] if chosen.smoke else FAMILIES
     started = time.perf_counter()
-    if not (model or smoke):
+    if not (chosen.model or chosen.smoke):
         testbed.base(report=lambda step, loss: print(f"step {step}: loss {loss:.3f}", flush=True))
-    base, identity = testbed.student(model, smoke)
+    base, identity = testbed.student(chosen.model, chosen.smoke)
     print(f"base model {identity} after {time.perf_counter() - started:.0f} s", flush=True)
     policy = testbed.policy_of(base)
 
@@ -68,7 +60,7 @@ def study(
         arguments = {"model": identity, "problems": problems, "seed": seed}
         return arguments, lambda _: facts(policy, problems, seed, families)
 
-    runs = every_seed(out, "facts", ("base",), seeds, prepared)["base"]
+    runs = every_seed(chosen.out, "facts", ("base",), chosen.seeds, prepared)["base"]
     return table(
         [
             {"problems": family.name.replace("_", " "), "context": way, **testbed.behaves(runs, way, family.name)}
@@ -79,4 +71,4 @@ def study(
 
 
 if __name__ == "__main__":
-    print(tyro.cli(study))
+    print(from_command_line(study))

@@ -224,3 +224,10 @@ def call(function: Callable, chosen: Mapping[str, Any]) -> Any:
             own = {name: chosen.pop(name) for name in names}
             arguments[parameter.name] = dataclasses.replace(parameter.default, **own)
     return function(**chosen, **arguments)
+
+
+def from_command_line(function: Callable) -> Any:
+    """A function's result for the options that this process was started with; `--help` shows them."""
+    known = options_class("Options", function, {})
+    chosen = tyro.cli(known, description=(inspect.getdoc(function) or "").partition("\n")[0])
+    return call(function, shallow(chosen))

@@ -93,7 +93,7 @@ def test_smoke_is_two_steps_and_nothing_else_changes_them():
 # ---- on the command line ------------------------------------------------------------------------------------------------
 
 
-def told(*, settings: Settings = Settings(steps=40), own: int = 3) -> tuple[Settings, int]:  # noqa: B008
+def told(*, settings: Settings = Settings(steps=40), own: int = 3) -> tuple[Settings, int]:
     """An experiment.
 
     Args:

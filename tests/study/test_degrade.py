@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -243,12 +244,14 @@ QUICK += [pytest.param("real_model", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("name", QUICK)
 def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatch):
     module = load(name)
-    said = module.study(out=str(tmp_path), smoke=True)
+    standard = inspect.signature(module.study).parameters["settings"].default
+    quick = dataclasses.replace(standard, out=str(tmp_path), smoke=True)
+    said = module.study(settings=quick)
     head, _, *lines = said.splitlines()
     assert len(lines) >= 3 and all(line.count("|") == head.count("|") for line in lines)
     monkeypatch.setattr(arms, "fit", None)
     monkeypatch.setattr(arms, "replace_text", None)
-    assert module.study(out=str(tmp_path), smoke=True) == said
+    assert module.study(settings=quick) == said
 
 
 @pytest.mark.parametrize("factory", [grpo, sdpo])
