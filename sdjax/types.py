@@ -222,6 +222,7 @@ class Method(NamedTuple):
     `objectives` are applied in order to the same batch.  `snapshots` maps a name to a rule
     `(live, old, step) -> new`, applied after every batch.  `memory` is the initial host state, JSON-able.  `writers`
     names the policies, besides the live one, that `collect` itself asks to write or to score.
+    `groups(prompts)` is how many groups a batch of so many examples has: more, where `collect` adds some of its own.
     """
 
     collect: Callable[..., tuple[list[Rollout], Any]]
@@ -229,6 +230,7 @@ class Method(NamedTuple):
     snapshots: Mapping[str, Callable] = {}
     memory: Any = None
     writers: tuple[str, ...] = ()
+    groups: Callable[[int], int] = lambda prompts: prompts
 
 
 class Card(NamedTuple):

@@ -28,19 +28,33 @@ def correction(rollout: Rollout) -> Messages:
 
 
 def anchors(
-    rollouts: Sequence[Rollout], count: int, share: float, medium: tuple[float, float], key: Array
+    rollouts: Sequence[Rollout], count: int, share: float, medium: tuple[float, float], key: Array, success: float = 0.5
 ) -> list[Rollout]:
     """At most `count` attempts to correct: `share` of them right ones, fewer where failures abound, more where they lack.
 
-    Attempts at problems whose pass rate lies within `medium` come first; otherwise the order is the key's.
+    Right is a reward of at least `success`.  Attempts at problems whose pass rate lies within `medium` come first;
+    otherwise the order is the key's.
     """
-    rate = {group: np.mean([r.reward > 0 for r in rows]) for group, rows in grouped(rollouts).items()}
+    rate = {group: np.mean([r.reward >= success for r in rows]) for group, rows in grouped(rollouts).items()}
     order = [rollouts[int(i)] for i in jax.random.permutation(key, len(rollouts))]
     order.sort(key=lambda r: not medium[0] <= rate[r.group] <= medium[1])
-    right, wrong = [r for r in order if r.reward > 0], [r for r in order if r.reward <= 0]
+    right, wrong = [r for r in order if r.reward >= success], [r for r in order if r.reward < success]
     some = min(len(right), int(share * count))
     wrong = wrong[: count - some]
     return [*right[: count - len(wrong)], *wrong]
+
+
+def graded(
+    corrections: Sequence[Rollout], attempts: Sequence[Rollout], risk: float, success: float
+) -> tuple[list[float], float | None]:
+    """Each correction's reward, less `risk` where it breaks a right attempt; and the share of these that stayed right.
+
+    `attempts[i]` is what `corrections[i]` corrects.  The share is `None` where no attempt was right.
+    """
+    pairs = [(c, a.reward >= success) for c, a in zip(corrections, attempts, strict=True)]
+    shaped = [c.reward - risk * (right and c.reward < success) for c, right in pairs]
+    kept = [c.reward >= success for c, right in pairs if right]
+    return shaped, float(np.mean(kept)) if kept else None
 
 
 def replayed(
@@ -53,7 +67,7 @@ def replayed(
     """The next `{"share", "retention", "below"}`: the share of right attempts grows while too many of them are broken.
 
     `share * (1 + gains . (target - r, max(0, r_before - r), min(steps below target, 3)))` within `bounds`; `retention`
-    r is the mean raw reward of corrections of right attempts, `None` (nothing changes) where there were none.
+    r is the share of corrections of right attempts that are right, `None` (nothing changes) where there were none.
     """
     if retention is None:
         return dict(memory)

@@ -116,8 +116,20 @@ class Experiment:
         check_numbers({f.name: getattr(self.shapes, f.name) for f in dataclasses.fields(self.shapes)})
         if not self.task.train:
             raise ExperimentError(f"task {self.task.name} has no training examples")
+        check_groups(self)
         check_views(self)
         object.__setattr__(self, "teachers", over_shared_ids(self.teachers, self.student))
+
+
+def check_groups(experiment: Experiment) -> None:
+    """Raises `ExperimentError` if the groups that a method adds to the prompts' cannot be dealt out to the minibatches."""
+    prompts, parts = experiment.prompts, experiment.minibatches
+    added = experiment.method.groups(prompts) - prompts
+    if added % parts:
+        raise ExperimentError(
+            f"minibatches={parts} does not divide the {added} groups that this method adds to prompts={prompts}: every "
+            "minibatch must hold equally many of them; change either, or the method's share of further groups"
+        )
 
 
 def check_views(experiment: Experiment) -> None:
@@ -291,13 +303,17 @@ def make_update(
 
 
 def minibatches(batch: Batch, parts: int) -> Iterator[Batch]:
-    """A batch in `parts` of whole groups.  Raises `ExperimentError` if `parts` does not divide the number of groups."""
+    """A batch in `parts` of whole groups, dealt out in turn: part `i` holds groups `i`, `i + parts`, ...
+
+    So every part has as many of the groups that a method adds to those of the prompts.
+    Raises `ExperimentError` if `parts` does not divide the number of groups.
+    """
     groups = int(np.max(batch.group)) + 1
     if groups % parts:
         raise ExperimentError(f"minibatches={parts} does not divide the {groups} groups of a batch")
     for part in range(parts):
-        take = lambda x: x[len(x) // parts * part : len(x) // parts * (part + 1)]  # noqa: B023
-        yield jax.tree.map(take, batch)
+        dealt = lambda x: x.reshape(groups, len(x) // groups, *x.shape[1:])[part::parts]  # noqa: B023
+        yield jax.tree.map(lambda x: dealt(x).reshape(-1, *x.shape[1:]), batch)  # noqa: B023
 
 
 def refresh_snapshots(method: Method) -> Callable[[Any, Mapping[str, Any], Array], dict[str, Any]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.collect.contexts import question
-from sdjax.collect.corrections import anchors, correction, replayed
+from sdjax.collect.corrections import anchors, correction, graded, replayed
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen
@@ -49,6 +49,7 @@ def cipo(
     target: float = 0.8,
     gains: tuple[float, float, float] = (0.8, 0.3, 0.05),
     medium: tuple[float, float] = (0.375, 0.75),
+    success: float = 0.5,
     clip: tuple[float, float] = (0.2, 0.2),
     kl_coef: float = 1e-4,
     temperature: float = 1.0,
@@ -60,7 +61,7 @@ def cipo(
 
     Args:
       group_size: answers per prompt, and corrections per attempt.
-      replay: attempts to correct, per prompt.
+      replay: attempts to correct, per prompt: so many groups are added, which minibatches must divide as well.
       coef: weight of the corrections' part.
       risk: what a correction that breaks a right attempt loses, for its advantage only.
       compare: corrections with all those of the problem, or with those of the same attempt.
@@ -69,6 +70,7 @@ def cipo(
       target: how many right attempts should stay right.
       gains: how the share reacts to the gap, to a drop, to repetition.
       medium: pass rates of the problems whose attempts are preferred.
+      success: the least reward of a right attempt or correction.
       clip: widths of the ratio's clip below and above 1.
       kl_coef: weight of the penalty (k3) towards the initial policy, in both streams.
       temperature: of sampling.
@@ -79,19 +81,21 @@ def cipo(
         answering, choosing, correcting = jax.random.split(key, 3)
         how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
         base = attempts(environment, examples, answering, **how)
-        chosen = anchors(base, int(replay * len(examples)), memory["share"], medium, choosing)
+        chosen = anchors(base, corrected(len(examples)), memory["share"], medium, choosing, success)
         if not chosen:
             return answers(base), memory
         asked = [dataclasses.replace(a.example, prompt=correction(a)) for a in chosen]
         fixes = attempts(environment, asked, correcting, **how)
         of = [chosen[r.group] for r in fixes]
-        kept = [r.reward for r, anchor in zip(fixes, of, strict=True) if anchor.reward > 0]
-        shaped = [r.reward - risk * (a.reward > 0 >= r.reward) for r, a in zip(fixes, of, strict=True)]
+        shaped, retention = graded(fixes, of, risk, success)
         pools = [a.group if compare == "problem" else r.group for r, a in zip(fixes, of, strict=True)]
         # Groups of a batch share a context: one per attempt, after those of the prompts.
         fixes = [dataclasses.replace(r, group=len(examples) + r.group) for r in fixes]
-        memory = replayed(memory, float(np.mean(kept)) if kept else None, target, gains, share[1:])
+        memory = replayed(memory, retention, target, gains, share[1:])
         return answers(base) + compared(fixes, pools, shaped, True), memory
+
+    def corrected(prompts):
+        return min(int(replay * prompts), group_size * prompts)
 
     def answers(rollouts):
         return compared(rollouts, [r.group for r in rollouts], [r.reward for r in rollouts], False)
@@ -121,4 +125,5 @@ def cipo(
     reference = {"reference": View("reference")} if kl_coef else {}
     objective = Objective({"student": View(trainable=True), **reference}, signals, terms)
     memory = {"share": share[0], "retention": None, "below": 0}
-    return Method(collect, (objective,), {"reference": frozen()} if kl_coef else {}, memory)
+    snapshots = {"reference": frozen()} if kl_coef else {}
+    return Method(collect, (objective,), snapshots, memory, groups=lambda prompts: prompts + corrected(prompts))

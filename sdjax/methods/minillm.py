@@ -88,8 +88,7 @@ def minillm(
         if not documents:
             return rollouts, memory
         rows = [document(environment, memory + i, len(examples) + i) for i in range(len(examples))]
-        # Each beside a prompt's rollouts: minibatches then hold as many of one kind as of the other.
-        return sorted([*rollouts, *rows], key=lambda r: r.group % len(examples)), memory + len(rows)
+        return [*rollouts, *rows], memory + len(rows)
 
     def document(environment, number, group):
         some = documents[number % len(documents)]
@@ -131,4 +130,6 @@ def minillm(
         }
 
     snapshots = {"initial": frozen()} if name == "initial" else {}
-    return Method(collect, (Objective(views, signals, terms),), snapshots, 0 if documents else None, (name,))
+    groups = lambda prompts: (2 if documents else 1) * prompts
+    memory = 0 if documents else None
+    return Method(collect, (Objective(views, signals, terms),), snapshots, memory, (name,), groups)

@@ -44,6 +44,7 @@ def sort(
     plans: Literal["written", "redacted"] = "written",
     plan: Callable[[Environment, Sequence[Example], Array], list[str]] | None = None,
     normalised: bool = True,
+    success: float = 0.5,
     clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
     reduce: Reducer = sequence_mean,
@@ -62,6 +63,7 @@ def sort(
       plans: by the live policy from the solution without its answer, or that solution itself.
       plan: instead, `(environment, examples, key) -> plans`; the answer is taken out of them.
       normalised: divide GRPO's advantages by the group's standard deviation.
+      success: the least reward of a success; the reference is learnt where no attempt is one.
       clip: widths of the ratio's clip below and above 1.
       temperature: of sampling.
       reduce: how tokens are averaged.
@@ -71,7 +73,7 @@ def sort(
         sampling, planning = jax.random.split(key)
         how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
         rollouts = attempts(environment, examples, sampling, **how)
-        lost = [g for g, rows in grouped(rollouts).items() if all(r.reward <= 0 for r in rows)]
+        lost = [g for g, rows in grouped(rollouts).items() if all(r.reward < success for r in rows)]
         lost = [g for g in lost if examples[g].solution is not None]
         new = [examples[g] for g in lost if examples[g].id not in memory]
         said = make(environment, new, planning, len(examples)) if new else []

@@ -191,7 +191,9 @@ class Run:
         e = self.experiment
         # Every device of the data axis gets equally many groups of every minibatch.
         multiple = 1 if sharding.current() is None else sharding.axis_size(sharding.DATA) * e.minibatches
-        return collate(rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.prompts, multiple)
+        return collate(
+            rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.method.groups(e.prompts), multiple
+        )
 
     def train_on(self, step: int, batch: Batch) -> dict[str, float]:
         """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""

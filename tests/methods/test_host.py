@@ -19,7 +19,7 @@ from sdjax.collect.memory import told_apart
 from sdjax.collect.peers import peers
 from sdjax.engine.policies import ema, sample
 from sdjax.engine.tokens import Shapes, collate
-from sdjax.engine.train import Experiment, ExperimentError, all_views, make_update
+from sdjax.engine.train import Experiment, ExperimentError, all_views, make_update, minibatches
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.distributions import logprob, normalise
@@ -380,6 +380,41 @@ def test_cipo_prefers_problems_of_medium_difficulty():
     hard, medium = [row("h", 0.0)] * 6, [row("m", float(i % 2), group=1) for i in range(4)]
     chosen = corrections.anchors([*hard, *medium], 3, 0.3, (0.375, 0.75), jax.random.key(0))
     assert [r.group for r in chosen].count(1) == 2 and len(chosen) == 3
+
+
+def test_cipo_with_partial_credit(monkeypatch):
+    """A little credit for any text makes no attempt right, breaks none and keeps none right."""
+    rows = [row("r", 0.9), row("w", 0.2), row("w", 0.01)]
+    chosen = corrections.anchors(rows, 2, 0.5, (0.1, 0.9), jax.random.key(0))
+    assert sorted(r.reward >= 0.5 for r in chosen) == [False, True]
+    assert [r.reward for r in corrections.anchors(rows, 3, 0.4, (0.1, 0.9), jax.random.key(0), 0.1)][:2] == [0.9, 0.2]
+    assert corrections.graded([row("", 0.9), row("", 0.4)], [row("", 0.2)] * 2, 1.0, 0.5) == ([0.9, 0.4], None)
+    shaped, kept = corrections.graded([row("", 0.9), row("", 0.4), row("", 0.4)], [rows[0]] * 3, 1.0, 0.5)
+    near(shaped, [0.9, -0.6, -0.6])
+    near(kept, 1 / 3)
+    method = cipo(group_size=2, replay=2.0, share=(0.5, 0.2, 0.8))
+    correct_first(monkeypatch, [[0.01, 0.01]], [[0.01, 0.01], [1.0, 0.01]])
+    found, memory = method.collect(None, tiny.TASK.train[:1], jax.random.key(0), method.memory)
+    assert memory == method.memory  # no right attempt: nothing to retain
+    assert len([r for r in found if r.extras["correction"]]) == 4
+
+
+def test_cipo_in_minibatches():
+    """Every minibatch has its share of answers and of corrections; what cannot be dealt out is refused at once."""
+    method = cipo(group_size=4, replay=0.5)
+    rows, _ = method.collect(environment(method), tiny.TASK.train[:4], jax.random.key(0), method.memory)
+    assert method.groups(4) == 6 and [r.group for r in rows] == sorted([*range(6)] * 4)
+    batch = collate(rows, all_views(method), tiny.tokenizer(), SHAPES, method.groups(4))
+    parts = list(minibatches(batch, 2))
+    assert [int(part.extras["correction"].sum()) for part in parts] == [4, 4]
+    assert [part.valid.sum() for part in parts] == [12, 12]
+    how = {"task": tiny.TASK, "student": tiny.pretrained(), "optimizer": optax.sgd(1.0), "prompts": 4}
+    Experiment(method=method, minibatches=2, **how)
+    with pytest.raises(
+        ExperimentError, match="minibatches=4 does not divide the 2 groups that this method adds to prom"
+    ):
+        Experiment(method=method, minibatches=4, **how)
+    assert cipo(group_size=2, replay=3.0).groups(4) == 12  # there are no more attempts
 
 
 def cipo_batch(fixes=None, count=4):
@@ -869,6 +904,17 @@ def test_sort_repairs_lost_prompts(monkeypatch):
     assert len(rows) == 8 and memory == {}
 
 
+def test_sort_with_partial_credit():
+    """A little credit for any text leaves a prompt lost."""
+    method = sort(group_size=4, plans="redacted")
+    reward = {0: [0.01] * 4, 1: [0.01, 0.5, 0.01, 0.01]}
+    for success, lost in ((0.5, [0]), (0.6, [0, 1]), (0.01, [])):
+        method = sort(group_size=4, plans="redacted", success=success)
+        env = environment(method)._replace(verify=Judge(reward, tiny.TASK.train[:2]))
+        rows, _ = method.collect(env, tiny.TASK.train[:2], jax.random.key(0), method.memory)
+        assert [r.group for r in rows if r.source == REFERENCE] == lost
+
+
 class Judge:
     """Verdicts in order of asking, per example; solutions are right."""
 
@@ -1116,10 +1162,13 @@ def corpus(tmp_path, count=3):
 
 
 def test_minillm_learns_a_corpus_beside_the_teacher(tmp_path):
-    """One text per prompt, in turn and from memory, between the prompts' groups; nothing of it is distilled."""
+    """One text per prompt, in turn and from memory, in groups of their own; nothing of it is distilled."""
     method = minillm(corpus=corpus(tmp_path), lm_coef=0.5, group_size=2)
     rows, memory = method.collect(environment(method), tiny.TASK.train[:2], jax.random.key(0), method.memory)
-    assert [r.source for r in rows] == [STUDENT, STUDENT, REFERENCE] * 2 and memory == 2
+    assert [r.source for r in rows] == [STUDENT] * 4 + [REFERENCE] * 2 and memory == 2
+    assert method.groups(2) == 4 and [r.group for r in rows] == [0, 0, 1, 1, 2, 3] and minillm().groups(2) == 2
+    halves = minibatches(collate(rows, all_views(method), tiny.tokenizer(), SHAPES), 2)
+    assert [sorted(half.source[half.valid].tolist()) for half in halves] == [[STUDENT] * 2 + [REFERENCE]] * 2
     assert [r.text for r in rows if r.source == REFERENCE] == ["key 0 -> red", "red"]
     later, memory = method.collect(environment(method), tiny.TASK.train[2:4], jax.random.key(1), memory)
     assert [r.text for r in later if r.source == REFERENCE] == ["key 2 -> red", "key 0 -> red"] and memory == 4
