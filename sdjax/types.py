@@ -220,9 +220,10 @@ class Method(NamedTuple):
 
     `collect(environment, examples, key, memory) -> (rollouts, memory)` samples, judges and writes contexts.
     `objectives` are applied in order to the same batch.  `snapshots` maps a name to a rule
-    `(live, old, step) -> new`, applied after every batch.  `memory` is the initial host state, JSON-able.  `writers`
-    names the policies, besides the live one, that `collect` itself asks to write or to score.
-    `groups(prompts)` is how many groups a batch of so many examples has: more, where `collect` adds some of its own.
+    `(live, old, step) -> new`, applied after every batch, or as `sdjax.engine.policies.Follows` says.  `memory` is the
+    initial host state, JSON-able.  `writers` names the policies, besides the live one, that `collect` itself asks to
+    write or to score.  `groups(prompts)` is how many groups a batch of so many examples has: more, where `collect` adds
+    some of its own.
     """
 
     collect: Callable[..., tuple[list[Rollout], Any]]

@@ -200,7 +200,30 @@ def reading(method: Method, policy: str, other: str | ByField | Scored) -> Metho
     return method._replace(objectives=tuple(changed(o) for o in method.objectives))
 
 
-# ---- snapshots: (live, old, step) -> new, after every batch ---------------------------------------------------------
+# ---- snapshots: (live, old, step) -> new ---------------------------------------------------------------------------
+
+OCCASIONS = ("update", "trained", "batch")
+"""When a snapshot's rule is applied: after every update, after every batch that trained, after every batch.
+
+An update whose loss or gradient is not finite is skipped: it is none, and a batch of such updates has not trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Follows:
+    """A rule that is applied after updates only: after every batch that trained or, with `every_update`, every update."""
+
+    rule: Callable[[Any, Any, Array], Any]
+    every_update: bool = False
+
+    def __call__(self, live: Any, old: Any, step: Array) -> Any:
+        return self.rule(live, old, step)
+
+
+def occasion(rule: Callable) -> str:
+    """Which of `OCCASIONS` a rule waits for."""
+    if isinstance(rule, Follows):
+        return "update" if rule.every_update else "trained"
+    return "batch"
 
 
 def frozen() -> Callable:
@@ -208,9 +231,14 @@ def frozen() -> Callable:
     return lambda live, old, step: old
 
 
-def ema(rate: float) -> Callable:
-    """An exponential moving average: `new = (1 - rate) old + rate live`, once per batch.  Rate 1 is live, 0 is frozen."""
-    return lambda live, old, step: jax.tree.map(lambda a, b: (1.0 - rate) * b + rate * a, live, old)
+def ema(rate: float, *, every_update: bool = False) -> Callable:
+    """An exponential moving average: `new = (1 - rate) old + rate live`.  Rate 1 is live, 0 is frozen.
+
+    Once per batch, as in SDPO (arXiv:2601.20802), or after every update, as in SDFT (arXiv:2601.19897).  Skipped updates
+    do not move it, as in the official code of MOPD (arXiv:2605.12652).
+    """
+    average = lambda live, old, step: jax.tree.map(lambda a, b: (1.0 - rate) * b + rate * a, live, old)
+    return Follows(average, every_update)
 
 
 def refresh(every: int) -> Callable:

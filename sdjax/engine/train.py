@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -316,11 +316,17 @@ def minibatches(batch: Batch, parts: int) -> Iterator[Batch]:
         yield jax.tree.map(lambda x: dealt(x).reshape(-1, *x.shape[1:]), batch)  # noqa: B023
 
 
-def refresh_snapshots(method: Method) -> Callable[[Any, Mapping[str, Any], Array], dict[str, Any]]:
-    """The compiled rules of a method's snapshots: `(live params, snapshots, step)` -> snapshots, which are donated."""
+def refresh_snapshots(
+    method: Method, names: Sequence[str] | None = None
+) -> Callable[[Any, Mapping[str, Any], Array], dict[str, Any]]:
+    """The compiled rules of a method's snapshots: `(live params, snapshots, step)` -> snapshots, which are donated.
+
+    Those of other `names` (default: all) stay what they are.
+    """
 
     def refreshed(live, snapshots, step):
-        rules = method.snapshots.items()
-        return {name: constrain_parameters(rule(live, snapshots[name], step)) for name, rule in rules}
+        chosen = method.snapshots if names is None else names
+        new = {name: constrain_parameters(method.snapshots[name](live, snapshots[name], step)) for name in chosen}
+        return {**snapshots, **new}
 
     return jax.jit(refreshed, donate_argnums=1)

@@ -45,6 +45,7 @@ def resd(
     ema_rate: float = 1e-4,
     is_cap: float | None = 2.0,
     balance: bool = True,
+    balance_powers: tuple[float, float] = (1.0, 1.0),
     reflection: bool = True,
     playbook: bool = True,
     buffer: bool = True,
@@ -69,7 +70,8 @@ def resd(
         With `low` above 1/e (0.37) the clipped divergence can be negative.
       ema_rate: the teacher's parameters follow the student's; at 1e-4 they hardly leave the initial ones.
       is_cap: cap of the importance weight; `None`: no weight.
-      balance: successes and failures get half of the weight each.
+      balance: the rarer outcome gets more weight, at powers of 1 half of it all.
+      balance_powers: a and b of the weights `(1 - s)^a` of successes and `s^b` of failures, s the share of successes.
       reflection, playbook, buffer: what the teacher reads beside attempt and feedback; the paper's ablations.
       cap: most entries of the playbook.
       prune: which entries go: all that do not help, or those not tagged lately.
@@ -105,7 +107,8 @@ def resd(
     def terms(batch, sig, step):
         weight = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
         if balance:
-            weight = weight * success_balance(batch.reward >= success, batch.valid)[:, None]
+            right = batch.reward >= success
+            weight = weight * success_balance(right, batch.valid, power=balance_powers)[:, None]
         return {
             "divergence": Term(sig["divergence"], weight, batch.contexts["teacher"].valid, reduce),
             "entropy": Term(sig["entropy"], coef=0.0),

@@ -28,6 +28,7 @@ CARD = Card(
         "the paper's equations say KL(student||teacher) (alpha=1); its code and all its results are alpha=0 (default)",
         "rows of 3 tokens or fewer are left out of the mean; the code counts them with loss 0",
         "skip is 0 in the code's configuration and 3 in its launcher (default)",
+        "the teacher moves after every optimiser step, minibatches and epochs included, as in the paper and its code",
     ),
 )
 
@@ -58,7 +59,8 @@ def sdft(
       alpha: 0 KL(teacher||student) (the results), 1 KL(student||teacher) (the equations), between: Jensen-Shannon.
       skip: first tokens left out of the loss, and of the loss only: the student is not to learn the teacher's prefaces.
       is_cap: cap of the importance weight, whose mean over a row's tokens is `w_i`; `None`: no weight.
-      ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live (paper: 0.01 to 0.05).
+      ema_rate: the teacher's parameters follow the student's after every update: 0 is frozen, 1 is live (paper: 0.01 to
+        0.05).
       from_teacher: the teacher, reading its lesson, writes the texts: the paper's offline arm, without weight.
       group_size: rollouts per prompt.
       temperature: of sampling.
@@ -97,4 +99,4 @@ def sdft(
 
     teacher = View(name, per_rollout=lesson is not None)
     objective = Objective({"student": View(trainable=True), "teacher": teacher}, signals, terms)
-    return Method(collect, (objective,), {} if name == "live" else {"teacher": ema(ema_rate)})
+    return Method(collect, (objective,), {} if name == "live" else {"teacher": ema(ema_rate, every_update=True)})

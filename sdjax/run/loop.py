@@ -18,7 +18,7 @@ import numpy as np
 
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
-from sdjax.engine.policies import Environment, Policy
+from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion
 from sdjax.engine.tokens import collate
 from sdjax.engine.train import Experiment, Outcome, State
 from sdjax.models import adapters, pretrained
@@ -44,25 +44,36 @@ class Result:
 
 
 class Prompts:
-    """Examples in shuffled order, epoch after epoch, `size` at a time and each batch `rounds` times in a row.
+    """Examples in shuffled order, epoch after epoch, `size` at a time.
 
-    Its position is part of the saved state.
+    `take()` is a step's batch, each `rounds` times in a row; `more()` is a batch that no step has had or will have,
+    wherever in its rounds the present one is.  The position is part of the saved state.
     """
 
     def __init__(self, examples: Sequence[Example], size: int, seed: int, rounds: int = 1):
-        batches = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
-        order = grain.MapDataset.range(len(batches)).map(lambda step: batches[step // rounds])
+        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
         reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # indices need no threads
         self.examples, self.iterator = examples, iter(order.to_iter_dataset(reading))
+        self.rounds, self.left, self.present = rounds, 0, []
+
+    def next_batch(self) -> list[int]:
+        return [int(i) for i in next(self.iterator)]
 
     def take(self) -> list[Example]:
-        return [self.examples[int(i)] for i in next(self.iterator)]
+        if not self.left:
+            self.left, self.present = self.rounds, self.next_batch()
+        self.left -= 1
+        return [self.examples[i] for i in self.present]
+
+    def more(self) -> list[Example]:
+        return [self.examples[i] for i in self.next_batch()]
 
     def position(self) -> Any:
-        return self.iterator.get_state()
+        return {"next": self.iterator.get_state(), "left": self.left, "present": self.present}
 
     def go_to(self, position: Any) -> None:
-        self.iterator.set_state(position)
+        self.iterator.set_state(position["next"])
+        self.left, self.present = position["left"], list(position["present"])
 
 
 class Run:
@@ -92,7 +103,12 @@ class Run:
             train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
             for o in experiment.method.objectives
         ]
-        self.refresh = train.refresh_snapshots(experiment.method)
+        occasions = {
+            when: [n for n, r in experiment.method.snapshots.items() if occasion(r) == when] for when in OCCASIONS
+        }
+        self.rules = {
+            when: train.refresh_snapshots(experiment.method, names) for when, names in occasions.items() if names
+        }
         self.skipped_in_a_row, self.skipped = 0, 0
         self.before: Accuracy | None = None
         self.saved = 0
@@ -113,7 +129,7 @@ class Run:
             name: Policy(self.models[name], params[name], tokenizers.get(name, student.tokenizer), shapes)
             for name in params
         }
-        return Environment(policies, self.experiment.task.verify, self.prompts.take)
+        return Environment(policies, self.experiment.task.verify, self.prompts.more)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -173,8 +189,7 @@ class Run:
         values = self.train_on(step, self.batch(rollouts)) if rollouts else {}
         # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
         self.state = self.state.replace(step=self.state.step + 1)
-        snapshots = self.refresh(self.state.params, self.state.snapshots, self.state.step)
-        self.state = self.state.replace(snapshots=snapshots)
+        self.renew("batch")
         jax.block_until_ready(self.state.params)
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
@@ -203,6 +218,10 @@ class Run:
             for part in train.minibatches(batch, e.minibatches):
                 outcomes.append(self.update(update, part))
                 self.guard(step, outcomes[-1], part)
+                if outcomes[-1].finite:
+                    self.renew("update")
+        if any(o.finite for o in outcomes):
+            self.renew("trained")
         silent = sum(bool(o.finite) and not o.useful for o in outcomes)
         if silent:
             many = f"{silent} of {len(outcomes)} updates had " if silent < len(outcomes) else ""
@@ -219,6 +238,12 @@ class Run:
         )
         self.state = state.replace(params=params, opt_state=opt_state)
         return jax.device_get(outcome)
+
+    def renew(self, when: str) -> None:
+        """Applies the rules of the snapshots that are due on an occasion."""
+        if when in self.rules:
+            snapshots = self.rules[when](self.state.params, self.state.snapshots, self.state.step)
+            self.state = self.state.replace(snapshots=snapshots)
 
     def guard(self, step: int, outcome: Outcome, batch: Batch) -> None:
         """Counts updates that were skipped; ends the run after too many in a row, with the batch saved."""

@@ -12,7 +12,7 @@ import tiny
 
 from sdjax.collect import rollouts as host
 from sdjax.collect.contexts import question
-from sdjax.engine.policies import ema, refresh
+from sdjax.engine.policies import ema, frozen, occasion, refresh
 from sdjax.engine.score import token_signals
 from sdjax.engine.train import make_update, refresh_snapshots
 from sdjax.kernels import estimators
@@ -30,6 +30,7 @@ from sdjax.methods.opsd import opsd, opsd_v1
 from sdjax.methods.sdft import sdft
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
 from sdjax.methods.sft import sft
+from sdjax.run.loop import Prompts
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict, View
 
 STUDENT_DIST, TEACHER_DIST = tiny.log(0.5, 0.3, 0.2), tiny.log(0.1, 0.6, 0.3)
@@ -469,6 +470,12 @@ def test_ema_of_a_constant():
     assert [float(refresh(2)(jnp.asarray(3.0), jnp.asarray(1.0), step)) for step in (1, 2, 3)] == [1.0, 3.0, 1.0]
 
 
+def test_when_teachers_move():
+    """SDFT's after every optimiser step (its notes, section 3), SDPO's once per batch (its notes, section 6, item 4)."""
+    assert occasion(sdft().snapshots["teacher"]) == "update" and occasion(sdpo().snapshots["teacher"]) == "trained"
+    assert occasion(refresh(10)) == occasion(frozen()) == "batch"
+
+
 def test_published_teachers():
     close(0.05, sdpo().snapshots["teacher"](jnp.asarray(1.0), jnp.asarray(0.0), 0))
     close(0.01, sdft().snapshots["teacher"](jnp.asarray(1.0), jnp.asarray(0.0), 0))
@@ -808,6 +815,20 @@ def test_dapo_replaces_constant_groups(small):
     batch = tiny.collected(made(dapo), rollouts)
     assert batch.valid.all()
     assert next(supply, None) is None
+
+
+def test_dapo_refills_from_further_prompts_in_every_round(small):
+    """With `rounds` the batch under way is attempted again; what replaces its groups is never that batch itself."""
+    prompts = Prompts(tiny.TASK.train, 2, seed=0, rounds=2)
+    drawn, more = [], lambda: drawn.append(prompts.more()) or drawn[-1]
+    for _ in range(4):
+        taken = prompts.take()
+        supplied = len(drawn)
+        env = small._replace(verify=Alternating(), more=more)
+        rollouts, _ = dapo(group_size=4, overlong=0.0).collect(env, taken, jax.random.key(0), None)
+        assert len({r.example.id for r in rollouts}) == 2  # no prompt twice, as two groups
+        assert all(e not in taken for batch in drawn[supplied:] for e in batch)
+    assert drawn
 
 
 def test_dapo_gives_up(small):

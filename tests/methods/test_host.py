@@ -509,6 +509,17 @@ def test_resd_balances_successes():
         near(success_balance(same, jnp.ones(4, bool)), 1.0)
 
 
+def test_resd_balances_by_powers():
+    """One success of four: `(3/4)^a` beside `(1/4)^b`, divided by the mean of all four."""
+    batch = tiny.batch(np.zeros((4, 1)), reward=[1.0, 0.0, 0.0, 0.0])
+    sig = {name: jnp.zeros((4, 1)) for name in ("logprobs", "divergence", "entropy")}
+    for powers in ((1.0, 1.0), (2.0, 0.5), (0.0, 1.0)):
+        term = resd(is_cap=None, balance_powers=powers).objectives[0].terms(batch, sig, 0)["divergence"]
+        raw = np.asarray([0.75 ** powers[0], *[0.25 ** powers[1]] * 3])
+        near(np.asarray(term.weight)[:, 0], raw / raw.mean())
+    near(resd(is_cap=None).objectives[0].terms(batch, sig, 0)["divergence"].weight[:, 0], [2.0, *[2 / 3] * 3])
+
+
 def test_resd_rows_without_a_lesson():
     batch, logits, teacher = fixture(taught=(True, False, False, True))
     clean = loss_and_gradient(resd(), batch, logits, teacher)

@@ -19,6 +19,7 @@ from whole_runs import lines
 
 from sdjax.collect.rollouts import attempts
 from sdjax.engine import train
+from sdjax.engine.policies import ema, refresh
 from sdjax.engine.tokens import LengthError, Shapes, shorten
 from sdjax.engine.train import Experiment, ExperimentError
 from sdjax.kernels.distributions import logprob
@@ -130,6 +131,31 @@ def test_a_step_without_rollouts(tmp_path, capsys):
     fit(experiment(own._replace(collect=collect)), tmp_path / "run")
     assert "step 2: no rollouts were kept: not trained" in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_snapshots_follow_updates_and_not_what_was_skipped(tmp_path, capsys, monkeypatch):
+    """Step 2 is not finite: averages stay, whether they move after batches or updates; a copy by the clock is made."""
+    rules = {"each": ema(0.5, every_update=True), "batch": ema(0.5), "clock": refresh(2)}
+    own = method(lambda step, rollout: float("nan") if step == 1 else 1.0, snapshots=rules)
+    updates, update = [], loop.Run.update
+
+    def watched(run, *rest):
+        outcome = update(run, *rest)
+        updates.append((bool(outcome.finite), np.asarray(run.state.params["embed"])))
+        return outcome
+
+    monkeypatch.setattr(loop.Run, "update", watched)
+    result = fit(experiment(own, steps=3, minibatches=2, epochs=2, most_skipped=9), tmp_path / "run")
+    assert [finite for finite, _ in updates] == [True] * 4 + [False] * 4 + [True] * 4
+    average = {"each": np.asarray(STUDENT.params["embed"]), "batch": np.asarray(STUDENT.params["embed"])}
+    for number, (finite, live) in enumerate(updates):
+        if finite:
+            average["each"] = (average["each"] + live) / 2
+        if number in (3, 11):
+            average["batch"] = (average["batch"] + live) / 2
+    for name, expected in {**average, "clock": updates[3][1]}.items():
+        np.testing.assert_allclose(result.state.snapshots[name]["embed"], expected, atol=1e-6)
+    assert np.abs(average["each"] - average["batch"]).max() > 1e-4
 
 
 # ---- the loop's parts -----------------------------------------------------------------------------------------------
@@ -272,6 +298,24 @@ def test_each_batch_is_taken_again_in_every_round():
     again.go_to(position)
     again.take()
     assert [again.take() for _ in range(3)] == rest
+
+
+def test_further_examples_are_no_part_of_any_batch():
+    """What `more` gives is neither the batch under way nor a later one, in any round, and shifts no rounds."""
+    for rounds in (1, 2, 3):
+        prompts, order = Prompts(list(range(100)), 4, seed=0, rounds=rounds), Prompts(list(range(100)), 4, seed=0)
+        steps, extra = [], []
+        for step in range(5 * rounds):
+            steps.append(prompts.take())
+            extra += [prompts.more() for _ in range(step % 2)]
+            position = json.loads(json.dumps(prompts.position()))
+            prompts = Prompts(list(range(100)), 4, seed=0, rounds=rounds)
+            prompts.go_to(position)
+        taken = steps[::rounds]
+        assert steps == [batch for batch in taken for _ in range(rounds)]
+        seen = [x for batch in [*taken, *extra] for x in batch]
+        assert extra and len(seen) == len(set(seen))  # within one epoch nothing comes twice
+        assert sorted(seen) == sorted(x for _ in range(len(seen) // 4) for x in order.take())
 
 
 # ---- refused before the first step ----------------------------------------------------------------------------------
