@@ -77,12 +77,13 @@ def trace(
       tis_cap: as in `grpo`; 2 in the published settings, where another program samples.
       temperature: of sampling, as published; ratios and divergences are taken at temperature 1.
       annotator: who marks steps: "rule" (`sdjax.collect.annotators.by_rule`, for arithmetic), or a policy: "live" (the
-        student itself), "initial", or the name of an external one.
+        student itself), "initial", or an external one: "teacher", which --teacher names.
       annotate: instead, `(environment, rollouts, key) -> spans`; see `sdjax.collect.annotators`.
     """
     weight, hold, decay = schedule
     ends = hold + decay
-    annotate = annotate or (by_rule if annotator == "rule" else by_policy(annotator))
+    writers = () if annotate or annotator == "rule" else (annotator,)
+    annotate = annotate or (by_policy(annotator) if writers else by_rule)
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
@@ -124,7 +125,7 @@ def trace(
 
     base = grpo(clip=clip, tis_cap=tis_cap, reduce=token_mean, collect=collect)
     plain = base.objectives[0]
-    views = {**plain.views, "teacher": View("teacher", per_rollout=True)}
+    views = {**plain.views, "teacher": View("renewed", per_rollout=True)}
     objectives = (Objective(views, signals, terms, until=ends), plain._replace(since=ends))
-    own = {"initial": frozen()} if annotator == "initial" else {}
-    return base._replace(objectives=objectives, snapshots={"teacher": refresh(refresh_every), **own}, memory=0)
+    snapshots = {"renewed": refresh(refresh_every), **({"initial": frozen()} if "initial" in writers else {})}
+    return base._replace(objectives=objectives, snapshots=snapshots, memory=0, writers=writers)

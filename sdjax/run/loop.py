@@ -12,7 +12,6 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -27,6 +26,7 @@ from sdjax.run.evaluate import Accuracy, accuracy, by_cap
 from sdjax.run.folder import RunError, as_json
 from sdjax.run.interrupts import Interrupted, Interrupts
 from sdjax.run.log import NoLog, RunLog, replace_text
+from sdjax.run.prompts import Prompts
 from sdjax.types import STUDENT, Batch, Example, Rollout, Verdict
 
 
@@ -41,39 +41,6 @@ class Result:
     before: Accuracy | None
     after: Accuracy | None
     interrupted: Signals | None = None
-
-
-class Prompts:
-    """Examples in shuffled order, epoch after epoch, `size` at a time.
-
-    `take()` is a step's batch, each `rounds` times in a row; `more()` is a batch that no step has had or will have,
-    wherever in its rounds the present one is.  The position is part of the saved state.
-    """
-
-    def __init__(self, examples: Sequence[Example], size: int, seed: int, rounds: int = 1):
-        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
-        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # indices need no threads
-        self.examples, self.iterator = examples, iter(order.to_iter_dataset(reading))
-        self.rounds, self.left, self.present = rounds, 0, []
-
-    def next_batch(self) -> list[int]:
-        return [int(i) for i in next(self.iterator)]
-
-    def take(self) -> list[Example]:
-        if not self.left:
-            self.left, self.present = self.rounds, self.next_batch()
-        self.left -= 1
-        return [self.examples[i] for i in self.present]
-
-    def more(self) -> list[Example]:
-        return [self.examples[i] for i in self.next_batch()]
-
-    def position(self) -> Any:
-        return {"next": self.iterator.get_state(), "left": self.left, "present": self.present}
-
-    def go_to(self, position: Any) -> None:
-        self.iterator.set_state(position["next"])
-        self.left, self.present = position["left"], list(position["present"])
 
 
 class Run:

@@ -30,7 +30,7 @@ from sdjax.methods.opsd import opsd, opsd_v1
 from sdjax.methods.sdft import sdft
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
 from sdjax.methods.sft import sft
-from sdjax.run.loop import Prompts
+from sdjax.run.prompts import Prompts
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict, View
 
 STUDENT_DIST, TEACHER_DIST = tiny.log(0.5, 0.3, 0.2), tiny.log(0.1, 0.6, 0.3)

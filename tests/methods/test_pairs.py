@@ -457,7 +457,7 @@ def test_trace_annotates_while_it_distils():
     rows, _ = quiet.collect(environment_of(quiet), tiny.TASK.train[:2], jax.random.key(0), 0)
     assert all(r.reward >= 0.5 for r in rows if r.extras["span"].any())
     rule = refresh_snapshots(method)
-    new = lambda step: float(rule(jnp.asarray(3.0), {"teacher": jnp.asarray(1.0)}, step)["teacher"])
+    new = lambda step: float(rule(jnp.asarray(3.0), {"renewed": jnp.asarray(1.0)}, step)["renewed"])
     assert [new(s) for s in (1, 9, 10, 11)] == [1.0, 1.0, 3.0, 1.0]
 
 

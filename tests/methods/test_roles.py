@@ -118,12 +118,13 @@ def test_a_teacher_that_helps_to_write_has_read_its_lesson(monkeypatch):
 # ---- TRACE ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("annotator", ["coach", "live", "initial"])
+@pytest.mark.parametrize("annotator", ["teacher", "live", "initial"])
 def test_trace_asks_its_annotator_about_the_rows_it_can_distil(annotator, monkeypatch):
     """Those whose branch has a weight, with the verdict and never the log-probabilities; only while the schedule lasts."""
     method = trace(group_size=4, temperature=1.0, annotator=annotator)
-    environment = spies.distinct(method, also=("coach",))
-    assert set(method.snapshots) == {"teacher", *({"initial"} & {annotator})}
+    environment = spies.distinct(method)
+    assert set(method.snapshots) == {"renewed", *({"initial"} & {annotator})} and method.writers == (annotator,)
+    assert method.objectives[0].views["teacher"].policy == "renewed" and trace().writers == ()
     sampled, _ = spies.watch(monkeypatch, environment)
     rows, memory = method.collect(environment, EXAMPLES, jax.random.key(0), 39)
     right = [r for r in rows if r.reward >= 0.5]

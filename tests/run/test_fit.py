@@ -30,7 +30,7 @@ from sdjax.run.checkpoint import CheckpointError
 from sdjax.run.fit import check_lengths, fit
 from sdjax.run.folder import RunError
 from sdjax.run.interrupts import Interrupts
-from sdjax.run.loop import Prompts
+from sdjax.run.prompts import Prompts
 from sdjax.types import Method, Objective, Term, Verdict, View
 
 pytestmark = pytest.mark.usefixtures("cached")

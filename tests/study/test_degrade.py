@@ -26,7 +26,7 @@ from sdjax.methods.sft import sft
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.report.runs import read_run
-from sdjax.run.loop import Prompts
+from sdjax.run.prompts import Prompts
 from sdjax.study import arms, testbed
 from sdjax.study.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.tasks import scratchpad
