@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from sdjax.collect.annotators import step_numbers
+from sdjax.collect.context_signals import with_signals
 from sdjax.collect.peers import Failures, Shown, Summarised, peers
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import sdpo
-from sdjax.types import Card, Method
+from sdjax.types import Card, Method, Term
 
 CARD = Card(
     paper="Yu et al. 2026, Multi-Rollout On-Policy Distillation via Peer Successes and Failures",
@@ -22,6 +23,7 @@ CARD = Card(
         "reverse KL (alpha=1) for mathematics, Jensen-Shannon (default) for all else",
         "success is 0.5 in the configuration (default) and 1.0 in the README",
         "the random failure is drawn from a seed made of the attempt, so that replays agree",
+        "the code's diagnostic per context counts prompts of one outcome as 0; here they are left out",
         "how the code extracts summaries is not known: the last paragraph; controls match the number of attempts",
     ),
 )
@@ -44,6 +46,7 @@ def mopd(
     rest: bool = True,
     ema_rate: float = 0.05,
     is_cap: float | None = 2.0,
+    diagnose_contexts: bool = False,
     temperature: float = 1.0,
     reduce: Reducer = token_mean,
 ) -> Method:
@@ -68,6 +71,9 @@ def mopd(
       rest: the others in one bucket; without, they are dropped and the kept ones renormalised.
       ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live.
       is_cap: cap of the importance weight; `None`: no weight.
+      diagnose_contexts: log how well the live model ranks the attempts at a prompt, by Spearman's correlation, pairs and
+        AUC, when it reads nothing, a failure, successes, or both: `signal/2S+1F/auc`, and `signal/prompts`, those with
+        both outcomes and every context (without any: 0, 1/2, 1/2).  Costs six forward passes.
       temperature: of sampling.
       reduce: how tokens are averaged.
     """
@@ -79,10 +85,17 @@ def mopd(
 
     def collect(environment, examples, key, memory):
         rollouts, memory = base.collect(environment, examples, key, memory)
-        return [r.with_extras(step=step_numbers(r.tokens, environment.live.tokenizer)) for r in rollouts], memory
+        if step_level:
+            rollouts = [r.with_extras(step=step_numbers(r.tokens, environment.live.tokenizer)) for r in rollouts]
+        return (with_signals(environment, rollouts, success) if diagnose_contexts else rollouts), memory
 
     def terms(batch, sig, step):
-        over = batch.mask & batch.valid[:, None]
-        return plain.terms(batch, {**sig, "divergence": step_mean(sig["divergence"], batch.extras["step"], over)}, step)
+        if step_level:
+            over = batch.mask & batch.valid[:, None]
+            sig = {**sig, "divergence": step_mean(sig["divergence"], batch.extras["step"], over)}
+        measured = {name: Term(value, coef=0.0) for name, value in batch.extras.items() if name.startswith("signal/")}
+        return {**plain.terms(batch, sig, step), **measured}
 
-    return base._replace(collect=collect, objectives=(plain._replace(terms=terms),)) if step_level else base
+    if not step_level and not diagnose_contexts:
+        return base
+    return base._replace(collect=collect, objectives=(plain._replace(terms=terms),))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
+from sdjax.collect.analyses import with_analyses
 from sdjax.collect.contexts import question, with_reference
 from sdjax.collect.rollouts import attempts
-from sdjax.engine.generate import Sampling
+from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import ema
 from sdjax.kernels.distributions import entropy, logprob, temper, top_k_renormalised
 from sdjax.kernels.divergences import clip_entries, jsd_entries
@@ -27,7 +30,7 @@ CARD = Card(
         "the paper averages per sequence, its code over the tokens of a micro-batch (default)",
         "clipped entries push the student away from what the teacher wants more of: as published, not a bounded pull",
         "version 3's templates (student's thinking off, teacher's on) are the lesson's business",
-        "the code's reason_first (the teacher analyses the solution before it grades) is left out; off there too",
+        "reason_first (off in the code, too): wording ours; lesson and analysis stand in one turn of the teacher's prompt",
     ),
 )
 
@@ -51,6 +54,7 @@ def opsd(
     teacher_top_k: int | None = None,
     sampled_token: bool = False,
     ema_rate: float = 0.0,
+    reason_first: int = 0,
     group_size: int = 1,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
@@ -68,16 +72,24 @@ def opsd(
       teacher_top_k: entries of the teacher's distribution that are kept, both sides renormalised; `None` is all.
       sampled_token: Eq. 9 instead: reverse KL by the sampled token alone, a policy gradient without clip.
       ema_rate: the teacher's parameters follow the student's: 0 is frozen (paper), 1 is live.
+      reason_first: tokens of an analysis of its lesson that the teacher writes before it grades, greedily; 0: none.  The
+        context must have room for it.
       group_size: rollouts per prompt.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default `reference_solution`.
       reduce: how tokens are averaged.
     """
-    told = lesson or reference_solution
+    told, live = lesson or reference_solution, ema_rate == 1.0
+    policy = "live" if live else "teacher"
 
     def collect(environment, examples, key, memory):
         sampling = Sampling(temperature, top_p, top_k)
         rollouts = attempts(environment, examples, key, n=group_size, sampling=sampling)
-        return [r.read_by(teacher=told(r, rollouts)) for r in rollouts], memory
+        rollouts = [r.read_by(teacher=told(r, rollouts)) for r in rollouts]
+        if reason_first:
+            own, slots = jax.random.fold_in(key, len(examples)), len(rollouts if lesson else examples)
+            how = {"slots": slots, "limit": reason_first, "sampling": GREEDY}
+            rollouts = with_analyses(environment.policies[policy], rollouts, own, **how)
+        return rollouts, memory
 
     def divergence(student, teacher, token):
         if sampled_token:
@@ -97,8 +109,7 @@ def opsd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    live = ema_rate == 1.0
-    teacher = View("live" if live else "teacher", per_rollout=lesson is not None)
+    teacher = View(policy, per_rollout=lesson is not None)
     objective = Objective({"student": View(trainable=True), "teacher": teacher}, signals, terms)
     return Method(collect, (objective,), {} if live else {"teacher": ema(ema_rate)})
 
