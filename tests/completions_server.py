@@ -2,7 +2,7 @@
 
 It answers like vLLM where the project asks: prompts are token ids, `n`, `seed`, `temperature`, `top_p`, `top_k`,
 `min_p`, `max_tokens`, `stop_token_ids`; the answer has `token_ids` and `logprobs`.  `POST /update_weights_from_disk`
-loads a folder, as SGLang does.
+loads a folder, as SGLang does.  Prompts are scored in the ways of both (see `scoring.py`).
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scoring import generated, with_prompt_logprobs
 
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import row_keys
@@ -67,7 +68,9 @@ class Served:
             return (500, {}) if wrong == "slow" else (wrong, {"error": f"made to answer {wrong}"})
         with self.lock:
             if path == "/v1/completions":
-                return 200, self.change(completions(self.policy, body))
+                return 200, self.change(with_prompt_logprobs(self.policy, body, completions(self.policy, body)))
+            if path == "/generate":
+                return 200, self.change(generated(self.policy, body, completions))
             if path == "/update_weights_from_disk":
                 loaded = pretrained.load(body["model_path"])
                 self.policy = dataclasses.replace(self.policy, params=loaded.params)

@@ -74,7 +74,8 @@ def instrumented(objective: Objective, k: int) -> Objective:
         measured = {f"diagnostic/{name}": term for name, term in measurements(batch, found).items()}
         return {**objective.terms(batch, own, step), **measured}
 
-    return objective._replace(signals=signals, terms=terms)
+    whole = {**objective.views, "teacher": objective.views["teacher"]._replace(entries=None)}
+    return objective._replace(views=whole, signals=signals, terms=terms)
 
 
 def measurements(batch: Batch, found: dict[str, Array]) -> dict[str, Term]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sdjax.collect.diagnostics import epistemic_count, per_thousand
 from sdjax.engine.policies import grouped
-from sdjax.types import STUDENT, Rollout, View
+from sdjax.types import STUDENT, ByField, Rollout, Scored, View
 
 ROLLOUTS = "rollouts.jsonl"
 
@@ -24,11 +24,26 @@ def append_rollouts(
     path: Path, step: int, rollouts: Sequence[Rollout], tokenizer: Any, views: Mapping[str, View], most: int = 4
 ) -> None:
     """Appends the first whole groups of a step, at least `most` rollouts if there are, at most `4 most`."""
-    policies = {name: view.policy for name, view in views.items()}
     with open(path, "a", encoding="utf-8") as file:
         for rollout, rewards in first_groups(rollouts, most):
-            line = {"step": step, **described(rollout, tokenizer), "rewards": rewards, "policies": policies}
+            line = {
+                "step": step,
+                **described(rollout, tokenizer),
+                "rewards": rewards,
+                "policies": policies_of(views, rollout),
+            }
             file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def policies_of(views: Mapping[str, View], rollout: Rollout) -> dict[str, str]:
+    """Who reads a rollout, by view: a policy's or a server's name, by field that of the example's own."""
+
+    def named(policy: str | ByField | Scored) -> str:
+        if isinstance(policy, ByField):
+            return str(rollout.example.meta.get(policy.field, ""))
+        return policy.server if isinstance(policy, Scored) else policy
+
+    return {name: named(view.policy) for name, view in views.items()}
 
 
 def first_groups(rollouts: Sequence[Rollout], most: int) -> list[tuple[Rollout, list[float]]]:

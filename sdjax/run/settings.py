@@ -48,12 +48,17 @@ class Settings:
     teacher: str = option(
         "",
         "teacher",
-        "another model that teaches, for methods that take one: a folder, a hub name, smollm2 or a .gguf file",
+        "another model that teaches, for methods that take one: a folder, a hub name, smollm2, a .gguf file, or the "
+        "address of a server, as http://localhost:8000/v1",
     )
     teacher_dtype: Literal["float32", "bfloat16"] | None = option(
         None,
         "teacher",
         "what teachers compute in and are kept in; None: they compute as the student does and are kept in float32",
+    )
+    teacher_engine: Literal["vllm", "sglang"] = option("vllm", "teacher", "which kind of server teaches")
+    teacher_served: str = option(
+        "default", "teacher", "the name by which the server knows its model; its key, if any, is in SDJAX_API_KEY"
     )
     teachers: str = option("", "teacher", "several, as math=MODEL,code=MODEL; each problem has one of them")
     teacher_field: str = option("", "teacher", "the field of a problem that names which of the teachers it has")
@@ -102,7 +107,8 @@ class Settings:
 
     def chosen_teachers(self) -> Teachers:
         """The models that teach, by the name of their policy."""
-        return teachers.chosen(self.teacher, self.teachers, self.teacher_field)
+        server = {"engine": self.teacher_engine, "served": self.teacher_served}
+        return teachers.chosen(self.teacher, self.teachers, self.teacher_field, **server)
 
     def method(self, choice: Callable[..., Method], lesson: Callable | None = None) -> Method:
         """The method of an experiment's `method` argument with its teachers; `lesson` is what the experiment tells them.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdjax import methods
@@ -18,7 +19,10 @@ from sdjax.engine.train import all_views
 from sdjax.errors import InputError
 from sdjax.models import pretrained
 from sdjax.models.pretrained import Pretrained
-from sdjax.types import ByField, Messages, Method, Rollout, Task
+from sdjax.samplers.options import KEY
+from sdjax.samplers.scorers import Engine, scored_by, scoring_server
+from sdjax.samplers.servers import check_url
+from sdjax.types import ByField, Messages, Method, Rollout, Task, View
 
 TEACHER = "teacher"
 """The name by which methods know an external teacher."""
@@ -32,13 +36,31 @@ class TeacherError(InputError, ValueError):
 class Teachers:
     """Models by the name of their policy; with several, `field` is the example's field that names one of them.
 
-    Raises: TeacherError.
+    A model is what `sdjax.models.pretrained.load` loads, or the address of a server; all of them are one or the other.
+    Servers are of the kind `engine` and serve a model of the name `served`.
+
+    Raises: TeacherError, EngineError.
     """
 
     models: Mapping[str, str]
     field: str = ""
+    engine: Engine = "vllm"
+    served: str = "default"
+
+    @property
+    def remote(self) -> bool:
+        """Whether servers teach."""
+        return any(is_address(model) for model in self.models.values())
 
     def __post_init__(self):
+        if self.remote:
+            local = [model for model in self.models.values() if not is_address(model)]
+            if local:
+                raise TeacherError(
+                    f"teachers: {local[0]} is a model and others are servers: all must be one or the other"
+                )
+            for model in self.models.values():
+                check_url(model)
         own = sorted({"live", "initial", "student", TEACHER} & {*self.models}) if self.field else []
         if own:
             raise TeacherError(
@@ -46,7 +68,12 @@ class Teachers:
             )
 
 
-def chosen(teacher: str, teachers: str, field: str) -> Teachers:
+def is_address(model: str) -> bool:
+    """Whether a teacher's name is the address of a server."""
+    return model.startswith(("http://", "https://"))
+
+
+def chosen(teacher: str, teachers: str, field: str, **server: Any) -> Teachers:
     """The teachers of the options `--teacher`, `--teachers` and `--teacher-field`.  Raises `TeacherError`."""
     if teacher and (teachers or field):
         raise TeacherError("teacher is the only one, teachers are several with a teacher-field: give one or the other")
@@ -54,12 +81,12 @@ def chosen(teacher: str, teachers: str, field: str) -> Teachers:
         missing = "teacher-field: the field of an example that names its teacher" if teachers else "teachers"
         raise TeacherError(f"{'teachers need' if teachers else 'teacher-field needs'} {missing}")
     if not teachers:
-        return Teachers({TEACHER: teacher} if teacher else {})
+        return Teachers({TEACHER: teacher} if teacher else {}, **server)
     pairs = [pair.partition("=")[::2] for pair in teachers.split(",")]
     names = [name.strip() for name, _ in pairs]
     if len(pairs) < 2 or len({*names}) < len(names) or not all(name.strip() and model.strip() for name, model in pairs):
         raise TeacherError(f"teachers={teachers}: expected at least two different names, as math=MODEL,code=MODEL")
-    return Teachers({name.strip(): model.strip() for name, model in pairs}, field)
+    return Teachers({name.strip(): model.strip() for name, model in pairs}, field, **server)
 
 
 def solution_lesson(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
@@ -80,26 +107,39 @@ def taught(choice: Callable[..., Method], teachers: Teachers, lesson: Callable |
     """
     factory, given = getattr(choice, "factory", choice), dict(getattr(choice, "options", {}))
     name, accepted = getattr(factory, "__name__", "the method"), inspect.signature(factory).parameters
+    check_options(name, accepted, given.get(TEACHER), teachers, told)
+    own = lesson or solution_lesson if told else None if teachers.models else lesson
+    offered = {"lesson": own} if own and "lesson" in accepted else {}
+    named = {TEACHER: TEACHER} if teachers.models else {}
+
+    def made(**changes: Any) -> Method:
+        options = {**named, **changes}
+        if given:
+            return dataclasses.replace(choice, options={**given, **options})(**offered)
+        return choice(**offered, **options)
+
+    method = made()
+    check_needs(method, name, teachers)
+    if teachers.remote:
+        check_server(method, name, made, [key for key in ENOUGH if key in accepted])
+        return taught_by_servers(method, teachers)
+    if teachers.field:
+        return taught_by_field(method, TEACHER, ByField(teachers.field, tuple(teachers.models)))
+    return method
+
+
+def check_options(name: str, accepted: Mapping, given: str | None, teachers: Teachers, told: bool) -> None:
+    """Raises `TeacherError` where options of the method `name` and those of teachers contradict one another."""
     if told and "lesson" not in accepted:
         raise TeacherError(f"{name} takes no lesson: leave out --lesson solution")
     if teachers.models and TEACHER not in accepted:
         raise TeacherError(f"{name} learns from no other model: leave out the teacher, or take one of {takers()}")
-    if teachers.models and given.get(TEACHER) not in (None, TEACHER):
-        raise TeacherError(
-            f"--method.teacher {given[TEACHER]} is a policy of {name}'s own: leave it out beside --teacher"
-        )
-    offered = (
-        {"lesson": lesson or solution_lesson} if told else {} if teachers.models or not lesson else {"lesson": lesson}
-    )
-    if teachers.models:
-        offered |= {} if given else {TEACHER: TEACHER}
-        choice = dataclasses.replace(choice, options={**given, TEACHER: TEACHER}) if given else choice
-    known = {key: value for key, value in offered.items() if key in accepted}
-    return with_teachers(choice(**known), name, teachers)
+    if teachers.models and given not in (None, TEACHER):
+        raise TeacherError(f"--method.teacher {given} is a policy of {name}'s own: leave it out beside --teacher")
 
 
-def with_teachers(method: Method, name: str, teachers: Teachers) -> Method:
-    """The method with every policy that it reads.  Raises `TeacherError` where one is missing; `name` is the method's."""
+def check_needs(method: Method, name: str, teachers: Teachers) -> None:
+    """Raises `TeacherError` where a policy that the method needs is missing, or it cannot have several."""
     missing = needed(method)
     if missing - {TEACHER}:
         raise TeacherError(
@@ -107,14 +147,43 @@ def with_teachers(method: Method, name: str, teachers: Teachers) -> Method:
         )
     if missing and not teachers.models:
         raise TeacherError(
-            f"{name} needs a teacher: name one with --teacher (a folder, a hub name, smollm2 or a .gguf file), or let "
-            "the initial model teach, which then reads each problem's solution, with --lesson solution"
+            f"{name} needs a teacher: name one with --teacher (a folder, a hub name, smollm2, a .gguf file or the "
+            "address of a server), or let the initial model teach, which then reads each problem's solution, with "
+            "--lesson solution"
         )
-    if not teachers.field:
-        return method
-    if not any(TEACHER in policies_of(view) for view in all_views(method).values()):
+    if teachers.field and not readers(method):
         raise TeacherError(f"{name} writes with one teacher: name it with --teacher")
-    return taught_by_field(method, TEACHER, ByField(teachers.field, tuple(teachers.models)))
+
+
+def readers(method: Method) -> list[View]:
+    """The views that read the external teacher."""
+    return [view for view in all_views(method).values() if TEACHER in policies_of(view)]
+
+
+ENOUGH = {"top_k": 20, "full_vocabulary": False, "baseline": "none", "seq_kd": False}
+"""Values of options with which methods may need no more of a teacher than a server gives."""
+
+
+def check_server(method: Method, name: str, made: Callable[..., Method], options: Sequence[str]) -> None:
+    """Raises `TeacherError`, with the option that would do, where a server gives too little for the method."""
+    enough = lambda some: (
+        readers(some) and TEACHER not in some.writers and all(view.entries is not None for view in readers(some))
+    )
+    if enough(method):
+        return
+    hints = [f"--method.{key.replace('_', '-')} {ENOUGH[key]}" for key in options if enough(made(**{key: ENOUGH[key]}))]
+    why = "writes with its teacher" if TEACHER in method.writers else "reads whole distributions of its teacher"
+    raise TeacherError(
+        f"{name} {why}, and a server gives the log-probabilities of a text and of its likeliest tokens only: "
+        f"{'take ' + ' or '.join(hints) if hints else 'name a model as its teacher'}"
+    )
+
+
+def taught_by_servers(method: Method, teachers: Teachers) -> Method:
+    """The method whose rollouts servers score."""
+    key = os.environ.get(KEY)
+    server = lambda url: scoring_server(url, teachers.served, teachers.engine, api_key=key)
+    return scored_by(method, TEACHER, {name: server(url) for name, url in teachers.models.items()}, teachers.field)
 
 
 def needed(method: Method) -> set[str]:
@@ -139,9 +208,9 @@ def check_task(task: Task, teachers: Teachers, told: bool) -> None:
 
 
 def load(teachers: Teachers, dtype: Any = None) -> dict[str, Pretrained]:
-    """The models by the name of their policy, kept in `dtype`.  Raises `ModelError`."""
+    """The models by the name of their policy, kept in `dtype`; none where servers teach.  Raises `ModelError`."""
     found = {}
-    for name, model in teachers.models.items():
+    for name, model in ({} if teachers.remote else teachers.models).items():
         whole = pretrained.load(model)
         found[name] = whole._replace(params=pretrained.kept_in(whole.params, dtype))
     return found
