@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,11 +153,21 @@ def continued(
     return found
 
 
-def repetitive(text: str, *, tail: int = 1000, words: int = 3, times: int = 8) -> bool:
-    """Whether a fragment of at least `words` words occurs `times` times in the last `tail` characters."""
-    split = text[-tail:].split()
-    grams = Counter(tuple(split[i : i + words]) for i in range(len(split) - words + 1))
-    return bool(grams) and max(grams.values()) >= times
+def repetitive(text: str, *, tail: int = 1000, least: int = 3, most: int = 50, times: int = 8) -> bool:
+    """Whether a fragment of `least` to `most` words stands `times` times in a row in the last `tail` characters.
+
+    Fragments of symbols alone, such as a table's bars, do not count.
+    Source: TESSY's code (arXiv:2604.14164), whose own exception for symbols never applies: its pattern allows no blank.
+    """
+    words = text[-tail:].split()
+    spoken = [any(c.isalnum() for c in word) for word in words]
+    for length in range(least, min(most, len(words) // times) + 1):
+        equal = 0  # words in a row that are what stands one fragment before them
+        for i in range(length, len(words)):
+            equal = equal + 1 if words[i] == words[i - length] else 0
+            if equal >= length * (times - 1) and any(spoken[i - length + 1 : i + 1]):
+                return True
+    return False
 
 
 def whole_texts(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -183,17 +192,19 @@ class _Draft:
         return "".join(text for _, text in self.spans)
 
     def add(self, new: str | None, ended: bool, kept: tuple[int, bool], end: str) -> None:
-        """Takes over what is kept of a chunk; `end` closes the thinking, and so does a stop token."""
-        if new is None:
+        """Takes over what is kept of a chunk.  Only `end` closes the thinking; without it the student closes the text.
+
+        After a stop token the text goes on, and fails where nothing more comes.
+        """
+        if new is None or (not new and (end or not ended)):
             self.state = "failed"
             return
         count, hand_over = kept
-        whole = count >= len(new)
-        text = self.text + new[:count]
+        text, closed = self.text + new[:count], ended and count >= len(new)
         if end and end in text:
             new, count, self.state = text[: text.index(end) + len(end)][len(self.text) :], None, "answering"
-        elif ended and whole:
-            self.state = "done"
+        elif closed and not end:
+            self.state, hand_over = ("done", False) if self.author == "student" else (self.state, True)
         self.spans.append((self.author, new[:count]))
         if hand_over:
             self.author = {"student": "teacher", "teacher": "student"}[self.author]
@@ -203,6 +214,8 @@ def weave(
     writers: dict[str, Writer], key: Array, *, end: str = "</think>", sampling: Sampling, tries: int = 5
 ) -> list[Trace | None]:
     """Traces that "student" and "teacher" write in turns, beginning with the student; the answer after `end` is its own.
+
+    Without `end` there is no separate answer, and it is the student's stop token that ends the text.
 
     Every turn is a chunk, cut where the author's `boundary` says that the other's kind of token comes next.  A trace
     that is too long for the student's completions, repeats itself, or does not survive a tokenizer is written anew, up

@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -243,10 +243,36 @@ def kept(labels: Sequence[int], *, skip_first: bool = False) -> tuple[int, bool]
     return len(labels), False
 
 
-def boundary(tagger: Tagger, other: int, *, skip_first: bool = False, window: int = 200, slots: int = 8) -> Boundary:
+Swap = Literal["trigger", "cut"]
+Word = Literal["complete", "drop"]
+
+
+def between_words(text: str, place: int, word: Word) -> int:
+    """A place near `place` at which no word is split: after the word there or, to "drop" it, before it.
+
+    After white space it stays: what follows is the other author's.  A word that the text ends with may go on; a turn that
+    has no other word keeps it.
+    """
+    if text[:place][-1:].isspace() or text[place : place + 1].isspace():
+        return place
+    dropped = len(re.sub(r"\S+\Z", "", text[:place])) if word == "drop" else 0
+    return dropped or place + re.search(r"\s|\Z", text[place:]).start()
+
+
+def boundary(
+    tagger: Tagger,
+    other: int,
+    *,
+    skip_first: bool = False,
+    swap: Swap = "trigger",
+    word: Word = "complete",
+    window: int = 200,
+    slots: int = 8,
+) -> Boundary:
     """Where a chunk ends because a token of type `other` (1: style, 0: capability) comes next.
 
-    The tagger reads the last `window` tokens.  A cut is moved on to the next white space: no word is split.
+    The tagger reads the last `window` tokens.  No word is split, see `between_words`.  The other goes on wherever there is
+    such a token ("trigger", TESSY's code), or only if something of the chunk is cut off for it ("cut", the paper).
     """
 
     def find(texts: Sequence[str], chunks: Sequence[str]) -> list[tuple[int, bool]]:
@@ -260,8 +286,8 @@ def boundary(tagger: Tagger, other: int, *, skip_first: bool = False, window: in
             ends = [(end, int(types[i]) == other) for i, (_, end) in enumerate(offsets[-window:]) if end > len(before)]
             count, hand_over = kept([label for _, label in ends], skip_first=skip_first)
             place = ends[count - 1][0] - len(before) if count else len(new)
-            space = re.search(r"\s|\Z", new[place:])
-            cuts.append((place + space.start() if hand_over else len(new), hand_over))
+            place = between_words(new, place, word) if hand_over else len(new)
+            cuts.append((place, hand_over and (swap == "trigger" or place < len(new))))
         return cuts
 
     return find

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 
 from sdjax.collect.contexts import question
 from sdjax.collect.lessons import before_writing
 from sdjax.collect.rollouts import judge, sample, written
-from sdjax.collect.synthesis import Writer, weave
-from sdjax.collect.taggers import annotated_by, boundary, connectives, fit_tagger, snippets
+from sdjax.collect.synthesis import Boundary, Writer, weave
+from sdjax.collect.taggers import Swap, Word, annotated_by, boundary, connectives, fit_tagger, snippets
 from sdjax.engine.generate import Sampling
-from sdjax.engine.policies import frozen, teacher_name
+from sdjax.engine.policies import Environment, frozen, teacher_name
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
@@ -29,11 +29,33 @@ CARD = Card(
     differences=(
         "chunks are 20 tokens in the paper (default), 10 and 5 in the code",
         "the code never cuts after a turn's first token (skip_first=True): texts then depend on the chunk size",
-        "a chunk is cut at the next white space, as in the code; the paper drops the last word",
+        "a word that a cut would split is completed, as in the code; the paper drops it (word='drop')",
+        "a cut that stands after white space stays there; the code gives the first word after it to the wrong author",
+        "the other goes on at any trigger, as in the code; in the paper only if something was cut off (swap='cut')",
+        "loops are looked for after every turn, in the code after every hundredth; symbols alone are none",
         "taggers are two blocks of each policy trained on its first texts, marked by a rule or by the teacher",
         "the paper's taggers are Qwen3-0.6B on 100,000 snippets, the code's default 10,000",
     ),
 )
+
+
+def fitted(
+    environment: Environment, teacher: str, marks: Mapping[str, Any], known: dict, rules: Mapping[str, Any]
+) -> dict[str, Boundary]:
+    """Both authors' boundaries, each by a tagger trained on its marked snippets, or already `known` from them.
+
+    A tagger begins with its author's parameters, a live teacher's with the initial ones: so it is the same whenever it is
+    trained, in a resumed run as well.
+    """
+    bodies = {"student": "initial", "teacher": "initial" if teacher == "live" else teacher}
+    names = {author: (author, json.dumps(marks[author])) for author in bodies}
+    for author, body in bodies.items():
+        if names[author] not in known:
+            listed = dict(marks[author])
+            tagger = fit_tagger(environment.policies[body], list(listed), listed.get)
+            # The student's turn ends before capability (0), the teacher's before style (1).
+            known[names[author]] = boundary(tagger, int(author == "teacher"), **rules)
+    return {author: known[name] for author, name in names.items()}
 
 
 def tessy(
@@ -45,6 +67,8 @@ def tessy(
     tagger_rollouts: int = 8,
     tagger_snippets: int = 256,
     skip_first: bool = False,
+    swap: Swap = "trigger",
+    word: Word = "complete",
     temperature: float = 0.7,
     top_p: float = 0.8,
     top_k: int = 20,
@@ -61,11 +85,13 @@ def tessy(
     Args:
       teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       chunk: most tokens of a turn.
-      end: what closes the thinking; a text that ends without it has no separate answer.
+      end: what closes the thinking, and without which a text fails; "": no thinking, the student's stop token ends it.
       annotator: who marks style phrases for the taggers: a list of connectives, or the teacher.
       tagger_rollouts: texts per prompt of the first batch and model that taggers learn from.
       tagger_snippets: windows of 60 words of them.
       skip_first: the code's rule: a turn's first token never ends it.
+      swap: who writes next after a turn at whose very end the other's token would come: the other, or ("cut") the same.
+      word: what becomes of a word that a cut splits.
       temperature, top_p, top_k: of sampling, both models.
       tries: at a text that is too long or repeats itself.
       taggers: instead, `(environment) -> {"student": Boundary, "teacher": Boundary}`.
@@ -75,6 +101,7 @@ def tessy(
     """
     name = teacher_name(teacher, lesson)
     sampling, trained = Sampling(temperature, top_p, top_k), {}
+    rules = {"skip_first": skip_first, "swap": swap, "word": word}
     told = before_writing(lesson)
     authors = {"student": ("initial", question), "teacher": (name, told)}
 
@@ -90,32 +117,24 @@ def tessy(
         rows = judge(environment, [written(e, text, group=group, **how) for group, e, text in kept if text])
         return [r.read_by(student=question(r.example)) for r in rows], {**memory, "texts": texts}
 
+    def phrases(environment, some, key):
+        """The style phrases of each snippet."""
+        by_model = annotator == "teacher" and some
+        return annotated_by(environment.policies[name], some, key) if by_model else list(map(connectives, some))
+
     def marked(environment, examples, key):
         """Snippets of both authors' own texts with their style phrases."""
         found = {}
         for own, (author, (policy, context)) in zip(jax.random.split(key), authors.items(), strict=True):
+            writing, listing = jax.random.split(own)
             how = {"n": tagger_rollouts, "sampling": sampling, "context": context}
-            texts = [r.text for r in sample(environment.policies[policy], examples, own, **how)]
+            texts = [r.text for r in sample(environment.policies[policy], examples, writing, **how)]
             some = snippets(texts, tagger_snippets, seed=0)
-            by_model = annotator == "teacher" and some
-            phrases = annotated_by(environment.policies[name], some, own) if by_model else map(connectives, some)
-            found[author] = [[text, listed] for text, listed in zip(some, phrases, strict=True)]
+            found[author] = list(map(list, zip(some, phrases(environment, some, listing), strict=True)))
         return found
 
-    def boundaries(environment, examples):
-        if taggers is not None:
-            return taggers(environment)
-        for author, (policy, _) in authors.items():
-            known = author, json.dumps(examples[author])
-            if known not in trained:
-                listed = dict(examples[author])
-                tagger = fit_tagger(environment.policies[policy], list(listed), listed.get)
-                # The student's turn ends before capability (0), the teacher's before style (1).
-                trained[known] = boundary(tagger, int(author == "teacher"), skip_first=skip_first)
-        return {author: trained[author, json.dumps(examples[author])] for author in authors}
-
     def woven(environment, examples, key, marks):
-        cuts = boundaries(environment, marks)
+        cuts = taggers(environment) if taggers else fitted(environment, name, marks, trained, rules)
         writer = lambda author, policy, context: Writer(
             environment.policies[policy], [context(e) for e in examples], cuts[author], chunk
         )

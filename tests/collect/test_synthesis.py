@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spies
 import tiny
 from method_checks import close, expected_gradient
 
@@ -366,6 +367,66 @@ def test_repetition():
     assert repetitive("so it is " * 8) and not repetitive("so it is " * 7)
     assert not repetitive(" ".join(map(str, range(200)))) and not repetitive("")
     assert not repetitive("so it is " * 8 + "x " * 2 + " ".join(map(str, range(400))))
+    # In a row, at most 50 words long, with something that is said: an enumeration is no loop.
+    assert not repetitive(" ".join(f"Step {i}: multiply both sides by 3." for i in range(1, 9)))
+    assert not repetitive(" ".join(f"f({i}) = {i}^2, so f({i}) is a square;" for i in range(1, 9)))
+    assert not repetitive("so it is well " + "so it is fine " * 7) and repetitive(
+        "so it is well " + "so it is fine " * 8
+    )
+    assert not repetitive("| - + " * 30) and repetitive("| a + " * 8)
+    assert repetitive("the " * 24) and not repetitive("the " * 23) and not repetitive("a b " * 11)
+    words = lambda count: " ".join(chr(97 + i % 26) + chr(97 + i // 26) for i in range(count)) + " "
+    assert repetitive(words(50) * 8, tail=2000) and not repetitive(words(51) * 8, tail=2000)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "complete", "drop"),
+    [
+        ("a word here", 4, 6, 2),  # inside a word
+        ("a word here", 6, 6, 6),  # behind it
+        (".\n\nWait, maybe", 3, 3, 3),  # after white space: what follows is the other's
+        ("so maybe", 8, 8, 3),  # at the end: it may go on
+        ("maybe I", 3, 5, 5),  # the only word
+        ("so ", 3, 3, 3),
+    ],
+)
+def test_tessy_splits_no_word(text, place, complete, drop):
+    assert taggers.between_words(text, place, "complete") == complete
+    assert taggers.between_words(text, place, "drop") == drop
+
+
+def stopping(script):
+    """`continued` by a script: what each author writes whenever it is asked, and whether it then stops."""
+
+    def said(policy, chats, texts, keys, *, length, slots, sampling):
+        return [script[str(policy)].pop(0) for _ in texts]
+
+    return said
+
+
+def test_tessy_stop_tokens_do_not_end_the_thinking(monkeypatch):
+    """With an end tag the text goes on and fails where nothing comes; without, the student alone may end it."""
+    chats = [question(EXAMPLES[0])]
+    writer = lambda name, cut: Writer(Named(name), chats, cut, 5)
+    writers = {"student": writer("s", at_once), "teacher": writer("t", never)}
+
+    def woven(end, **script):
+        monkeypatch.setattr(synthesis, "continued", stopping({name: [*said] for name, said in script.items()}))
+        return weave(writers, jax.random.key(0), end=end, sampling=GREEDY, tries=1)[0]
+
+    start, stopped, nothing = ("Okay, ", False), ("the answer is 4 ", True), ("", True)
+    assert woven(END, s=[start], t=[stopped, nothing]) is None
+    trace = woven(END, s=[start, ("4", True)], t=[stopped, (f"so {END} rest", False)])
+    assert trace.text == f"Okay, the answer is 4 so {END}4" and trace.answer == "4"
+    # A stop token that is cut off with what stands before it has not been written.
+    monkeypatch.setitem(writers, "teacher", writer("t", at_once))
+    trace = woven(END, s=[start, (f"{END} ", False), ("4", True)], t=[stopped])
+    assert trace.spans == (("student", "Okay, "), ("teacher", "the "), ("student", END)) and trace.answer == "4"
+    monkeypatch.setitem(writers, "teacher", writer("t", never))
+    trace = woven("", s=[start, ("done", True)], t=[stopped])
+    assert trace.spans == (("student", "Okay, "), ("teacher", "the answer is 4 "), ("student", "done"))
+    assert woven("", s=[start, nothing], t=[stopped]).text == "Okay, the answer is 4 "
+    assert woven("", s=[("", False)], t=[]) is None
 
 
 def test_style_and_capability_in_likelihood():
@@ -471,6 +532,11 @@ def test_a_tagger_s_boundary():
     assert after(["ask key 1"], [" red ask key"]) == [(4, True)]
     skipping = taggers.boundary(colour_tagger(), 1, skip_first=True)
     assert skipping(["ask key"], [" 1 red ask key 2"]) == [(len(" 1 red ask key 2"), True)]
+    # The chunk's last token announces a colour: the other goes on, or the same if nothing is cut off for it.
+    last = (["ask key", "ask key"], [" 1", " 1 red"])
+    assert before(*last) == [(2, True), (2, True)]
+    assert taggers.boundary(colour_tagger(), 1, swap="cut")(*last) == [(2, False), (2, True)]
+    assert taggers.boundary(colour_tagger(), 1, word="drop")(*last) == [(1, True), (2, True)]
 
 
 def test_a_tagger_outlives_the_parameters_it_came_from():
@@ -587,6 +653,40 @@ def test_tessy_with_trained_taggers(monkeypatch, annotator):
     )
     known = {**memory, "texts": {}}
     assert fresh.collect(env, EXAMPLES, jax.random.key(0), known)[1]["texts"] == memory["texts"]
+
+
+@pytest.mark.parametrize("teacher", ["live", "initial", "teacher"])
+def test_tessy_taggers_do_not_depend_on_when_they_are_trained(teacher, monkeypatch):
+    """A live teacher's tagger begins with the initial parameters: a resumed run, whose live ones moved, has the same."""
+    fit, found = tessy_module.fit_tagger, []
+    monkeypatch.setattr(
+        tessy_module,
+        "fit_tagger",
+        lambda policy, *rest: found.append((policy, fit(policy, *rest, epochs=1))) or found[-1][1],
+    )
+    marks = {
+        author: [[t, [w for w in t.split() if w in COLOURS]] for t in sentences(8, i)] for i, author in enumerate("st")
+    }
+    marks = {"student": marks["s"], "teacher": marks["t"]}
+    seeds = {"live": 2, "initial": 3, "teacher": 4}
+    for live in (2, 5):
+        own = {n: tiny.policy(tiny.pretrained(s).params, SHAPES) for n, s in {**seeds, "live": live}.items()}
+        tessy_module.fitted(tiny.environment()._replace(policies=own), teacher, marks, {}, {})
+        bodies = [own["initial"], own["initial" if teacher == "live" else teacher]]
+        assert [policy for policy, _ in found[-2:]] == bodies
+    for one, other in zip(found[:2], found[2:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one[1].params, other[1].params)
+
+
+def test_tessy_draws_every_key_once(monkeypatch):
+    """Texts of both authors and the lists of their phrases come from keys of their own."""
+    method = tessy(annotator="teacher", tagger_rollouts=4, temperature=1.0, top_p=1.0, top_k=0)
+    env = spies.distinct(method, shapes=SHAPES)
+    sampled, _ = spies.watch(monkeypatch, env)
+    with pytest.raises(RolloutError, match="no snippet is left"):  # what a random model lists is no JSON
+        method.collect(env, EXAMPLES, jax.random.key(0), method.memory)
+    assert [s.who for s in sampled] == ["initial", "teacher", "teacher", "teacher"]
+    assert len({s.key for s in sampled}) == 4 and [s.n for s in sampled] == [4, 1, 4, 1]
 
 
 def test_tessy_trace_text():
