@@ -18,6 +18,9 @@ Messages = tuple[Mapping[str, str], ...]
 STUDENT, TEACHER, REFERENCE, SYNTHETIC = range(4)
 """Who wrote a completion (`Rollout.source`, `Batch.source`)."""
 
+SHAPING = "shaping"
+"""The extra, one number per row, that is added to a reward for advantages only: a length penalty, say."""
+
 
 # ---- host ---------------------------------------------------------------------------------------------------------
 
@@ -97,6 +100,15 @@ class Rollout:
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
 
+    @property
+    def returns(self) -> float:
+        """What an advantage is made of: the verifier's reward and what shapes it.  Outcomes are told by `reward`."""
+        return self.reward + float(self.extras.get(SHAPING, 0.0))
+
+    def shaped(self, amount: float) -> Rollout:
+        """The same rollout with `amount` added to its reward, for advantages only."""
+        return self.with_extras(**{SHAPING: self.extras.get(SHAPING, 0.0) + amount})
+
     def read_by(self, **contexts: Messages | None) -> Rollout:
         """The same rollout with these views' contexts added."""
         return dataclasses.replace(self, contexts={**self.contexts, **contexts})
@@ -145,6 +157,11 @@ class Batch:
     valid: Array  # [B] bool: False for padding rows
     extras: dict[str, Array]  # [B, T] or [B]: whatever `collect` adds
 
+    @property
+    def returns(self) -> Array:
+        """What advantages are made of, `[B]`: as `Rollout.returns`."""
+        return self.reward + self.extras[SHAPING] if SHAPING in self.extras else self.reward
+
 
 # ---- methods ------------------------------------------------------------------------------------------------------
 
@@ -171,20 +188,23 @@ class View(NamedTuple):
     may differ, and is read once per rollout in a batch where it does.
     `entries` is how much of the view's distribution `signals` reads: all of it (`None`), or the sampled token and so
     many of the likeliest entries, the others only as their total mass.
+    `told`: its context says more than the question; controls change what such views read, and no others.
     """
 
     policy: str | ByField | Scored = "live"
     trainable: bool = False
     per_rollout: bool = False
     entries: int | None = None
+    told: bool = False
 
 
 class Term(NamedTuple):
     """One addend of the loss: how much, of what, over whom, averaged how.
 
-    `coef * reduce(value * stop_gradient(weight), over)`; `value` is `[B, T]` or `[B]`, `weight` broadcasts to it,
-    `over` is the boolean population (default: all trained tokens of valid rows), `reduce` one of
-    `sdjax.kernels.reductions` (default: the experiment's).
+    `coef * reduce(value * stop_gradient(weight * importance), over)`; `value` is `[B, T]` or `[B]`, `weight` says how
+    much each token or row counts, `importance` corrects for who wrote it (`p/b`); both broadcast to the value.  `over`
+    is the boolean population (default: all trained tokens of valid rows), `reduce` one of `sdjax.kernels.reductions`
+    (default: the experiment's).
     """
 
     value: Array
@@ -192,6 +212,7 @@ class Term(NamedTuple):
     over: Array | None = None
     reduce: Callable[[Array, Array], Array] | None = None
     coef: Array | float = 1.0
+    importance: Array | float = 1.0
 
 
 class Objective(NamedTuple):
@@ -201,6 +222,10 @@ class Objective(NamedTuple):
     vocabulary axis lives here.  `terms(batch, {name: [B, T]}, step) -> {name: Term}` sees the whole batch: the time
     axis lives here.  The objective is applied on every `every`-th batch (0, `every`, ...), of those from `since` on and
     before `until`: what a schedule has ended costs nothing any more.
+
+    The rest says what a control can change.  `credit` names the terms whose `weight` `[B, T]` says how much each token
+    counts; a pair of names holds the positive and the negative part of one credit that has a sign.  `rewarded`: there
+    is an advantage made of `Batch.returns`.
     """
 
     views: Mapping[str, View]
@@ -209,6 +234,8 @@ class Objective(NamedTuple):
     every: int = 1
     since: int = 0
     until: int | None = None
+    credit: tuple[str | tuple[str, str], ...] = ()
+    rewarded: bool = False
 
     def due(self, step: int) -> bool:
         """Whether the objective is applied on batch `step`, counted from 0."""
@@ -223,7 +250,8 @@ class Method(NamedTuple):
     `(live, old, step) -> new`, applied after every batch, or as `sdjax.engine.policies.Follows` says.  `memory` is the
     initial host state, JSON-able.  `writers` names the policies, besides the live one, that `collect` itself asks to
     write or to score.  `groups(prompts)` is how many groups a batch of so many examples has: more, where `collect` adds
-    some of its own.
+    some of its own.  `early` are the views that `collect` scores, with parameters as they are at rollout time, and that
+    no objective reads.
     """
 
     collect: Callable[..., tuple[list[Rollout], Any]]
@@ -232,6 +260,7 @@ class Method(NamedTuple):
     memory: Any = None
     writers: tuple[str, ...] = ()
     groups: Callable[[int], int] = lambda prompts: prompts
+    early: Mapping[str, View] = {}
 
 
 class Card(NamedTuple):

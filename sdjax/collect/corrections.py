@@ -47,12 +47,12 @@ def anchors(
 def graded(
     corrections: Sequence[Rollout], attempts: Sequence[Rollout], risk: float, success: float
 ) -> tuple[list[float], float | None]:
-    """Each correction's reward, less `risk` where it breaks a right attempt; and the share of these that stayed right.
+    """Each correction's returns, less `risk` where it breaks a right attempt; and the share of these that stayed right.
 
     `attempts[i]` is what `corrections[i]` corrects.  The share is `None` where no attempt was right.
     """
     pairs = [(c, a.reward >= success) for c, a in zip(corrections, attempts, strict=True)]
-    shaped = [c.reward - risk * (right and c.reward < success) for c, right in pairs]
+    shaped = [c.returns - risk * (right and c.reward < success) for c, right in pairs]
     kept = [c.reward >= success for c, right in pairs if right]
     return shaped, float(np.mean(kept)) if kept else None
 

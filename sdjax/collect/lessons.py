@@ -76,7 +76,7 @@ def private_note(example: Example, spans: Iterable[Span], correct: bool) -> Mess
     return rewrite_last(asked, f"{asked[-1]['content']}\n\n{note} Do not mention this note.", note)
 
 
-READERS = {"student": View(), "teacher": View(per_rollout=True)}
+READERS = {"student": View(), "teacher": View(per_rollout=True, told=True)}
 """Who reads an attempt at rollout time, both with the parameters that wrote it."""
 
 

@@ -45,13 +45,15 @@ def sample(
 
 
 def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with the verifier's reward and feedback."""
+    """The rollouts with the verifier's reward and feedback, and with what a control adds for advantages (`Rollout.shaped`)."""
     # Text by text: only one of several processes judges a rollout.
     verdicts = divided(lambda r: environment.verify(r.example, r.text), rollouts)
     judged = []
     for rollout, (reward, feedback) in zip(rollouts, verdicts, strict=True):
         judged.append(dataclasses.replace(rollout, reward=float(reward), feedback=feedback))
-    return judged
+    if environment.shape is None:
+        return judged
+    return [r.shaped(environment.shape(r)) for r in judged]
 
 
 def attempts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,12 +56,16 @@ class Sample(NamedTuple):
 class Environment(NamedTuple):
     """What `collect` may use: the policies by name ("live" is the student), the verifier, and further prompts.
 
-    `more()` takes the next step's examples from the data: what it takes is not seen again by later steps.
+    `more()` takes the next step's examples from the data: what it takes is not seen again by later steps.  Controls
+    (`sdjax.collect.controls`) set the others: `reread(rollouts, views)` is what these views read instead when they score
+    in `collect`, `shape(rollout)` what is added to the reward of a judged rollout for its advantage.
     """
 
     policies: Mapping[str, Policy]
     verify: Callable[[Example, str], Verdict]
     more: Callable[[], Sequence[Example]] | None = None
+    reread: Callable[[Sequence[Rollout], Collection[str]], list[Rollout]] | None = None
+    shape: Callable[[Rollout], float] | None = None
 
     @property
     def live(self) -> Policy:
@@ -145,8 +149,11 @@ def score(
     """The rollouts with per-token signals of the present policies added to their `extras`, frozen from now on.
 
     `views` and `signals` are as in `Objective`; `signals` must be one function object from call to call (it keys the
-    compiled program).  A view's context is the rollout's own of that name.
+    compiled program).  A view's context is the rollout's own of that name, or what a control puts in its place.
     """
+    told = [name for name, view in views.items() if view.told]
+    if environment.reread is not None and told:
+        rollouts = environment.reread(rollouts, told)
     live = environment.live
     batch = collate(rollouts, views, live.tokenizer, live.shapes, multiple=axis_size(DATA))
     used = {name for view in views.values() for name in policies_of(view)}
@@ -188,6 +195,11 @@ def compiled_score(views, signals, models, params, batch: Batch, rows, tokens):
 def teacher_name(teacher: str | None, lesson: Callable | None) -> str:
     """The policy that teaches: the one named, else the "initial" snapshot if it is told a lesson, else "teacher"."""
     return teacher or ("initial" if lesson else "teacher")
+
+
+def teacher_view(policy: str, lesson: Callable | None, entries: int | None = None) -> View:
+    """The view of a teacher that reads a lesson, which may differ from rollout to rollout, or else the question."""
+    return View(policy, per_rollout=lesson is not None, entries=entries, told=lesson is not None)
 
 
 def reading(method: Method, policy: str, other: str | ByField | Scored) -> Method:

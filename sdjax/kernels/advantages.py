@@ -47,18 +47,18 @@ def group_advantage(reward: Array, group: Array, valid: Array, *, normalised: bo
     """GRPO's advantage, `(R - mean) / (std + eps)` or, not `normalised`, `R - mean`: `[B] x3 -> [B]`.
 
     The deviation is the unbiased one (divisor n - 1), as in verl (eps 1e-6) and TRL (eps 1e-4).  A group whose rewards
-    are all equal gets 0.  A group of one has nothing to compare with: mean 0 and deviation 1 are assumed, so its
-    advantage is its reward, plain REINFORCE, as in verl.
+    are all equal gets 0.  A group of one has nothing to compare with: `normalised`, mean 0 and deviation 1 are assumed, so
+    that its advantage is its reward, plain REINFORCE, as in verl; otherwise it is `R - R`, 0, as in Tinker.
 
     Sources: Shao et al. 2024 (GRPO), arXiv:2402.03300; without deviation, Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783.
     """
     count = group_count(group, valid)
-    alone = count < 2.0
     centred = jnp.where(valid, reward.astype(jnp.float32) - group_mean(reward, group, valid), 0.0)
     if normalised:
         squares = masked_sum(jnp.broadcast_to(centred**2, (count.size,) * 2), _members(group, valid), axis=-1)
-        centred = centred / (jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0)) + eps)
-    return jax.lax.stop_gradient(jnp.where(valid, jnp.where(alone, reward, centred), 0.0))
+        scaled = centred / (jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0)) + eps)
+        centred = jnp.where(count < 2.0, reward, scaled)
+    return jax.lax.stop_gradient(jnp.where(valid, centred, 0.0))
 
 
 def leave_one_out(reward: Array, group: Array, valid: Array) -> Array:

@@ -78,6 +78,20 @@ def clipped_surrogate(
     return _pessimistic(ratio, _constant(advantage, logprobs), clip, dual_clip)
 
 
+def signed_surrogate(
+    logprobs: Array, behavior_logprobs: Array, advantage: Array, clip: tuple[float, float] = (0.2, 0.28)
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """`clipped_surrogate` in two parts, `(value, weight)` of tokens that are raised and of those that are lowered.
+
+    `weight` is `max(A, 0)` and `max(-A, 0)`, `value` the surrogate at the advantages 1 and -1: the sum of both products
+    is the surrogate at `A`.  For methods that *add* credit to an advantage, so that it may have either sign: the weights
+    say how much each token counts.  `[B, T] x3 -> [B, T] x4`.
+    """
+    side = lambda sign: clipped_surrogate(logprobs, behavior_logprobs, jnp.full_like(logprobs, sign), clip)
+    advantage = _constant(advantage, logprobs)
+    return (side(1.0), jnp.maximum(advantage, 0.0)), (side(-1.0), jnp.maximum(-advantage, 0.0))
+
+
 def sequence_clipped_surrogate(
     logprobs: Array,
     behavior_logprobs: Array,

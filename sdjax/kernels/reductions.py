@@ -116,21 +116,28 @@ def _population(value: Array, over: Array | None, default_over: Array) -> Array:
 def _reduced(term: Any, default_over: Array, default_reduce: Reducer) -> Array:
     chex.assert_rank(term.value, {1, 2})
     over = _population(term.value, term.over, default_over)
-    weight = jax.lax.stop_gradient(jnp.asarray(term.weight, jnp.float32))
-    if 0 < weight.ndim < term.value.ndim:
-        weight = weight[:, None]
     # Cleaned before it meets the weight: the gradient of a masked value is the weight beside it, NaN included, times 0.
     value = jnp.where(over, term.value.astype(jnp.float32), 0.0)
-    return (term.reduce or default_reduce)(value * jnp.broadcast_to(weight, value.shape), over)
+    return (term.reduce or default_reduce)(value * whole_weight(term), over)
+
+
+def whole_weight(term: Any) -> Array:
+    """`weight * importance` of a term, of its value's shape, constant."""
+
+    def like_value(x: Any) -> Array:
+        x = jnp.asarray(x, jnp.float32)
+        return jnp.broadcast_to(x[:, None] if 0 < x.ndim < term.value.ndim else x, term.value.shape)
+
+    return jax.lax.stop_gradient(like_value(term.weight) * like_value(term.importance))
 
 
 def reduce_terms(
     terms: Mapping[str, Any], default_over: Array, default_reduce: Reducer = token_mean
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss and what each term contributed: `sum of coef * reduce(value * stop_gradient(weight), over)`.
+    """The loss and what each term contributed: `sum of coef * reduce(value * stop_gradient(weight * importance), over)`.
 
-    A term has `value` (`[B, T]` or `[B]`), `weight` (a scalar, `[B]`, or anything that broadcasts to the value), `over`
-    (bool or None), `reduce` (or None) and `coef`.  `default_over [B, T]` bool is what may be trained at all: trained
+    A term has `value` (`[B, T]` or `[B]`), `weight` and `importance` (scalars, `[B]`, or anything that broadcasts to the
+    value), `over` (bool or None), `reduce` (or None) and `coef`.  `default_over [B, T]` bool is what may be trained at all: trained
     tokens of valid rows.  The population of a term is
 
     - `over is None`: `default_over`, for a `[B]` value its rows with at least one token (`default_over.any(-1)`);

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sdjax.collect.lessons import attempt_and_verdict, scored_attempts
+from sdjax.collect.lessons import READERS, attempt_and_verdict, scored_attempts
 from sdjax.collect.memory import OPEN_GATE, entropy_gated
 from sdjax.engine.generate import Sampling
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import score_coefficient
-from sdjax.kernels.policy_gradient import clipped_surrogate
+from sdjax.kernels.policy_gradient import signed_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
@@ -76,11 +76,16 @@ def antisd(
 
     def terms(batch, sig, step):
         bonus = score_coefficient(batch.extras["log_ratio"], beta)
-        advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
+        advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
         advantage = advantage + coef * batch.extras["gate"][:, None] * bonus
-        surrogate = clipped_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
+        raised, lowered = signed_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
         measured = {"bonus": bonus, "gate": batch.extras["gate"], "entropy": sig["entropy"]}
-        return {"pg": Term(surrogate, reduce=reduce), **{n: Term(value, coef=0.0) for n, value in measured.items()}}
+        return {
+            "raised": Term(*raised, reduce=reduce),
+            "lowered": Term(*lowered, reduce=reduce),
+            **{name: Term(value, coef=0.0) for name, value in measured.items()},
+        }
 
-    objective = Objective({"student": View(trainable=True)}, signals, terms)
-    return Method(collect, (objective,), memory=OPEN_GATE)
+    credit = (("raised", "lowered"),) if coef else ()
+    objective = Objective({"student": View(trainable=True)}, signals, terms, credit=credit, rewarded=True)
+    return Method(collect, (objective,), memory=OPEN_GATE, early=READERS)

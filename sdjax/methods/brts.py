@@ -124,6 +124,6 @@ def brts(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    views = {"student": View(trainable=True), "teacher": View(name)}
+    views = {"student": View(trainable=True), "teacher": View(name, told=lesson is not None)}
     snapshots = {"initial": frozen()} if name == "initial" else {}
     return Method(collect, (Objective(views, signals, terms),), snapshots, writers=(name,))

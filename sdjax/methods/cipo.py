@@ -98,7 +98,7 @@ def cipo(
         return min(int(replay * prompts), group_size * prompts)
 
     def answers(rollouts):
-        return compared(rollouts, [r.group for r in rollouts], [r.reward for r in rollouts], False)
+        return compared(rollouts, [r.group for r in rollouts], [r.returns for r in rollouts], False)
 
     def compared(rollouts, pools, rewards, fix):
         """Advantages are taken here, because a problem's corrections lie in several groups of the batch."""
@@ -123,7 +123,7 @@ def cipo(
         }
 
     reference = {"reference": View("reference")} if kl_coef else {}
-    objective = Objective({"student": View(trainable=True), **reference}, signals, terms)
+    objective = Objective({"student": View(trainable=True), **reference}, signals, terms, rewarded=True)
     memory = {"share": share[0], "retention": None, "below": 0}
     snapshots = {"reference": frozen()} if kl_coef else {}
     return Method(collect, (objective,), snapshots, memory, groups=lambda prompts: prompts + corrected(prompts))

@@ -74,8 +74,7 @@ def dapo(
         if overlong:
             lengths = np.asarray([len(r.tokens) for r in rollouts])
             penalty = np.asarray(overlong_penalty(lengths, limit, overlong * limit, overlong_factor))
-            pairs = zip(rollouts, penalty, strict=True)
-            rollouts = [dataclasses.replace(r, reward=r.reward + float(x)) for r, x in pairs]
+            rollouts = [r.shaped(float(x)) for r, x in zip(rollouts, penalty, strict=True)]
         if overlong_filter:
             untrained = lambda r: dataclasses.replace(r, trained=(False,) * len(r.tokens))
             rollouts = [r if r.finished else untrained(r) for r in rollouts]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
-from sdjax.kernels.policy_gradient import clipped_surrogate
+from sdjax.kernels.policy_gradient import signed_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import entropy_router, unit_magnitude
 from sdjax.methods.opsd import opsd
@@ -70,12 +70,16 @@ def dasd(
         gap = unit_magnitude(sig["teacher_logprobs"] - sig["logprobs"], over)
         direction = entropy_router(sig["entropy"], over, fraction=repelled)
         bonus = direction * jax.nn.sigmoid(jnp.abs(gap) - 1.0) * gap
-        advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None] + beta * bonus
+        advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None] + beta * bonus
+        raised, lowered = signed_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
         return {
-            "pg": Term(clipped_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip), reduce=reduce),
+            "raised": Term(*raised, reduce=reduce),
+            "lowered": Term(*lowered, reduce=reduce),
             "direction": Term(direction, over=taught, coef=0.0),
             "bonus": Term(bonus, over=taught, coef=0.0),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return base._replace(objectives=(Objective(base.objectives[0].views, signals, terms),))
+    credit = (("raised", "lowered"),) if beta else ()
+    objective = Objective(base.objectives[0].views, signals, terms, credit=credit, rewarded=True)
+    return base._replace(objectives=(objective,))

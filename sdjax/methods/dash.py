@@ -68,4 +68,4 @@ def dash(
         found = plain.terms(batch, sig, step)
         return {**found, "divergence": found["divergence"]._replace(weight=weight)}
 
-    return base._replace(objectives=(plain._replace(terms=terms),))
+    return base._replace(objectives=(plain._replace(terms=terms, credit=("divergence",) if horizon else ()),))

@@ -66,7 +66,8 @@ def egrsd(
     def collect(environment, examples, key, memory):
         rollouts, _ = base.collect(environment, examples, key, None)
         limit = environment.live.shapes.completion
-        rewards = [r.reward * (1.0 + length_bonus * (1.0 - len(r.tokens) / limit)) for r in rollouts]
+        bonus = lambda r: r.reward * length_bonus * (1.0 - len(r.tokens) / limit)
+        rewards = [r.returns + bonus(r) for r in rollouts]
         advantages, memory = whitened(rewards, memory, warmup)
         return [r.with_extras(advantage=a) for r, a in zip(rollouts, advantages, strict=True)], memory
 
@@ -84,7 +85,8 @@ def egrsd(
         credit = jnp.where(taught[:, None], gate * ratio, 1.0)
         measured = {"gate": gate, "teacher_entropy": sig["teacher_entropy"], "entropy": sig["entropy"]}
         found = {name: Term(value, 1.0, taught, coef=0.0) for name, value in measured.items()}
-        return {"pg": Term(reinforce(sig["logprobs"], advantage * credit), reduce=reduce), **found}
+        return {"pg": Term(reinforce(sig["logprobs"], advantage), credit, reduce=reduce), **found}
 
-    objective = Objective(base.objectives[0].views, signals, terms)
+    weighted = ("pg",) if strength or ratio_eps else ()
+    objective = Objective(base.objectives[0].views, signals, terms, credit=weighted, rewarded=True)
     return base._replace(collect=collect, objectives=(objective,), memory=NO_REWARDS)

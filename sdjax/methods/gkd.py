@@ -10,7 +10,7 @@ from sdjax.collect.contexts import question
 from sdjax.collect.lessons import before_writing, by_teacher
 from sdjax.collect.rollouts import attempts, references
 from sdjax.engine.generate import Sampling
-from sdjax.engine.policies import frozen, teacher_name
+from sdjax.engine.policies import frozen, teacher_name, teacher_view
 from sdjax.kernels.distributions import entropy, top_k_with_rest
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
@@ -86,6 +86,6 @@ def gkd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    views = {"student": View(trainable=True), "teacher": View(teacher, per_rollout=lesson is not None, entries=top_k)}
+    views = {"student": View(trainable=True), "teacher": teacher_view(teacher, lesson, top_k)}
     snapshots = {"initial": frozen()} if teacher == "initial" else {}
     return Method(collect, (Objective(views, signals, terms),), snapshots, writers=(teacher,) if seq_kd else ())

@@ -46,7 +46,7 @@ Compared = Literal["group", "batch", "leave_one_out"]
 
 def advantages(batch: Batch, compared: Compared, normalised: bool) -> Array:
     """One advantage per row `[B]`: against its group, by its group's or the batch's deviation, or against the others."""
-    known = (batch.reward, batch.group, batch.valid)
+    known = (batch.returns, batch.group, batch.valid)
     if compared == "leave_one_out":
         return leave_one_out(*known)
     if compared == "batch":
@@ -127,12 +127,12 @@ def grpo(
 
     def terms(batch, sig, step):
         advantage, over = advantages(batch, compared, normalised)[:, None], batch.mask & batch.valid[:, None]
-        old, weight = batch.behavior_logprobs, 1.0
+        old, importance = batch.behavior_logprobs, 1.0
         if weighed:
             old = batch.extras["old_logprobs"]
-            weight = sampler_weight(old, batch.behavior_logprobs, over, tis_cap, tis_bounds, tis_level)
+            importance = sampler_weight(old, batch.behavior_logprobs, over, tis_cap, tis_bounds, tis_level)
         value = surrogate(sig["logprobs"], old, advantage, over)
-        found = {"pg": Term(value, weight, reduce=reduce), "entropy": Term(sig["entropy"], coef=0.0)}
+        found = {"pg": Term(value, reduce=reduce, importance=importance), "entropy": Term(sig["entropy"], coef=0.0)}
         informative = informative_groups(batch.reward, batch.group, batch.valid)
         found["informative"] = Term(informative.astype(jnp.float32), coef=0.0)
         if kl_coef:
@@ -142,4 +142,4 @@ def grpo(
 
     views = {**STUDENT, "reference": View("reference")} if kl_coef else STUDENT
     snapshots = {"reference": frozen()} if kl_coef else {}
-    return Method(collect_and_score, (Objective(views, signals, terms),), snapshots)
+    return Method(collect_and_score, (Objective(views, signals, terms, rewarded=True),), snapshots)

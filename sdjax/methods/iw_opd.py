@@ -62,4 +62,5 @@ def iw_opd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return opd_with(terms, teacher=teacher, group_size=group_size, temperature=temperature, lesson=lesson)
+    how = {"teacher": teacher, "group_size": group_size, "temperature": temperature, "lesson": lesson}
+    return opd_with(terms, credit=("pg",) if gamma else (), **how)

@@ -74,7 +74,7 @@ def minillm(
       reduce: how tokens are averaged.
     """
     name = teacher_name(teacher, lesson)
-    views = {"student": View(trainable=True), "teacher": View(name)}
+    writers = {"student": View(), "teacher": View(name)}
     coin, documents = mixture(mix), read_jsonl(corpus)[0] if corpus else ()
 
     def collect(environment, examples, key, memory):
@@ -84,7 +84,7 @@ def minillm(
         policies = (environment.live, environment.policies[name])
         rollouts = judge(environment, together(policies, examples, contexts, key, n=group_size, choose=coin))
         rollouts = [r.read_by(student=question(r.example), teacher=told[r.group]) for r in rollouts]
-        rollouts = [mixed(r) for r in score(environment, rollouts, views, drawn_from)] if mix else rollouts
+        rollouts = [mixed(r) for r in score(environment, rollouts, writers, drawn_from)] if mix else rollouts
         if not documents:
             return rollouts, memory
         rows = [document(environment, memory + i, len(examples) + i) for i in range(len(examples))]
@@ -100,7 +100,8 @@ def minillm(
         return {"drawn": jnp.logaddexp(jnp.log1p(-mix) + student, jnp.log(mix) + teacher)}
 
     def mixed(rollout):
-        return dataclasses.replace(rollout, logprobs=tuple(map(float, rollout.extras["drawn"])), extras={})
+        extras = {name: value for name, value in rollout.extras.items() if name != "drawn"}
+        return dataclasses.replace(rollout, logprobs=tuple(map(float, rollout.extras["drawn"])), extras=extras)
 
     def signals(dist, token):
         student, teacher = dist["student"], dist["teacher"]
@@ -119,16 +120,19 @@ def minillm(
         taught, behavior = batch.contexts["teacher"].valid, batch.behavior_logprobs
         gap = sig["teacher_logprobs"] - sig["logprobs"]
         advantage = returns(gap, batch.mask & taught[:, None])
-        weight, read = importance_weight(sig["logprobs"], behavior), batch.source == REFERENCE
+        importance, read = importance_weight(sig["logprobs"], behavior), batch.source == REFERENCE
         surrogate = clipped_surrogate(sig["logprobs"], behavior, advantage, clip)
         corpus_loss = {"corpus": Term(-sig["logprobs"], 1.0, read, reduce, lm_coef)} if documents else {}
         return {
-            "reverse_kl": Term(sig["reverse_kl"], weight, taught, reduce, 1.0 if single_step else 0.0),
+            "reverse_kl": Term(
+                sig["reverse_kl"], 1.0, taught, reduce, 1.0 if single_step else 0.0, importance=importance
+            ),
             "returns": Term(surrogate, 1.0, taught, reduce),
             "entropy": Term(sig["entropy"], over=~read, coef=0.0),
             **corpus_loss,
         }
 
+    views = {"student": View(trainable=True), "teacher": View(name, told=lesson is not None)}
     snapshots = {"initial": frozen()} if name == "initial" else {}
     groups = lambda prompts: (2 if documents else 1) * prompts
     memory = 0 if documents else None

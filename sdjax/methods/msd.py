@@ -80,4 +80,5 @@ def msd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return base._replace(objectives=(Objective(base.objectives[0].views, signals, terms),))
+    objective = Objective(base.objectives[0].views, signals, terms, credit=("divergence",) if weighted else ())
+    return base._replace(objectives=(objective,))

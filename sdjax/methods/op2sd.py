@@ -88,4 +88,6 @@ def op2sd(
         place = int(jax.random.randint(jax.random.fold_in(key, row), (), 0, max(1, len(others))))
         return shown(example, others[place] if others else None)
 
-    return base._replace(collect=collect, memory=[])
+    (plain,) = base.objectives
+    views = {**plain.views, "teacher": plain.views["teacher"]._replace(told=context != "none")}
+    return base._replace(collect=collect, objectives=(plain._replace(views=views),), memory=[])

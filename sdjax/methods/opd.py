@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jax import lax
@@ -10,7 +10,7 @@ from jax import lax
 from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
-from sdjax.engine.policies import frozen, teacher_name
+from sdjax.engine.policies import frozen, teacher_name, teacher_view
 from sdjax.kernels.advantages import group_advantage, reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl, unnormalised_top_k_forward_kl
@@ -91,7 +91,7 @@ def opd(
     def terms(batch, sig, step):
         found, old = {"entropy": Term(sig["entropy"], coef=0.0)}, batch.behavior_logprobs
         taught = batch.contexts["teacher"].valid
-        advantage = rl_weight * group_advantage(batch.reward, batch.group, batch.valid, normalised=False)[:, None]
+        advantage = rl_weight * group_advantage(batch.returns, batch.group, batch.valid, normalised=False)[:, None]
         if exact:
             found[exact] = Term(sig[exact], 1.0, taught, reduce, coef)
         else:
@@ -103,17 +103,25 @@ def opd(
             found["pg"] = Term(policy_gradient, 1.0, None if rl_weight else taught, reduce)
         return found
 
-    told = View(teacher, per_rollout=lesson is not None, entries=None if full_vocabulary else 0)
+    told = teacher_view(teacher, lesson, None if full_vocabulary else 0)
     views = {"student": View(trainable=True), "teacher": told}
-    return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()} if teacher == "initial" else {})
+    objective = Objective(views, signals, terms, rewarded=rl_weight != 0)
+    return Method(collect, (objective,), {"initial": frozen()} if teacher == "initial" else {})
 
 
-def opd_with(terms: Callable, signals: Callable | None = None, entries: int | None = 0, **options: Any) -> Method:
+def opd_with(
+    terms: Callable,
+    signals: Callable | None = None,
+    entries: int | None = 0,
+    credit: Sequence[str] = (),
+    **options: Any,
+) -> Method:
     """`opd` with other `terms`, and other `signals` if they are given; its host half and views.  `options` are `opd`'s.
 
     `entries` is how much of the teacher's distribution the signals read (see `View`): the sampled token's alone.
+    `credit` names the terms whose weights say how much each token counts.
     """
     base = opd(**options)
     (plain,) = base.objectives
     views = {**plain.views, "teacher": plain.views["teacher"]._replace(entries=entries)}
-    return base._replace(objectives=(Objective(views, signals or plain.signals, terms),))
+    return base._replace(objectives=(Objective(views, signals or plain.signals, terms, credit=tuple(credit)),))

@@ -52,11 +52,12 @@ def opsa(
 
     def terms(batch, sig, step):
         unlikely = batch.behavior_logprobs < jnp.log(threshold)
-        advantage = jnp.where(unlikely, -penalty, 0.0)
+        lowered = reinforce(sig["logprobs"], jnp.full_like(sig["logprobs"], -1.0))
         return {
-            "pg": Term(reinforce(sig["logprobs"], advantage), reduce=reduce),
+            "pg": Term(lowered, penalty * unlikely, reduce=reduce),
             "penalised": Term(unlikely.astype(jnp.float32), coef=0.0),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    return Method(collect, (Objective({"student": View(trainable=True)}, signals, terms),))
+    views = {"student": View(trainable=True)}
+    return Method(collect, (Objective(views, signals, terms, credit=("pg",) if penalty else ()),))

@@ -109,7 +109,7 @@ def opsd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    teacher = View(policy, per_rollout=lesson is not None)
+    teacher = View(policy, per_rollout=lesson is not None, told=True)
     objective = Objective({"student": View(trainable=True), "teacher": teacher}, signals, terms)
     return Method(collect, (objective,), {} if live else {"teacher": ema(ema_rate)})
 

@@ -85,5 +85,5 @@ def pbsd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    objective = Objective({"student": View(trainable=True), "teacher": View(name)}, signals, terms)
+    objective = Objective({"student": View(trainable=True), "teacher": View(name, told=True)}, signals, terms)
     return Method(collect, (objective,), {} if name == "live" else {"teacher": ema(ema_rate)})

@@ -91,7 +91,6 @@ def purified_opsd(
         divergence = Term(sig["divergence"], 1.0, taught, reduce)
         return {"divergence": divergence, **measured, "entropy": Term(sig["entropy"], coef=0.0)}
 
-    own = lambda per_rollout: View("initial", per_rollout=per_rollout)
-    told_apart = {name: own(lesson is not None) for name in ("informed", "reference")}
-    views = {"student": View(trainable=True), "base": own(False), **told_apart}
+    told_apart = dict.fromkeys(("informed", "reference"), View("initial", per_rollout=lesson is not None, told=True))
+    views = {"student": View(trainable=True), "base": View("initial"), **told_apart}
     return Method(collect, (Objective(views, signals, terms),), {"initial": frozen()})

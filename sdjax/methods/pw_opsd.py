@@ -64,4 +64,4 @@ def pw_opsd(
         found = plain.terms(batch, sig, step)
         return {**found, "divergence": found["divergence"]._replace(weight=weight)}
 
-    return base._replace(objectives=(plain._replace(terms=terms),))
+    return base._replace(objectives=(plain._replace(terms=terms, credit=("divergence",) if lowest != 1.0 else ()),))

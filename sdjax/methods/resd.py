@@ -105,15 +105,15 @@ def resd(
         return {**found, "divergence": jsd(student, clamp_around(student, teacher, low, high), alpha)}
 
     def terms(batch, sig, step):
-        weight = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
-        if balance:
-            right = batch.reward >= success
-            weight = weight * success_balance(right, batch.valid, power=balance_powers)[:, None]
+        importance = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
+        weight = success_balance(batch.reward >= success, batch.valid, power=balance_powers) if balance else 1.0
         return {
-            "divergence": Term(sig["divergence"], weight, batch.contexts["teacher"].valid, reduce),
+            "divergence": Term(
+                sig["divergence"], weight, batch.contexts["teacher"].valid, reduce, importance=importance
+            ),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    views = {"student": View(trainable=True), "teacher": View("teacher", per_rollout=True)}
+    views = {"student": View(trainable=True), "teacher": View("teacher", per_rollout=True, told=True)}
     memory = {"playbook": book.empty(), "solved": {}}
     return Method(collect, (Objective(views, signals, terms),), {"teacher": ema(ema_rate)}, memory)

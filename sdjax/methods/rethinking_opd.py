@@ -16,7 +16,7 @@ from sdjax.collect.lessons import before_writing, by_teacher
 from sdjax.collect.rollouts import attempts
 from sdjax.collect.synthesis import whole_texts
 from sdjax.engine.generate import Sampling
-from sdjax.engine.policies import frozen, refresh, teacher_name
+from sdjax.engine.policies import frozen, refresh, teacher_name, teacher_view
 from sdjax.kernels import candidates as kernel
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.candidates import Support, Weights
@@ -134,15 +134,15 @@ def rethinking_opd(
         value = surrogate(sig["teacher_logprobs"] - old) if top_k == 0 else sig["divergence"]
         found = {**alignment_terms(batch, sig, taught), "divergence": Term(value, 1.0, taught, reduce)}
         if rl_weight:
-            reward = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
+            reward = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
             found["pg"] = Term(surrogate(reward), 1.0, batch.source == STUDENT, reduce, rl_weight)
         if cold_start:
             found["nll"] = Term(-sig["logprobs"], 1.0, batch.source == TEACHER, reduce)
         return found
 
-    views = {"student": View(trainable=True), "teacher": View(name, per_rollout=lesson is not None)}
+    views = {"student": View(trainable=True), "teacher": teacher_view(name, lesson)}
     views |= {"sampler": View("sampler")} if rollout_time else {}
     snapshots = {"initial": frozen()} if name == "initial" else {}
     snapshots |= {"sampler": refresh(1)} if rollout_time else {}
     memory, writers = 0 if cold_start else None, (name,) if cold_start or depths else ()
-    return Method(collect, (Objective(views, signals, terms),), snapshots, memory, writers)
+    return Method(collect, (Objective(views, signals, terms, rewarded=rl_weight != 0),), snapshots, memory, writers)

@@ -71,7 +71,7 @@ def rlcsd(
       reduce: how tokens are averaged.
     """
     wrongs = [f"wrong_{k}" for k in range(wrong_peers)]
-    readers = {name: View(per_rollout=True) for name in ("correct", *wrongs)}
+    readers = {name: View(per_rollout=True, told=True) for name in ("correct", *wrongs)}
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
@@ -94,15 +94,20 @@ def rlcsd(
         wrong = [r.extras[name] for name in wrongs if r.contexts[name] is not None]
         evidence = contrast(r.extras["correct"], np.stack(wrong)) if wrong else np.zeros(len(r.tokens), np.float32)
         contexts = {"student": r.contexts["student"]}
-        return dataclasses.replace(r, contexts=contexts, extras={"evidence": evidence})
+        extras = {name: value for name, value in r.extras.items() if name not in readers}
+        return dataclasses.replace(r, contexts=contexts, extras={**extras, "evidence": evidence})
 
     def signals(dist, token):
         return {"logprobs": logprob(dist["student"], token), "entropy": entropy(dist["student"])}
 
     def terms(batch, sig, step):
-        advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
-        advantage = shaped(advantage, batch.extras["evidence"], coef, tau, threshold)
+        advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
+        moved = shaped(advantage, batch.extras["evidence"], coef, tau, threshold)
+        # Never of the other sign, so that it is the advantage times a weight; without an advantage there is nothing.
+        credit = jnp.where(advantage != 0.0, moved / jnp.where(advantage != 0.0, advantage, 1.0), 0.0)
         value = clipped_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
-        return {"pg": Term(value, reduce=reduce), "entropy": Term(sig["entropy"], coef=0.0)}
+        return {"pg": Term(value, credit, reduce=reduce), "entropy": Term(sig["entropy"], coef=0.0)}
 
-    return Method(collect, (Objective({"student": View(trainable=True)}, signals, terms),))
+    own = {"student": View(trainable=True)}
+    objective = Objective(own, signals, terms, credit=("pg",) if coef else (), rewarded=True)
+    return Method(collect, (objective,), early=readers)

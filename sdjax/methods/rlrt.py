@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from sdjax.collect.lessons import scored_attempts
+from sdjax.collect.lessons import READERS, scored_attempts
 from sdjax.engine.generate import Sampling
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
@@ -82,16 +82,21 @@ def rlrt(
 
     def terms(batch, sig, step):
         old, informed = batch.extras["old_logprobs"], batch.extras["old_teacher"]
-        advantage = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
+        advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
         share = mix * jnp.maximum(1.0 - step / mix_decay, 0.0) if mix_decay else mix
         above, below = (informed, old) if toward else (old, informed)
         ratio = likelihood_ratio(above, below, eps=ratio_eps, sign=jnp.sign(advantage))
         credit = jnp.where(batch.extras["credited"][:, None], 1.0 - share + share * ratio, 1.0)
-        behavior, weight = batch.behavior_logprobs, 1.0
+        behavior, importance = batch.behavior_logprobs, 1.0
         if tis_cap is not None:
-            behavior, weight = old, importance_weight(old, behavior, cap=tis_cap)
-        surrogate = clipped_surrogate(sig["logprobs"], behavior, advantage * credit, clip)
-        measured = {"credit": Term(credit, over=batch.extras["credited"], coef=0.0)}
-        return {"pg": Term(surrogate, weight, reduce=reduce), **measured, "entropy": Term(sig["entropy"], coef=0.0)}
+            behavior, importance = old, importance_weight(old, behavior, cap=tis_cap)
+        surrogate = clipped_surrogate(sig["logprobs"], behavior, advantage, clip)
+        return {
+            "pg": Term(surrogate, credit, reduce=reduce, importance=importance),
+            "credit": Term(credit, over=batch.extras["credited"], coef=0.0),
+            "entropy": Term(sig["entropy"], coef=0.0),
+        }
 
-    return Method(collect, (Objective({"student": View(trainable=True)}, signals, terms),))
+    own = {"student": View(trainable=True)}
+    objective = Objective(own, signals, terms, credit=("pg",) if mix else (), rewarded=True)
+    return Method(collect, (objective,), early=READERS)

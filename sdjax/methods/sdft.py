@@ -89,14 +89,15 @@ def sdft(
     def terms(batch, sig, step):
         late = jnp.arange(batch.mask.shape[1]) >= skip
         over = batch.mask & (batch.valid & batch.contexts["teacher"].valid)[:, None] & late
-        weight = 1.0
+        importance = 1.0
         if is_cap is not None and not from_teacher:
-            weight = masked_mean(importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap), over, axis=-1)
+            weight = importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
+            importance = masked_mean(weight, over, axis=-1)
         return {
-            "divergence": Term(sig["divergence"], weight, over, reduce),
+            "divergence": Term(sig["divergence"], 1.0, over, reduce, importance=importance),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    teacher = View(name, per_rollout=lesson is not None)
+    teacher = View(name, per_rollout=lesson is not None, told=True)
     objective = Objective({"student": View(trainable=True), "teacher": teacher}, signals, terms)
     return Method(collect, (objective,), {} if name == "live" else {"teacher": ema(ema_rate, every_update=True)})

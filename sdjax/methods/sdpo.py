@@ -121,19 +121,20 @@ def sdpo(
 
     def terms(batch, sig, step):
         taught = batch.contexts["teacher"].valid
-        weight = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
+        importance = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
         found = {
-            "divergence": Term(distillation(batch, sig), weight, taught, reduce, coef=1.0 - rl_weight),
+            "divergence": Term(distillation(batch, sig), 1.0, taught, reduce, 1.0 - rl_weight, importance),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
         if rl_weight:
-            advantage = group_advantage(batch.reward, batch.group, batch.valid, normalised=False)[:, None]
-            found["pg"] = Term(reinforce(sig["logprobs"], advantage), weight, None, reduce, coef=rl_weight)
+            advantage = group_advantage(batch.returns, batch.group, batch.valid, normalised=False)[:, None]
+            found["pg"] = Term(reinforce(sig["logprobs"], advantage), 1.0, None, reduce, rl_weight, importance)
         return found
 
     live = trust is not None or ema_rate == 1.0
-    views = {"student": View(trainable=True), "teacher": View("live" if live else "teacher", per_rollout=True)}
+    told = View("live" if live else "teacher", per_rollout=True, told=True)
+    views = {"student": View(trainable=True), "teacher": told}
     if trust is not None:
-        views["initial"] = View("initial", per_rollout=True)
+        views["initial"] = told._replace(policy="initial")
     snapshots = {"initial": frozen()} if trust is not None else {} if live else {"teacher": ema(ema_rate)}
-    return Method(collect, (Objective(views, signals, terms),), snapshots)
+    return Method(collect, (Objective(views, signals, terms, rewarded=rl_weight != 0),), snapshots)

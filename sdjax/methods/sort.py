@@ -104,7 +104,7 @@ def sort(
     def terms(batch, sig, step):
         own = batch.valid & (batch.source == STUDENT)
         repaired = batch.valid & (batch.source == REFERENCE) & batch.contexts["plan"].valid
-        advantage = group_advantage(batch.reward, batch.group, own, normalised=normalised)[:, None]
+        advantage = group_advantage(batch.returns, batch.group, own, normalised=normalised)[:, None]
         value = clipped_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
         return {
             "pg": Term(value, over=own, reduce=reduce),
@@ -113,5 +113,6 @@ def sort(
         }
 
     # A group has at most one reference, so that its plan is the group's.
-    objective = Objective({"student": View(trainable=True), "plan": View("live")}, signals, terms)
+    views = {"student": View(trainable=True), "plan": View("live", told=True)}
+    objective = Objective(views, signals, terms, credit=("repair",), rewarded=True)
     return Method(collect, (objective,), memory={})

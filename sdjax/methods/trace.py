@@ -16,7 +16,7 @@ from sdjax.kernels.divergences import clip_entries, clip_entries_straight_throug
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import keep_earliest
 from sdjax.methods.grpo import grpo
-from sdjax.types import Card, Method, Objective, Term, View
+from sdjax.types import Card, Method, Term, View
 
 CARD = Card(
     paper="Wang et al. 2026, TRACE: Distilling Where It Matters via Token-Routed Self On-Policy Alignment",
@@ -119,13 +119,14 @@ def trace(
         rest = jnp.where(span, 1.0 - left, 1.0)
         return {
             **found,
-            "pg": found["pg"]._replace(weight=found["pg"].weight * rest),
+            "pg": found["pg"]._replace(weight=rest),
             "span_kl": Term(jnp.where(taught, kl, 0.0), span.astype(jnp.float32), None, sequence_mean, weight * left),
         }
 
     base = grpo(clip=clip, tis_cap=tis_cap, reduce=token_mean, collect=collect)
     plain = base.objectives[0]
-    views = {**plain.views, "teacher": View("renewed", per_rollout=True)}
-    objectives = (Objective(views, signals, terms, until=ends), plain._replace(since=ends))
+    views = {**plain.views, "teacher": View("renewed", per_rollout=True, told=True)}
+    routed = plain._replace(views=views, signals=signals, terms=terms, until=ends, credit=("pg", "span_kl"))
+    objectives = (routed, plain._replace(since=ends))
     snapshots = {"renewed": refresh(refresh_every), **({"initial": frozen()} if "initial" in writers else {})}
     return base._replace(objectives=objectives, snapshots=snapshots, memory=0, writers=writers)

@@ -118,7 +118,7 @@ def vpd(
             "margin": mean(jnp.where(right, reward, -reward), coef=0.0),
         }
 
-    readers = {"teacher": View("live", trainable=True, per_rollout=True)}
+    readers = {"teacher": View("live", trainable=True, per_rollout=True, told=True)}
     snapshots = dict(distil.snapshots)
     if prior == "initial":
         readers, snapshots = {**readers, "prior": View("initial")}, {**snapshots, "initial": frozen()}

@@ -22,6 +22,7 @@ from sdjax.engine.tokens import Shapes, collate, shorten
 from sdjax.engine.vocabulary import is_token, limited, same_vocabulary, with_rows
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import forward_kl, jsd, reverse_kl
+from sdjax.kernels.reductions import masked_sum, whole_weight
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.report.runs import ReportError, Run
@@ -282,24 +283,22 @@ def method_signals(objective: Objective, batch: Batch, found: Mapping[str, Array
     if "logprobs" in own:
         credit = -jax.grad(lambda x: total(objective, batch, {**own, "logprobs": x}, step))(own["logprobs"])
         made |= {"credit": credit} if jnp.any(credit != 0) else {}
-    for name, term in objective.terms(batch, own, step).items():
-        if jnp.ndim(term.value) != 2:
-            continue
-        weight = jnp.broadcast_to(jnp.asarray(term.weight, jnp.float32), term.value.shape)
+    per_token = {name: term for name, term in objective.terms(batch, own, step).items() if jnp.ndim(term.value) == 2}
+    for name, term in per_token.items():
         made |= {f"value of {name}": jnp.where(population(term.over, batch), term.value, 0.0)}
-        made |= {f"weight of {name}": weight} if jnp.any(weight != 1) else {}
+        made |= {f"weight of {name}": w for w in [whole_weight(term)] if jnp.any(w != 1)}
     return made
 
 
 def total(objective: Objective, batch: Batch, own: Mapping[str, Array], step: int) -> Array:
     """The sum of all terms over all their tokens, not averaged."""
-    added = jnp.zeros(())
-    for term in objective.terms(batch, own, step).values():
-        weighed = jnp.asarray(term.coef) * term.value * jax.lax.stop_gradient(term.weight)
+
+    def one(term: Any) -> Array:
         over = population(term.over, batch)
         over = over.any(-1) if jnp.ndim(term.value) == 1 else over
-        added += jnp.sum(jnp.where(over, weighed, 0.0))
-    return added
+        return jnp.asarray(term.coef) * masked_sum(term.value * whole_weight(term), over)
+
+    return sum(map(one, objective.terms(batch, own, step).values()), jnp.zeros(()))
 
 
 def population(over: Array | None, batch: Batch) -> Array:

@@ -54,8 +54,8 @@ def lagged(method: Method, lag: int) -> Method:
 def bounded(method: Method, most: int, *, cap: float | None = None) -> Method:
     """The method without rollouts older than `most` batches, and with importance weights for the others.
 
-    `cap`: every per-token weight of the student's rows is multiplied by `min(p/b, cap)`, constant, `p` the student now
-    and `b` the writer.  For losses that have no ratio of their own, such as distillation; `None` leaves the loss to the
+    `cap`: the importance of every token of the student's rows is multiplied by `min(p/b, cap)`, constant, `p` the
+    student now and `b` the writer.  For losses that have no ratio of their own, such as distillation; `None` leaves the loss to the
     method, and policy gradients have `p/b` already.  Terms of one value per row and objectives without a trained view
     "student" stay as they are.
 
@@ -99,12 +99,12 @@ def weighed(objective: Objective, cap: float | None) -> Objective:
 
 
 def times(term: Term, weight: jax.Array) -> Term:
-    """A per-token term that is trained, with its weight multiplied by `weight [B, T]`."""
+    """A per-token term that is trained, with its importance multiplied by `weight [B, T]`."""
     measured = isinstance(term.coef, int | float) and term.coef == 0
     if measured or term.value.ndim != 2:
         return term
-    own = term.weight[:, None] if jnp.ndim(term.weight) == 1 else term.weight
-    return term._replace(weight=own * weight)
+    own = term.importance[:, None] if jnp.ndim(term.importance) == 1 else term.importance
+    return term._replace(importance=own * weight)
 
 
 def measurements(batch: Batch, ratio: jax.Array, cap: float) -> dict[str, Term]:

@@ -76,8 +76,8 @@ def test_an_anchor_that_reads_the_question_is_no_teacher():
     anchored = grpo(group_size=2, kl_coef=0.1)
     for rollout in rollouts(anchored):
         assert rollout.contexts["reference"] == rollout.contexts["student"] == question(rollout.example)
-    with pytest.raises(ValueError, match="no teacher's context"):
-        rollouts(anchored, "mismatched")
+    with pytest.raises(controls.ControlError, match="no teacher's context"):
+        controls.with_teacher_context(anchored, "mismatched")
 
 
 def test_the_penalty_towards_the_initial_policy_is_zero_at_the_start_and_not_afterwards():
@@ -97,8 +97,8 @@ def test_the_penalty_towards_the_initial_policy_is_zero_at_the_start_and_not_aft
 
 
 def test_a_method_without_a_teacher_refuses_a_context_control():
-    with pytest.raises(ValueError, match="no teacher's context"):
-        rollouts(opsa(group_size=2), "none")
+    with pytest.raises(controls.ControlError, match="no teacher's context"):
+        controls.with_teacher_context(opsa(group_size=2), "none")
 
 
 def test_shuffling_permutes_each_row_within_its_population():
@@ -117,10 +117,10 @@ def test_shuffling_permutes_each_row_within_its_population():
 def weighted(weight):
     signals = lambda dist, token: {"entropy": -dist["student"].max(-1)}
     terms = lambda batch, sig, step: {"x": Term(sig["entropy"], weight)}
-    return (Objective({"student": View(trainable=True)}, signals, terms),)
+    return (Objective({"student": View(trainable=True)}, signals, terms, credit=("x",)),)
 
 
-def test_token_weights_are_rescaled_or_shuffled_and_row_weights_stay(method):
+def test_token_weights_are_rescaled_or_shuffled(method):
     batch = tiny.batch([[1, 2, 3], [3, 2, 1]], mask=[[1, 1, 0], [1, 1, 1]])
     sig = {"entropy": jnp.ones((2, 3))}
     weight = jnp.asarray([[1.0, 3.0, 50.0], [2.0, 2.0, 2.0]])
@@ -129,16 +129,24 @@ def test_token_weights_are_rescaled_or_shuffled_and_row_weights_stay(method):
     np.testing.assert_allclose(np.asarray(of(controls.with_token_weights(per_token, "mean-one")))[0, :2], [0.5, 1.5])
     shuffled = [tuple(np.asarray(of(controls.with_token_weights(per_token, "shuffled"), s))[0]) for s in range(8)]
     assert set(shuffled) == {(1.0, 3.0, 0.0), (3.0, 1.0, 0.0)}
-    per_row = method._replace(objectives=weighted(jnp.asarray([[1.0], [2.0]])))
-    np.testing.assert_array_equal(of(controls.with_token_weights(per_row, "shuffled")), [[1.0], [2.0]])
+    undeclared = per_token.objectives[0]._replace(credit=())
+    with pytest.raises(controls.ControlError, match="weighs all tokens of a row alike"):
+        controls.with_token_weights(method._replace(objectives=(undeclared,)), "shuffled")
 
 
-def test_the_length_penalty_lowers_rewards_by_the_length(method):
+def test_the_length_penalty_lowers_advantages_by_the_length():
+    """And nothing else: outcomes, and what is logged as the reward, are the verifier's."""
+    method = grpo(group_size=2)
     plain = rollouts(method)
     changed = controls.with_length_penalty(method, 6.0)
     found = changed.collect(tiny.environment(method), list(tiny.TASK.train[:3]), jax.random.key(0), None)[0]
     for before, after in zip(plain, found, strict=True):
-        assert after.reward == pytest.approx(before.reward - 0.06 * len(before.tokens))
+        assert after.reward == before.reward
+        assert after.returns == pytest.approx(before.reward - 0.06 * len(before.tokens))
+    batch = tiny.collected(method, found)
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5)
+    close(batch.returns[batch.valid], [r.returns for r in found])
+    close(batch.reward[batch.valid], [r.reward for r in plain])
 
 
 def test_instruments_measure_without_changing_loss_or_gradient():
@@ -234,5 +242,17 @@ def test_groups_without_a_lesson_are_passed_over():
 
 
 def test_rollouts_of_one_group_have_no_other_to_be_mismatched_with():
+    """Nothing is read then: the right context would make the run its own control."""
     alone = Rollout(tiny.TASK.train[0], (1,), (0.0,), "", 0).read_by(student=(), teacher=({"role": "user"},))
-    assert controls.mismatched([alone], {"teacher"})[0].contexts["teacher"] == ({"role": "user"},)
+    assert controls.mismatched([alone], {"teacher"})[0].contexts["teacher"] is None
+
+
+def test_reference_only_without_a_mark_takes_the_question_out():
+    """A lesson that does not say what is privileged loses the question's text; one without anything else is silent."""
+    example = tiny.TASK.train[0]
+    asked = question(example)[-1]["content"]
+    row = Rollout(example, (1,), (0.0,), "", 0)
+    said = lambda content: ({"role": "user", "content": content},)
+    read = lambda chat: controls.reference_only([row.read_by(teacher=chat)], {"teacher"})[0].contexts["teacher"]
+    assert read(said(f"{asked}\n\nIt is red."))[-1]["content"] == "It is red."
+    assert read(said(asked)) is None and read(None) is None

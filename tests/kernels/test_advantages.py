@@ -111,11 +111,11 @@ def test_padding_rows_with_a_real_group_id():
     np.testing.assert_array_equal(got[4:], 0.0)
 
 
-def test_a_group_of_one_keeps_its_reward():
+def test_a_group_of_one():
     reward, group, valid = array(0.7, 1, 0), jnp.array([5, 6, 6]), jnp.ones(3, bool)
     for function in (adv.group_advantage, adv.leave_one_out):
         assert float(function(reward, group, valid)[0]) == pytest.approx(0.7)
-    assert float(adv.group_advantage(reward, group, valid, normalised=False)[0]) == pytest.approx(0.7)
+    assert float(adv.group_advantage(reward, group, valid, normalised=False)[0]) == 0.0
     only_one_left = jnp.array([True, True, False])
     assert float(adv.group_advantage(reward, group, only_one_left)[1]) == 1.0
 

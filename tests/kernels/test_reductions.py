@@ -33,8 +33,8 @@ def reducer(request):
     return REDUCERS[request.param]
 
 
-def term(value, weight=1.0, over=None, reduce=None, coef=1.0):
-    return SimpleNamespace(value=value, weight=weight, over=over, reduce=reduce, coef=coef)
+def term(value, weight=1.0, over=None, reduce=None, coef=1.0, importance=1.0):
+    return SimpleNamespace(value=value, weight=weight, over=over, reduce=reduce, coef=coef, importance=importance)
 
 
 def test_aggregation_table():

@@ -183,10 +183,21 @@ def test_opd_is_reverse_kl_by_enumeration():
 
 
 def test_any_baseline_is_free():
-    # A group of one has its reward as advantage: a constant beside the log-ratio, whatever the token.
-    shift = lambda reward: expected_gradient(opd(rl_weight=1.0), reward=[reward])
-    close(shift(0.0), REVERSE)
-    close(shift(3.0), REVERSE)
+    # The reward beside that of a rollout without trained tokens: a constant beside the log-ratio, whatever the token.
+    def of_token(logits, token, reward):
+        dist = normalise(logits)
+        said = jax.lax.stop_gradient(dist[token])
+        batch = tiny.batch(
+            jnp.asarray([[token], [0]]), behavior=[[said], [0.0]], reward=[reward, 0.0], mask=[[True], [False]]
+        )
+        views = {name: jnp.stack([d, d])[:, None] for name, d in (("student", dist), ("teacher", TEACHER_DIST))}
+        return tiny.loss(opd(rl_weight=1.0).objectives[0], batch, **views)[0]
+
+    one = lambda token, reward: np.asarray(jax.grad(of_token)(STUDENT_DIST, token, reward))
+    chances, tokens = np.exp(STUDENT_DIST), range(STUDENT_DIST.size)
+    for reward in (0.0, 3.0):
+        close(sum(chances[token] * one(token, reward) for token in tokens), REVERSE)
+    assert np.abs(one(0, 3.0) - one(0, 0.0)).max() > 0.1
 
 
 def test_opd_advantages():
@@ -513,7 +524,7 @@ def test_equal_rewards_no_gradient(factory):
     [(0.5, (-0.5, -0.5), (0.8, 0)), (1, (-1, -1), (1, 1)), (1.5, (-1.28, 0), (1.5, 1.5)), (4, (-1.28, 0), (3, 0))],
 )
 def test_clipping_table(ratio, up, down):
-    method = grpo(clip=(0.2, 0.28), dual_clip=3.0, normalised=False)
+    method = grpo(clip=(0.2, 0.28), dual_clip=3.0)
     for (value, slope), sign in ((up, 1.0), (down, -1.0)):
         batch = tiny.batch([[0]], reward=[sign], behavior=[[-1.0]])  # a group of one: the advantage is the reward
         now = jnp.full((1, 1), -1.0 + np.log(ratio))
@@ -576,13 +587,21 @@ def test_dr_grpo_ignores_length():
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
-    [(dapo(), 10 / 6), (cispo(), -10 / 6), (grpo(), 2.0), (gspo(), 2.0), (dr_grpo(length=8), 10 / 16)],
+    ("method", "group", "expected"),
+    [
+        (dapo(), [0, 1], 10 / 6),
+        (cispo(), [0, 1], -10 / 6),
+        (grpo(), [0, 1], 2.0),
+        (gspo(), [0, 1], 2.0),
+        (dr_grpo(length=8), [0, 0], -2 / 16),
+        (dr_grpo(length=8), [0, 1], 0.0),
+    ],
 )
-def test_reductions(method, expected):
-    # Rows of four tokens with loss 1 and two tokens with loss 3; CISPO's value has another sign: log p is -1.
+def test_reductions(method, group, expected):
+    # Rows of four tokens with loss 1 and two tokens with loss 3; CISPO's value has another sign: log p is -1.  In one
+    # group the rewards are 1 and -1 about their mean, and alone Dr. GRPO's are about themselves.
     mask = jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
-    batch = tiny.batch(jnp.zeros((2, 4)), reward=[-1.0, -3.0], group=[0, 1], mask=mask, behavior=-jnp.ones((2, 4)))
+    batch = tiny.batch(jnp.zeros((2, 4)), reward=[-1.0, -3.0], group=group, mask=mask, behavior=-jnp.ones((2, 4)))
     sig = {"logprobs": -jnp.ones((2, 4)), "entropy": jnp.zeros((2, 4))}
     value, _ = tiny.reduced(method.objectives[0], batch, sig)
     close(value, expected)
@@ -640,7 +659,7 @@ def test_weights_of_the_samplers_numerics(factory, how, expected):
     behavior = old - jnp.log(jnp.asarray([[3.0, 0.5], [1.0, 9.0]]))
     batch = tiny.batch(jnp.zeros((2, 2)), behavior=behavior, reward=[1.0, 0.0], old_logprobs=old)
     sig = {"logprobs": old, "entropy": jnp.zeros((2, 2))}
-    weight = factory(**how).objectives[0].terms(batch, sig, 0)["pg"].weight
+    weight = factory(**how).objectives[0].terms(batch, sig, 0)["pg"].importance
     close(jnp.broadcast_to(weight, (2, 2)), expected)
 
 
@@ -847,7 +866,8 @@ def test_dapo_penalises_long_answers(small):
     shaped, _ = method.collect(env, chosen(1, 3), jax.random.key(0), None)
     for before, after in zip(plain, shaped, strict=True):
         assert before.tokens == after.tokens
-        close(after.reward - before.reward, -2.0 * max(0.0, (len(after.tokens) - 4) / 4))
+        assert after.reward == before.reward  # what the verifier said stays
+        close(after.returns - before.returns, -2.0 * max(0.0, (len(after.tokens) - 4) / 4))
         assert after.trained == (None if after.finished else (False,) * 8)
     assert any(not r.finished for r in shaped)
     batch = tiny.collected(method, shaped)

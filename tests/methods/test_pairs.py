@@ -529,7 +529,7 @@ def test_lessons_make_one_model_enough():
     for factory in (vopd, iw_opd, topd, power_opd, stable_opd):
         assert factory().objectives[0].views["teacher"].policy == "teacher"
         method = factory(lesson=told)
-        assert method.objectives[0].views["teacher"] == ("initial", False, True) and set(method.snapshots) == {
+        assert method.objectives[0].views["teacher"] == ("initial", False, True, True) and set(method.snapshots) == {
             "initial"
         }
     for factory in OPTIONS:

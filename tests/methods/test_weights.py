@@ -740,11 +740,15 @@ def test_trace_weighs_by_the_samplers_importance():
     old = batch.behavior_logprobs + jnp.linspace(-1.5, 1.5, 20).reshape(4, 5)
     batch = batch.replace(extras={"span": jnp.asarray(SPANS), "old_logprobs": old})
     sig = {**read_trace(batch, logits, teacher), "logprobs": old}
-    weight = trace(tis_cap=2.0, most=1.0).objectives[0].terms(batch, sig, 25)["pg"].weight
+    term = trace(tis_cap=2.0, most=1.0).objectives[0].terms(batch, sig, 25)["pg"]
     spans = SPANS & np.asarray(batch.contexts["teacher"].valid)[:, None] & np.asarray(batch.mask)
     ratio = np.minimum(np.exp(np.asarray(old - batch.behavior_logprobs)), 2.0)
-    close(weight, ratio * np.where(spans, 0.5, 1.0))
-    assert (ratio == 2.0).any() and trace(tis_cap=2.0).objectives[1].terms(batch, sig, 50)["pg"].weight.shape == (4, 5)
+    close(term.weight, np.where(spans, 0.5, 1.0))
+    close(term.importance, ratio)
+    assert (ratio == 2.0).any() and trace(tis_cap=2.0).objectives[1].terms(batch, sig, 50)["pg"].importance.shape == (
+        4,
+        5,
+    )
 
 
 def test_trace_marks_other_tokens_as_a_control():

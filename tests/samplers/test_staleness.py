@@ -176,10 +176,11 @@ def test_weights_are_truncated_ratios_of_the_students_tokens():
         assert float(weighed_value(source, cap)[1]["nll"]) == pytest.approx((math.log(2) + math.log(4)) / 2, rel=1e-6)
 
 
-def test_weights_carry_no_gradient_and_reach_row_weights():
-    term = times(Term(jnp.ones((2, 3)), jnp.asarray([1.0, 2.0])), jnp.full((2, 3), 0.5))
-    np.testing.assert_array_equal(term.weight, [[0.5] * 3, [1.0] * 3])
-    assert times(Term(jnp.ones((2, 3)), coef=0.0), jnp.zeros((2, 3))).weight == 1.0
+def test_importance_multiplies_and_leaves_credit_alone():
+    term = times(Term(jnp.ones((2, 3)), 3.0, importance=jnp.asarray([1.0, 2.0])), jnp.full((2, 3), 0.5))
+    np.testing.assert_array_equal(term.importance, [[0.5] * 3, [1.0] * 3])
+    assert term.weight == 3.0
+    assert times(Term(jnp.ones((2, 3)), coef=0.0), jnp.zeros((2, 3))).importance == 1.0
 
 
 def test_an_objective_without_a_trained_student_is_left_alone():
