@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sdjax.cli.options import from_command_line, load_experiment
 from sdjax.study import testbed
-from sdjax.study.arms import every_seed, table
+from sdjax.study.arms import every_seed
 from sdjax.study.settings import TrainingSettings
+from sdjax.study.tables import table
 from sdjax.tasks import scratchpad
 
 SIZES = (1, 8, 64, 128, 512)

@@ -18,8 +18,9 @@ from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.policies import Environment, Policy, score
 from sdjax.study import testbed
-from sdjax.study.arms import across, every_seed, table
+from sdjax.study.arms import every_seed
 from sdjax.study.settings import StudySettings
+from sdjax.study.tables import across, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Rollout, View
 

@@ -18,8 +18,9 @@ from sdjax.engine.policies import Policy
 from sdjax.methods.sft import sft
 from sdjax.models.pretrained import Pretrained
 from sdjax.study import testbed
-from sdjax.study.arms import arm, every_seed, shown, table, trained
+from sdjax.study.arms import arm, every_seed, trained
 from sdjax.study.settings import StudySettings
+from sdjax.study.tables import shown, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Example
 

@@ -18,8 +18,9 @@ from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
 from sdjax.run.settings import Settings
 from sdjax.study import testbed
-from sdjax.study.arms import every_seed, table
+from sdjax.study.arms import every_seed
 from sdjax.study.settings import TrainingSettings
+from sdjax.study.tables import shares, table
 from sdjax.tasks import scratchpad
 
 METHOD = "sdpo"
@@ -87,13 +88,22 @@ def study(
 
     runs = every_seed(chosen.out, "on-policy", arms, chosen.seeds, prepared)
     before = next(iter(runs.values()))  # at step 0 all arms are the base model
-    return table([line("base", before, 0), *(line(n, r, at) for n, r in runs.items() for at in range(1, len(r[0])))])
+    rows = [line("base", before, 0), *(line(n, r, at) for n, r in runs.items() for at in range(1, len(r[0])))]
+    caps = [capped("base", before, 0), *(capped(name, some, -1) for name, some in runs.items())]
+    return f"{table(rows)}\n\n{table(caps)}"
 
 
 def line(name: str, runs: list[list[dict]], at: int) -> dict[str, str]:
     """A row of the table: all seeds of an arm at one of the measured steps."""
     rows = [run[at] for run in runs]
     return {"arm": name, "seeds": str(len(rows)), "step": str(rows[0]["step"]), **testbed.fares(rows)}
+
+
+def capped(name: str, runs: list[list[dict]], at: int) -> dict[str, str]:
+    """In-domain accuracy by generation cap, of all seeds of an arm at one of the measured steps."""
+    rows = [run[at] for run in runs]
+    caps = [what for what in rows[0]["in_domain"] if what.startswith("accuracy@")]
+    return {"arm": name, **{f"{cap}, %": shares(rows, "in_domain", what=cap) for cap in caps}}
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from sdjax.methods.opsd import opsd
 from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
-from sdjax.study.arms import across, behaviour, every_seed, table, trained
+from sdjax.study.arms import behaviour, every_seed, trained
 from sdjax.study.settings import StudySettings
+from sdjax.study.tables import across, changes, gains, shares, table
 from sdjax.tasks.reasoning_gym import chain_sum, reasoning_gym
 from sdjax.types import Rollout, Task, View
 
@@ -129,15 +130,24 @@ def study(
         return {**shared, "arm": name, "seed": seed}, run
 
     runs = every_seed(chosen.out, "real-model", ("base", *arms), chosen.seeds, prepared)
-    return table(
-        [{"arm": name, "seeds": str(len(some)), **cells([r[-1] for r in some])} for name, some in runs.items()]
-    )
+    last = {name: [r[-1] for r in some] for name, some in runs.items()}
+    fares = [{"arm": name, "seeds": str(len(some)), **cells(some)} for name, some in last.items()]
+    pairs = [(name, "base") for name in arms] + [("SDPO", "GRPO")] * ({"SDPO", "GRPO"} <= {*arms})
+    moves = [{"arm": name, "against": other, **against(last[name], last[other])} for name, other in pairs]
+    return f"{table(fares)}\n\n{table(moves)}"
+
+
+def against(results: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Differences seed by seed: accuracy in points, lengths in tokens."""
+    kinds = [name for name, value in results[0].items() if isinstance(value, Mapping)]
+    lengths = {f"length, {kind}": changes(results, before, kind, "length") for kind in (kinds[0], kinds[-1])}
+    return {**{f"{kind}, points": gains(results, before, kind) for kind in kinds}, **lengths}
 
 
 def cells(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the table says of one arm."""
     kinds = [name for name, value in results[0].items() if isinstance(value, Mapping)]
-    solved = {f"{kind}, %": across(results, kind, "accuracy", scale=100) for kind in kinds}
+    solved = {f"{kind}, %": shares(results, kind) for kind in kinds}
     lengths = {f"length, {kind}": across(results, kind, "length") for kind in (kinds[0], kinds[-1])}
     return {**solved, **lengths, "KL(base, student)": across(results, "moved", digits=3)}
 

@@ -29,8 +29,9 @@ from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
 from sdjax.run.evaluate import pass_at_k
 from sdjax.study import testbed
-from sdjax.study.arms import across, every_seed, table, trained
+from sdjax.study.arms import every_seed, trained
 from sdjax.study.settings import TrainingSettings
+from sdjax.study.tables import changes, shares, table
 from sdjax.tasks import scratchpad
 from sdjax.types import Method
 
@@ -116,13 +117,25 @@ def study(
         return own, lambda folder: trained(experiment, folder, probe, 0, told)
 
     runs = every_seed(chosen.out, "remedies", ("base", *arms), chosen.seeds, prepared)
-    return table([{"arm": name, **cells([r[-1] for r in some])} for name, some in runs.items()])
+    last = {name: [r[-1] for r in some] for name, some in runs.items()}
+    # A control against the arm that it changes, everything else against the base model.
+    pairs = [(name, CONTROLS.get(name, ("base",))[0]) for name in last if name != "base"]
+    pairs = [(name, other) for name, other in pairs if other in last]
+    rows = [{"arm": name, "against": other, **against(last[name], last[other])} for name, other in pairs]
+    return f"{table([{'arm': name, **cells(some, repeated)} for name, some in last.items()])}\n\n{table(rows)}"
 
 
-def cells(results: list[dict]) -> dict[str, str]:
-    """What the table says of one arm."""
-    solved = {name: across(results, name, scale=100) for name in results[0] if name.startswith("pass@")}
-    return {"seeds": str(len(results)), **testbed.fares(results), **{f"{name}, %": x for name, x in solved.items()}}
+def cells(results: list[dict], repeated: int) -> dict[str, str]:
+    """What the table says of one arm; the answers to one problem count as one answer in the intervals of pass@k."""
+    passed = [name for name in results[0] if name.startswith("pass@")]
+    solved = {f"{name}, %": shares(results, what=name, answers=repeated) for name in passed}
+    return {"seeds": str(len(results)), **testbed.fares(results), **solved}
+
+
+def against(results: list[dict], before: list[dict]) -> dict[str, str]:
+    """Differences seed by seed."""
+    first = lambda some: [{"pass@1": 100 * r["pass@1"]} for r in some]
+    return {**testbed.differs(results, before), "pass@1, points": changes(first(results), first(before), "pass@1")}
 
 
 if __name__ == "__main__":

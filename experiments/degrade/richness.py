@@ -14,8 +14,9 @@ from sdjax.cli.options import from_command_line
 from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.policies import Policy
 from sdjax.study import testbed
-from sdjax.study.arms import behaviour, every_seed, table
+from sdjax.study.arms import behaviour, every_seed
 from sdjax.study.settings import StudySettings
+from sdjax.study.tables import table
 from sdjax.tasks import scratchpad
 
 LEVELS = ("none", "answer", "steps", "regeneration", "full solution")

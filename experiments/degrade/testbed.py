@@ -17,8 +17,9 @@ from sdjax.collect.contexts import question, with_solution, without_thinking
 from sdjax.engine.generate import GREEDY
 from sdjax.engine.policies import Policy
 from sdjax.study import testbed
-from sdjax.study.arms import behaviour, every_seed, forbidding, table
+from sdjax.study.arms import behaviour, every_seed, forbidding
 from sdjax.study.settings import StudySettings
+from sdjax.study.tables import table
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, HEDGES, Family
 

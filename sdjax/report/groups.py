@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdjax.report.runs import Curve, Run
-from sdjax.study.arms import interval
+from sdjax.study.tables import interval
 
 
 class Group(NamedTuple):

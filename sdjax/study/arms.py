@@ -1,14 +1,11 @@
-"""Studies: arms that are run once, what they measured in files, and means over seeds with their intervals."""
+"""Studies: arms that are run once, what they measured in files, and what a policy does."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
-import math
-import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jax import Array
 
 from sdjax.collect.contexts import question
@@ -139,7 +135,8 @@ def behaviour(
     sampling: Sampling | None = None,
     choose: Callable = first,
 ) -> dict[str, float]:
-    """Accuracy, also by cap, length in tokens, epistemic count and density per 1,000 tokens, and the share finished.
+    """Accuracy, also by cap, length in tokens, epistemic count and density per 1,000 tokens, the share finished, and how many
+    answers these are of.
 
     Means over `n` samples of every example; `context` is what the policy reads.
     """
@@ -154,6 +151,7 @@ def behaviour(
         "epistemic": hedges / len(rows),
         "density": per_thousand(hedges, tokens),
         "finished": float(np.mean([s.finished for _, s in rows])),
+        "answers": len(rows),
     }
 
 
@@ -165,33 +163,3 @@ def forbidding(tokens: Sequence[int]) -> Callable[[Array, Array], Array]:
         return logits[0].at[:, jnp.asarray(tokens)].set(jnp.finfo(jnp.float32).min)
 
     return choose
-
-
-# ---- seeds --------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % interval by Student's t over independent runs (infinite for one)."""
-    values = np.asarray(values, np.float64)
-    mean, count = float(values.mean()), len(values)
-    if count < 2:
-        return mean, -math.inf, math.inf
-    half = float(scipy.stats.t.ppf(0.975, count - 1) * values.std(ddof=1)) / math.sqrt(count)
-    return mean, mean - half, mean + half
-
-
-def across(results: Iterable[Any], *path: Any, scale: float = 1.0, digits: int = 1) -> str:
-    """`shown` of the numbers that stand at `path` in the results of all seeds."""
-    return shown([functools.reduce(operator.getitem, path, result) for result in results], scale, digits)
-
-
-def shown(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """`mean +- half the interval` of independent runs, or the value of one."""
-    mean, low, _ = interval([scale * v for v in values])
-    return f"{mean:.{digits}f}" + (f" +- {mean - low:.{digits}f}" if len(values) > 1 else "")
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table of rows `{column: cell}`."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -36,8 +36,9 @@ from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.run.settings import Settings
-from sdjax.study.arms import across, behaviour, trained
+from sdjax.study.arms import behaviour, trained
 from sdjax.study.pretrain import batches, pretrain, rows, word_tokenizer
+from sdjax.study.tables import across, changes, gains, shares
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, Author, Problem
 from sdjax.types import Example, Messages, Method, Task
@@ -245,18 +246,25 @@ def everywhere(
 
 def behaves(results: Sequence[Mapping[str, Any]], *path: Any) -> dict[str, str]:
     """Cells of a table: the `behaviour` that stands at `path` in the results of all seeds."""
-    of = lambda what, scale=1.0: across(results, *path, what, scale=scale)
-    cells = {"accuracy, %": of("accuracy", 100.0), "length": of("length"), "E(y)": of("epistemic")}
+    of = lambda what: across(results, *path, what)
+    cells = {"accuracy, %": shares(results, *path), "length": of("length"), "E(y)": of("epistemic")}
     return {**cells, "E(y) per 1,000 tokens": of("density")}
 
 
 def fares(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Cells of a table: how `everywhere` came out over seeds; accuracy of every set, length and hedges where trained."""
     sets = [name for name, value in results[0].items() if isinstance(value, Mapping)]
-    cells = {f"{name.replace('_', ' ')}, %": across(results, name, "accuracy", scale=100) for name in sets}
+    cells = {f"{name.replace('_', ' ')}, %": shares(results, name) for name in sets}
     cells |= {"length": across(results, "in_domain", "length"), "E(y)": across(results, "in_domain", "epistemic")}
     further = across(results, "more_steps", "epistemic") if "more_steps" in sets else ""
     return cells | ({"E(y), more steps": further} if further else {})
+
+
+def differs(results: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Cells of a table: what `everywhere` gained against the results of the same seeds `before`, in points."""
+    sets = [name for name, value in results[0].items() if isinstance(value, Mapping)]
+    cells = {f"{name.replace('_', ' ')}, points": gains(results, before, name) for name in sets}
+    return cells | {"length": changes(results, before, "in_domain", "length")}
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -265,7 +273,8 @@ SDPO = {"alpha": 0.5, "top_k": None}
 """The study's SDPO: Jensen-Shannon over the whole vocabulary."""
 
 GRPO = {"normalised": False, "clip": (0.2, 0.28)}
-"""The GRPO that Kim et al. 2026 (arXiv:2603.24472) compare with: no deviation, an asymmetric clip."""
+"""Of the GRPO that Kim et al. 2026 (arXiv:2603.24472) compare with: no deviation, an asymmetric clip.  Theirs also has a dual clip
+of 3 and truncated importance weights of 2, which do not act at one update per batch."""
 
 
 def peer(thinking: bool = True) -> Callable:

@@ -27,7 +27,7 @@ from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.report.runs import read_run
 from sdjax.run.prompts import Prompts
-from sdjax.study import arms, testbed
+from sdjax.study import arms, tables, testbed
 from sdjax.study.pretrain import batches, padded, pretrain, rows, word_tokenizer
 from sdjax.tasks import scratchpad
 from sdjax.types import STUDENT, Verdict
@@ -147,8 +147,8 @@ def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path):
     assert found == {"a": [{"score": 1}, {"score": 11}], "bb": [{"score": 2}, {"score": 12}]}
     more = arms.every_seed(tmp_path, "some", ("a", "bb"), 3, prepared)
     assert ran[4:] == [("a", 2), ("bb", 2)] and more["bb"] == [*found["bb"], {"score": 22}]
-    assert arms.across(found["a"], "score", digits=0) == "6 +- 64"  # 12.706 * 7.07 / sqrt(2)
-    assert arms.table([{"arm": "a", "score": "6"}]) == "| arm | score |\n| --- | --- |\n| a | 6 |"
+    assert tables.across(found["a"], "score", digits=0) == "6 +- 64"  # 12.706 * 7.07 / sqrt(2)
+    assert tables.table([{"arm": "a", "score": "6"}]) == "| arm | score |\n| --- | --- |\n| a | 6 |"
 
 
 def test_an_arm_that_fails_leaves_no_result(tmp_path):
@@ -202,11 +202,11 @@ def test_a_run_is_probed_before_every_few_steps_and_after_and_goes_on_where_it_w
 
 
 def test_intervals_of_independent_runs():
-    mean, low, high = arms.interval([1.0, 2.0, 3.0])
+    mean, low, high = tables.interval([1.0, 2.0, 3.0])
     assert (mean, high - mean) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
     assert low == pytest.approx(4.0 - high)
-    assert arms.interval([5.0])[1:] == (-math.inf, math.inf)
-    assert arms.shown([0.5, 0.5, 0.5], 100) == "50.0 +- 0.0" and arms.shown([0.25], 100) == "25.0"
+    assert tables.interval([5.0])[1:] == (-math.inf, math.inf)
+    assert tables.shown([0.5, 0.5, 0.5], 100) == "50.0 +- 0.0" and tables.shown([0.25], 100) == "25.0"
 
 
 # ---- what a policy does -------------------------------------------------------------------------------------------
@@ -247,8 +247,11 @@ def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatc
     standard = inspect.signature(module.study).parameters["settings"].default
     quick = dataclasses.replace(standard, out=str(tmp_path), smoke=True)
     said = module.study(settings=quick)
-    head, _, *lines = said.splitlines()
-    assert len(lines) >= 3 and all(line.count("|") == head.count("|") for line in lines)
+    first, *others = said.split("\n\n")
+    assert len(first.splitlines()) >= 5
+    for shown in (first, *others):
+        head, _, *lines = shown.splitlines()
+        assert lines and all(line.count("|") == head.count("|") for line in lines)
     monkeypatch.setattr(arms, "fit", None)
     monkeypatch.setattr(arms, "replace_text", None)
     assert module.study(settings=quick) == said
@@ -317,5 +320,27 @@ def test_the_clip_of_opsd_turns_the_pull_on_hedges_round():
 def test_intervals_of_many_seeds_are_students_too():
     """t(10) is 2.228: a normal quantile would be too narrow by an eighth."""
     values = np.arange(11.0)
-    _, low, high = arms.interval(values)
+    _, low, high = tables.interval(values)
     assert (high - low) / 2 == pytest.approx(2.228 * values.std(ddof=1) / math.sqrt(11), rel=1e-3)
+
+
+def runs_of(*accuracies, answers=96):
+    return [{"in_domain": {"accuracy": a, "answers": answers, "length": 10 * a}} for a in accuracies]
+
+
+def test_a_share_is_never_surer_than_its_answers():
+    """Three seeds that agree exactly say 11.5 % of 288 answers, not 11.5 % for certain."""
+    assert tables.shares(runs_of(11 / 96, 11 / 96, 11 / 96), "in_domain") == "11.5 +- 3.7"
+    assert tables.shares(runs_of(0.0, 0.0, 0.0), "in_domain") == "0.0 +- 0.7"  # Wilson's interval is [0, 1.3]
+    wide = tables.shares(runs_of(0.2, 0.5, 0.8), "in_domain")
+    assert wide == "50.0 +- 74.5"  # 4.303 * 0.3 / sqrt(3)
+    assert tables.shares(runs_of(0.5), "in_domain") == "50.0 +- 9.8"  # one seed: its answers
+
+
+def test_gains_are_paired_by_seed_and_never_surer_than_the_answers():
+    before, after = runs_of(0.1, 0.4, 0.7), runs_of(0.2, 0.5, 0.8)
+    binomial = tables.gains(after, before, "in_domain")
+    assert binomial.startswith("+10.0 +- ") and float(binomial.split()[-1]) == pytest.approx(8.0, abs=0.2)
+    spread = runs_of(0.2, 0.5, 0.95)
+    assert float(tables.gains(spread, before, "in_domain").split()[-1]) == pytest.approx(21.5, abs=0.1)
+    assert tables.changes(after, before, "in_domain", "length") == "+1.0 +- 0.0"
