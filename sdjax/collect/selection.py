@@ -121,7 +121,8 @@ def candidates_of(
     how = {"sampling": rule.sampling, "source": TEACHER}
     rows = sample(teacher, examples, key, n=rule.candidates - more, context=plain, **how)
     if more:
-        rows += sample(teacher, examples, random.fold_in(key, 1), n=more, context=perturbed, **how)
+        # Not a key that a candidate was drawn from.
+        rows += sample(teacher, examples, random.fold_in(key, len(examples)), n=more, context=perturbed, **how)
     return sorted(rows, key=lambda r: r.group)
 
 

@@ -69,7 +69,7 @@ def op2sd(
     base = opsd(**how, ema_rate=ema_rate, group_size=group_size, lesson=own, reduce=reduce)
 
     def collect(environment, examples, key, memory):
-        sampling, choosing = key, jax.random.fold_in(key, 1)
+        sampling, choosing = key, jax.random.fold_in(key, len(examples))
         rollouts, _ = base.collect(environment, examples, sampling, None)
         met = {problem["id"]: problem for problem in [*memory, *map(solved, examples)] if problem["solution"]}
         rows = [r.read_by(teacher=told(r, i, met, choosing)) for i, r in enumerate(rollouts)]

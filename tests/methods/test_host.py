@@ -1301,7 +1301,7 @@ OPTIONS = {
     "sort": (sort, {"group_size": 4}),
     # On eight devices of 11 entries each, 16 candidates of every one would be a whole vocabulary.
     "brts": (brts, {"candidates": 4, "top_k": 8}),
-    "tessy": (tessy, {"end": "", "chunk": 3, "tagger_rollouts": 4, "temperature": 1.0, "top_p": 1.0}),
+    "tessy": (tessy, {"end": "", "chunk": 3, "tagger_rollouts": 4, "temperature": 1.0, "top_p": 1.0, "tries": 20}),
     "mixsd": (mixsd, {"verified": False, "temperature": 1.0}),
     "atmanrl": (atmanrl, {"group_size": 4, "delimiter": " ", "steps": 5}),
     "minillm": (minillm, {"group_size": 4}),

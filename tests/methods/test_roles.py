@@ -17,9 +17,11 @@ from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.score import token_signals
 from sdjax.engine.tokens import Shapes
 from sdjax.kernels.reductions import reduce_terms
+from sdjax.methods.brts import brts
 from sdjax.methods.gkd import gkd
 from sdjax.methods.minillm import minillm
 from sdjax.methods.mixsd import mixsd
+from sdjax.methods.op2sd import op2sd
 from sdjax.methods.pbsd import pbsd
 from sdjax.methods.sdft import sdft
 from sdjax.methods.trace import trace
@@ -113,6 +115,43 @@ def test_a_teacher_that_helps_to_write_has_read_its_lesson(monkeypatch):
     method.collect(environment, EXAMPLES, jax.random.key(0), {})
     assert {s.who for s in sampled} == {("initial", "initial")}
     assert sampled[0].chats == (tuple(map(question, EXAMPLES)), tuple(map(before, EXAMPLES)))
+
+
+def drawn_from(call):
+    """The keys of all texts that one call of `sample` writes, and of their groups."""
+    key = jax.random.wrap_key_data(np.asarray(call.key, np.uint32))
+    groups = [jax.random.fold_in(key, i) for i in range(len(call.chats))]
+    return {spies.key_of(k) for g in groups for k in (g, *(jax.random.fold_in(g, j) for j in range(call.n)))}
+
+
+def test_brts_who_writes_and_reads(monkeypatch):
+    """The student once, the teacher its candidates, half of them perturbed, and once more with the answer."""
+    method = brts(candidates=4, perturb=True, lesson=told)
+    environment = spies.distinct(method, verify=lambda example, text: Verdict(0.0), shapes=ROOMY)
+    sampled, scored = spies.watch(monkeypatch, environment)
+    rows, _ = method.collect(environment, EXAMPLES, jax.random.key(0), None)
+    assert [(s.who, s.n, s.sampling.temperature) for s in sampled] == [
+        ("live", 1, 1.0), ("initial", 2, 0.7), ("initial", 2, 0.7), ("initial", 1, 0.7)
+    ]  # fmt: skip
+    assert [(s.views, s.who) for s in scored] == [({"student": "live"}, {"live"})]
+    own = [r for r in rows if r.source == STUDENT]
+    lessons = [told(r, own) for r in own]
+    assert sampled[0].chats == tuple(map(question, EXAMPLES)) and list(sampled[1].chats) == lessons
+    for chats, said in ((sampled[2].chats, "rethink"), (sampled[3].chats[:2], EXAMPLES[0].answer)):
+        assert all(chat != lesson for chat, lesson in zip(chats, lessons, strict=True)) and said in str(chats).lower()
+    assert all(r.contexts["teacher"] == lessons[r.group] for r in rows) and len(rows) == 4
+    keys = [drawn_from(call) for call in sampled]
+    assert sum(map(len, keys)) == len(set.union(*keys))
+
+
+def test_op2sd_chooses_problems_by_a_key_of_its_own(monkeypatch):
+    chosen, method = [], op2sd(group_size=4)
+    environment = spies.distinct(method)
+    sampled, _ = spies.watch(monkeypatch, environment)
+    draw = jax.random.randint
+    monkeypatch.setattr(jax.random, "randint", lambda key, *rest: chosen.append(spies.key_of(key)) or draw(key, *rest))
+    method.collect(environment, EXAMPLES, jax.random.key(0), method.memory)
+    assert chosen and not drawn_from(sampled[0]) & {*chosen}
 
 
 # ---- TRACE ----------------------------------------------------------------------------------------------------------
