@@ -42,10 +42,14 @@ class Example:
 
 
 class Verdict(NamedTuple):
-    """What a verifier says of a completion: a reward (1 is solved) and, if it can, why not."""
+    """What a verifier says of a completion: a reward (1 is solved) and, if it can, why not.
+
+    `measures` are numbers about the judgement for the run's log: a limit that was hit, say.
+    """
 
     reward: float
     feedback: str | None = None
+    measures: Mapping[str, float] = {}
 
 
 class Task(NamedTuple):
@@ -94,6 +98,7 @@ class Rollout:
     source: int = STUDENT
     reward: float = 0.0
     feedback: str | None = None
+    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     finished: bool = True
     contexts: Mapping[str, Messages | None] = dataclasses.field(default_factory=dict)
     trained: tuple[bool, ...] | None = None

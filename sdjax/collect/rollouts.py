@@ -16,7 +16,7 @@ from sdjax.engine import policies
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment, Policy, grouped
 from sdjax.errors import InputError
-from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout
+from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout, Verdict
 
 
 class RolloutError(InputError, RuntimeError):
@@ -45,12 +45,11 @@ def sample(
 
 
 def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with the verifier's reward and feedback, and with what a control adds for advantages (`Rollout.shaped`)."""
+    """The rollouts with all that the verifier says, and with what a control adds for advantages (`Rollout.shaped`)."""
     # Text by text: only one of several processes judges a rollout.
     verdicts = divided(lambda r: environment.verify(r.example, r.text), rollouts)
-    judged = []
-    for rollout, (reward, feedback) in zip(rollouts, verdicts, strict=True):
-        judged.append(dataclasses.replace(rollout, reward=float(reward), feedback=feedback))
+    said = [{**Verdict(*verdict)._asdict(), "reward": float(verdict[0])} for verdict in verdicts]
+    judged = [dataclasses.replace(rollout, **verdict) for rollout, verdict in zip(rollouts, said, strict=True)]
     if environment.shape is None:
         return judged
     return [r.shaped(environment.shape(r)) for r in judged]

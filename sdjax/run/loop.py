@@ -160,7 +160,7 @@ class Run:
         jax.block_until_ready(self.state.params)
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
-        values |= records.hedging(rollouts)
+        values |= records.hedging(rollouts) | records.measured(rollouts)
         self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
         if not rollouts:
             self.log.say(f"step {step + 1}: no rollouts were kept: not trained")

@@ -112,3 +112,10 @@ def hedging(rollouts: Sequence[Rollout]) -> dict[str, float]:
         return {}
     count = sum(epistemic_count(r.text) for r in own)
     return {"epistemic": count / len(own), "epistemic_per_thousand": per_thousand(count, tokens)}
+
+
+def measured(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The means of what the verifier measured of the student's own rollouts."""
+    own = [r for r in rollouts if r.source == STUDENT]
+    names = sorted({name for r in own for name in r.measures})
+    return {name: float(np.mean([r.measures.get(name, 0.0) for r in own])) for name in names}

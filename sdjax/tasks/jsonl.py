@@ -18,6 +18,8 @@ ROLES = ("system", "user", "assistant")
 FIELDS = ("prompt", "messages", "answer", "solution", "feedback", "id")
 
 Path = str | os.PathLike[str]
+ReadRow = Callable[[Mapping[str, Any], str, str], Example]
+"""Takes a row, where it stands and the id of a row without one; returns its example or raises `TaskError`."""
 
 
 def jsonl(
@@ -28,41 +30,45 @@ def jsonl(
     seed: int = 0,
     verify: Callable[[Example, str], Verdict] = maths.verify,
     skip_bad_rows: bool = False,
+    read: ReadRow | None = None,
 ) -> Task:
     """A task from a file of problems, and another file or a fraction of the questions (default 0.1) to test on.
 
     A line is an object with `prompt` (a text) or `messages` (turns with role and content, the last one the user's),
     `answer`, and optionally `solution`, `feedback` and `id`; other fields go to `Example.meta`.  The split is by
     question text and depends on texts, fraction and `seed` only.  With `skip_bad_rows` bad rows are left out with one
-    warning (`read_jsonl` lists them), and so are train rows whose question is in the test file.
+    warning (`read_jsonl` lists them), and so are train rows whose question is in the test file.  `read` takes rows of
+    another form.
 
     Raises: `TaskError` naming file, line and field.
     """
     if test_path is not None and test_fraction is not None:
         raise TaskError("Give either test_path or test_fraction, not both.")
-    train, bad = read_jsonl(path, skip_bad_rows=skip_bad_rows)
+    train, bad = read_jsonl(path, skip_bad_rows=skip_bad_rows, read=read)
     if test_path is None:
         _warn_of(bad)
         train, test = split_by_question(train, 0.1 if test_fraction is None else test_fraction, seed)
     else:
-        test, bad_test = read_jsonl(test_path, skip_bad_rows=skip_bad_rows)
+        test, bad_test = read_jsonl(test_path, skip_bad_rows=skip_bad_rows, read=read)
         train, shared = _without_test_questions(train, test, path, test_path, skip_bad_rows)
         _warn_of((*bad, *bad_test, *shared))
     return Task(pathlib.Path(path).stem, tuple(train), tuple(test), verify)
 
 
-def read_jsonl(path: Path, *, skip_bad_rows: bool = False) -> tuple[tuple[Example, ...], list[str]]:
+def read_jsonl(
+    path: Path, *, skip_bad_rows: bool = False, read: ReadRow | None = None
+) -> tuple[tuple[Example, ...], list[str]]:
     """All examples of a file, and one sentence for each bad row that was left out (none unless `skip_bad_rows`).
 
     Blank lines are ignored.  Raises: `TaskError` at the first bad row, for a file that is missing, or without examples.
     """
-    examples, bad, ids = [], [], {}
+    read, examples, bad, ids = read or example_of, [], [], {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            example = _example(_parsed(line, where), where, default_id=f"{pathlib.Path(path).stem}:{number}")
+            example = read(_parsed(line, where), where, f"{pathlib.Path(path).stem}:{number}")
             if example.id in ids:
                 expected = f"is {example.id!r}, which line {ids[example.id]} has already"
                 raise _bad(where, "id", f"{expected}; give each row its own id or none")
@@ -102,7 +108,8 @@ def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _example(row: Mapping[str, Any], where: str, default_id: str) -> Example:
+def example_of(row: Mapping[str, Any], where: str, default_id: str) -> Example:
+    """The example of a row; `where` stands in the sentence of a `TaskError`."""
     optional = {name: _text(row, name, where) for name in ("solution", "feedback") if row.get(name) is not None}
     return Example(
         id=_text(row, "id", where, numbers=True) if row.get("id") is not None else default_id,

@@ -16,6 +16,7 @@ from sdjax.engine.generate import GREEDY, mixture
 from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh
 from sdjax.engine.tokens import Shapes, render
 from sdjax.kernels.distributions import logprob, normalise
+from sdjax.run import records
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Example, Rollout, Verdict, View
 
@@ -60,11 +61,22 @@ def test_attempts_are_judged_groups_in_order_that_the_student_reads_as_asked(att
     for r in attempts:
         assert r.example is EXAMPLES[r.group] and r.source == STUDENT
         assert r.contexts == {"student": r.example.prompt}
-        assert (r.reward, r.feedback) == verify(r.example, r.text)
+        assert Verdict(r.reward, r.feedback) == verify(r.example, r.text)
         assert r.text == tokenizer().decode(r.tokens, skip_special_tokens=True)
         assert 0 < len(r.tokens) == len(r.logprobs) <= SHAPES.completion
         assert r.finished == (r.tokens[-1] in policy().stop)
     assert len({r.tokens for r in attempts}) > 3
+
+
+def test_what_a_verifier_measures_is_logged(attempts):
+    def verify(example, text):
+        return Verdict(0.5, example.id, {"late": float(example.id == "e1"), "none": 0.0})
+
+    judged = rollouts.judge(ENVIRONMENT._replace(verify=verify), attempts)
+    assert [r.feedback for r in judged] == [r.example.id for r in attempts]
+    assert records.measured(judged) == {"late": 1 / 3, "none": 0.0}
+    other = dataclasses.replace(judged[3], source=TEACHER)
+    assert records.measured([judged[0], other]) == {"late": 0.0, "none": 0.0} and records.measured([]) == {}
 
 
 def test_recorded_logprobs_are_those_of_a_plain_forward_pass(attempts):

@@ -1,0 +1,77 @@
+"""A model learns to program from tests: HumanEval or a file of problems, any method.
+
+    sdjax train experiments/code.py --task humaneval
+    sdjax train experiments/code.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method resd --reward share
+
+Programs run in a sandbox, on all cores; SDPO, VPD, MOPD, RESD and whichever method reads feedback are told which test failed and
+how.  A line of a file has `prompt` or `messages` and `tests`: inputs and outputs, calls of a function, or assertions; see
+`sdjax/tasks/code/problems.py`.  Programs that fail hidden tests (`hidden_tests`) are not told which.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sdjax.cli.options import Choice
+from sdjax.engine.train import Experiment
+from sdjax.run.settings import Settings
+from sdjax.tasks.code.confined import Limits
+from sdjax.tasks.code.tasks import code_jsonl, humaneval
+from sdjax.tasks.errors import TaskError
+
+METHOD = "sdpo"
+SETTINGS = Settings(
+    steps=100, prompts=4, warmup=10, context=1536, completion=384, shorten_prompts=True, evaluation=41, save_every=25
+)
+OPTIONS = {"sdpo": {"alpha": 1.0, "top_k": 20, "ema_rate": 0.01}}
+
+
+def experiment(
+    *,
+    method: Choice,
+    settings: Settings = SETTINGS,
+    task: Literal["humaneval", "file"] = "humaneval",
+    data: str | None = None,
+    test_data: str | None = None,
+    test_fraction: float | None = None,
+    skip_bad_rows: bool = False,
+    reward: Literal["all", "share"] = "all",
+    sandbox: Literal["full", "seccomp", "weak"] = "full",
+    program_seconds: int = 6,
+    program_memory: int = 1024,
+    modules: str = "",
+) -> Experiment:
+    """Any method on problems of programming.
+
+    Args:
+      task: humaneval (pip install 'sdjax[code]'), or the file that `--data` names.
+      data: JSON lines with tests; implies `--task file`.
+      test_data: JSON lines that are held out.
+      test_fraction: without `test_data`, the share of the problems that is held out (0.1 of a file, 0.25 of HumanEval).
+      skip_bad_rows: count and list bad lines instead of refusing the file.
+      reward: what a training program earns: 1 for passing all tests, or the share that it passes.
+      sandbox: how programs are confined; full needs seccomp and Landlock, seccomp needs the former, weak keeps no files safe.
+      program_seconds: processor seconds of one run of a program.
+      program_memory: MiB of one run of a program.
+      modules: what programs may import beside the standard library, separated by commas: numpy, say.
+    """
+    settings = settings.shortened()
+    algorithm = settings.method(method)
+    if program_seconds < 1 or program_memory < 128:
+        raise TaskError("--program-seconds must be at least 1, and --program-memory at least 128 (MiB).")
+    if task == "file" and data is None:
+        raise TaskError("--task file needs --data FILE.jsonl.")
+    if task == "humaneval" and data is None and test_data is not None:
+        raise TaskError("--test-data needs --data: HumanEval holds out a share of its own problems (--test-fraction).")
+    chosen = {
+        "reward": reward,
+        "sandbox": sandbox,
+        "limits": Limits(seconds=program_seconds, memory=program_memory << 20),
+        "modules": tuple(filter(None, modules.replace(" ", "").split(","))),
+    }
+    if data is None:
+        problems = humaneval(**chosen) if test_fraction is None else humaneval(test_fraction=test_fraction, **chosen)
+    else:
+        held_out = {"test_path": test_data, "test_fraction": test_fraction}
+        problems = code_jsonl(data, **held_out, skip_bad_rows=skip_bad_rows, **chosen)
+    return settings.experiment(method=algorithm, task=problems)
