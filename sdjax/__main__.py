@@ -72,9 +72,14 @@ PROCESSES = """auto: one of several processes, as the cluster says (TPU pods, Sl
 JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
 
 
+GROUPS = ("method", "select", "control", "sampler")
+"""Options of `sdjax train` that go by a first name: --method.group-size, say."""
+
+
 def train_options(module: Any, factory: Any) -> type:
-    """Every option of an experiment file: its own, the run's, those of the method, its controls and its sampler."""
+    """Every option of an experiment file: its own, the run's, those of the method and what is done to it."""
     from sdjax.collect.controls import controlled
+    from sdjax.collect.selections import selected
     from sdjax.samplers.options import sampled
 
     extra: list[Any] = [
@@ -87,6 +92,7 @@ def train_options(module: Any, factory: Any) -> type:
         defaults = getattr(module, "OPTIONS", {}).get(factory.__name__, {})
         for name, some in {
             "method": (factory, defaults),
+            "select": (selected, {}),
             "control": (controlled, {}),
             "sampler": (sampled, {}),
         }.items():
@@ -98,6 +104,7 @@ def train_options(module: Any, factory: Any) -> type:
 def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
     from sdjax.collect.controls import controlled
+    from sdjax.collect.selections import selected
     from sdjax.devices import processes
     from sdjax.engine.train import check_numbers
     from sdjax.run.fit import fit
@@ -106,7 +113,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
     processes.join(chosen.pop("processes"))
-    groups = {name: options.shallow(chosen.pop(name)) for name in ("method", "control", "sampler") if factory}
+    groups = {name: options.shallow(chosen.pop(name)) for name in GROUPS if factory}
     for some in (chosen, *groups.values()):
         check_numbers(some)
     check(**groups["sampler"]) if factory else None
@@ -114,7 +121,11 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     if factory:
         arguments |= {"method": factory.__name__}
         arguments |= {f"{name}.{option}": value for name, own in groups.items() for option, value in own.items()}
-        change = lambda method: sampled(controlled(method, **groups["control"]), **groups["sampler"])
+
+        def change(method):
+            chosen = selected(method, **groups["select"])
+            return sampled(controlled(chosen, **groups["control"]), **groups["sampler"])
+
         chosen["method"] = options.Choice(factory, groups["method"], change)
     label = factory.__name__ if factory else "run"
     out = Path(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")

@@ -231,8 +231,27 @@ class Follows:
         return self.rule(live, old, step)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """A rule that is applied after those batches only after which the method's memory opens the gate."""
+
+    rule: Callable[[Any, Any, Array], Any]
+    open: Callable[[Any], bool]
+
+    def __call__(self, live: Any, old: Any, step: Array) -> Any:
+        return self.rule(live, old, step)
+
+
+def nested(snapshots: Mapping[str, Callable]) -> dict[str, Callable]:
+    """The rules of a method whose memory now lies under "method" in a wrapper's: gates look there."""
+    inside = lambda rule: dataclasses.replace(rule, open=lambda memory: rule.open(memory["method"]))
+    return {name: inside(rule) if isinstance(rule, Gated) else rule for name, rule in snapshots.items()}
+
+
 def occasion(rule: Callable) -> str:
     """Which of `OCCASIONS` a rule waits for."""
+    if isinstance(rule, Gated):
+        return "gate"
     if isinstance(rule, Follows):
         return "update" if rule.every_update else "trained"
     return "batch"

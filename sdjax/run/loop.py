@@ -76,6 +76,8 @@ class Run:
         self.rules = {
             when: train.refresh_snapshots(experiment.method, names) for when, names in occasions.items() if names
         }
+        gated = {n: r for n, r in experiment.method.snapshots.items() if occasion(r) == "gate"}
+        self.gates = {n: (r.open, train.refresh_snapshots(experiment.method, [n])) for n, r in gated.items()}
         self.skipped_in_a_row, self.skipped = 0, 0
         self.before: Accuracy | None = None
         self.saved = 0
@@ -157,6 +159,7 @@ class Run:
         # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
         self.state = self.state.replace(step=self.state.step + 1)
         self.renew("batch")
+        self.renew_gated()
         jax.block_until_ready(self.state.params)
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
@@ -211,6 +214,13 @@ class Run:
         if when in self.rules:
             snapshots = self.rules[when](self.state.params, self.state.snapshots, self.state.step)
             self.state = self.state.replace(snapshots=snapshots)
+
+    def renew_gated(self) -> None:
+        """Applies the rules of the snapshots whose gate is open; the others stay what they are, bit for bit."""
+        for is_open, rule in self.gates.values():
+            if is_open(self.memory):
+                snapshots = rule(self.state.params, self.state.snapshots, self.state.step)
+                self.state = self.state.replace(snapshots=snapshots)
 
     def guard(self, step: int, outcome: Outcome, batch: Batch) -> None:
         """Counts updates that were skipped; ends the run after too many in a row, with the batch saved."""

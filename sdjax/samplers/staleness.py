@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sdjax.engine.policies import refresh
+from sdjax.engine.policies import nested, refresh
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import token_mean
@@ -47,7 +47,7 @@ def lagged(method: Method, lag: int) -> Method:
         rollouts = [r.with_extras(**{STALENESS: age}) if fresh(r) else r for r in rollouts]
         return rollouts, {"batches": memory["batches"] + 1, "method": inner}
 
-    snapshots = {**method.snapshots, WRITER: refresh(lag + 1)}
+    snapshots = {**nested(method.snapshots), WRITER: refresh(lag + 1)}
     return method._replace(collect=collect, snapshots=snapshots, memory={"batches": 0, "method": method.memory})
 
 
@@ -76,7 +76,8 @@ def bounded(method: Method, most: int, *, cap: float | None = None) -> Method:
         return kept, {"dropped": memory["dropped"] + dropped, "method": inner}
 
     objectives = tuple(weighed(o, cap) for o in method.objectives)
-    return method._replace(collect=collect, objectives=objectives, memory={"dropped": 0, "method": method.memory})
+    known = {"snapshots": nested(method.snapshots), "memory": {"dropped": 0, "method": method.memory}}
+    return method._replace(collect=collect, objectives=objectives, **known)
 
 
 def weighed(objective: Objective, cap: float | None) -> Objective:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import whole_runs
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient
 from networks import unoptimised
 
@@ -252,3 +253,25 @@ def test_gains_are_averaged_over_the_rows_that_are_long_enough():
     dist = jnp.broadcast_to(P, (4, 4, 4))
     terms = tiny.loss(rethinking_opd().objectives[0], batch, student=dist, teacher=dist)[1]
     close(terms["continuation_gain/2"], 0.25)
+
+
+@pytest.mark.usefixtures("cached")
+def test_the_recipe_from_the_command_line(tmp_path):
+    """A cold start, then distillation, with continuation gains at two depths."""
+    how = (
+        "--method",
+        "rethinking_opd",
+        "--method.cold-start",
+        "1",
+        "--method.depths",
+        "2",
+        "5",
+        "--method.group-size",
+        "4",
+    )
+    command = ["train", whole_runs.FILE, *how, "--no-replay", "--prompts", "4", "--steps", "2", "--evaluation", "0"]
+    assert whole_runs.run_here(*command, "--out", tmp_path / "run") == 0
+    first, second = whole_runs.lines(tmp_path / "run")
+    assert first["nll"] > 0.0 == first["divergence"] and first["read_by_teacher"] == 0.0
+    assert second["nll"] == 0.0 < second["divergence"] and 0.0 < second["overlap"] <= 1.0
+    assert {"auroc", "continuation_gain/2", "continuation_gain/5"} <= second.keys()
