@@ -146,7 +146,7 @@ class Settings:
         The student is `model`, loaded here after all that can be refused before, unless it is given.
         """
         own = self.chosen_teachers()
-        teachers.check_task(task, own, told=self.lesson == "solution")
+        teachers.check_before_loading(task, own, told=self.lesson == "solution")
         same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "remat", "scan")
         same += ("evaluation", "evaluate_every", "save_every")
         chosen = {

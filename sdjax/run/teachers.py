@@ -13,6 +13,7 @@ from typing import Any
 from sdjax import methods
 from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.teachers import taught_by_field
+from sdjax.devices import processes
 from sdjax.engine.score import policies_of
 from sdjax.engine.tokens import member_of
 from sdjax.engine.train import all_views
@@ -20,7 +21,7 @@ from sdjax.errors import InputError
 from sdjax.models import pretrained
 from sdjax.models.pretrained import Pretrained
 from sdjax.samplers.options import KEY
-from sdjax.samplers.scorers import Engine, scored_by, scoring_server
+from sdjax.samplers.scorers import Engine, check_reachable, scored_by, scoring_server
 from sdjax.samplers.servers import check_url
 from sdjax.types import ByField, Messages, Method, Rollout, Task, View
 
@@ -110,7 +111,7 @@ def taught(choice: Callable[..., Method], teachers: Teachers, lesson: Callable |
     check_options(name, accepted, given.get(TEACHER), teachers, told)
     own = lesson or solution_lesson if told else None if teachers.models else lesson
     offered = {"lesson": own} if own and "lesson" in accepted else {}
-    named = {TEACHER: TEACHER} if teachers.models else {}
+    named = {TEACHER: TEACHER} if teachers.models and TEACHER in accepted else {}
 
     def made(**changes: Any) -> Method:
         options = {**named, **changes}
@@ -119,7 +120,7 @@ def taught(choice: Callable[..., Method], teachers: Teachers, lesson: Callable |
         return choice(**offered, **options)
 
     method = made()
-    check_needs(method, name, teachers)
+    check_needs(method, name, teachers, "lesson" in accepted)
     if teachers.remote:
         check_server(method, name, made, [key for key in ENOUGH if key in accepted])
         return taught_by_servers(method, teachers)
@@ -132,24 +133,24 @@ def check_options(name: str, accepted: Mapping, given: str | None, teachers: Tea
     """Raises `TeacherError` where options of the method `name` and those of teachers contradict one another."""
     if told and "lesson" not in accepted:
         raise TeacherError(f"{name} takes no lesson: leave out --lesson solution")
-    if teachers.models and TEACHER not in accepted:
-        raise TeacherError(f"{name} learns from no other model: leave out the teacher, or take one of {takers()}")
     if teachers.models and given not in (None, TEACHER):
         raise TeacherError(f"--method.teacher {given} is a policy of {name}'s own: leave it out beside --teacher")
 
 
-def check_needs(method: Method, name: str, teachers: Teachers) -> None:
-    """Raises `TeacherError` where a policy that the method needs is missing, or it cannot have several."""
+def check_needs(method: Method, name: str, teachers: Teachers, told: bool) -> None:
+    """Raises `TeacherError` where a policy is missing, is of no use, or cannot be several; `told`: it may have a lesson."""
     missing = needed(method)
     if missing - {TEACHER}:
         raise TeacherError(
             f"--method.teacher {min(missing - {TEACHER})}: expected live or initial; a model is named with --teacher"
         )
+    if teachers.models and not missing:
+        raise TeacherError(f"{name} learns from no other model: leave out the teacher, or take one of {takers()}")
     if missing and not teachers.models:
+        itself = ", or let the initial model teach, which then reads each problem's solution, with --lesson solution"
         raise TeacherError(
             f"{name} needs a teacher: name one with --teacher (a folder, a hub name, smollm2, a .gguf file or the "
-            "address of a server), or let the initial model teach, which then reads each problem's solution, with "
-            "--lesson solution"
+            f"address of a server){itself if told else ''}"
         )
     if teachers.field and not readers(method):
         raise TeacherError(f"{name} writes with one teacher: name it with --teacher")
@@ -199,12 +200,14 @@ def takers() -> str:
     return ", ".join(name for name in names if TEACHER in inspect.signature(factory(name)).parameters)
 
 
-def check_task(task: Task, teachers: Teachers, told: bool) -> None:
-    """Raises where the problems lack what teachers need: a field that names one (`FieldError`), or any solution."""
+def check_before_loading(task: Task, teachers: Teachers, told: bool) -> None:
+    """Raises where the problems lack a field that names a teacher (`FieldError`) or any solution, or a server is not up."""
     if told and not any(example.solution for example in task.train):
         raise TeacherError(f"--lesson solution: no problem of {task.name} has a solution")
     for example in task.train if teachers.field else ():
         member_of(example, ByField(teachers.field, tuple(teachers.models)))
+    for url in teachers.models.values() if teachers.remote else ():
+        processes.by_first(lambda url=url: check_reachable(url))
 
 
 def load(teachers: Teachers, dtype: Any = None) -> dict[str, Pretrained]:

@@ -8,9 +8,11 @@ on its likeliest tokens and the rest.
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -126,6 +128,17 @@ def scoring_server(
         return [scores_of(found, entries) for found in processes.by_first(together)]
 
     return score
+
+
+def check_reachable(url: str, timeout: float = 10.0) -> None:
+    """Raises `EngineError` unless something listens at a server's address: asked before anything is loaded."""
+    check_url(url)
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout).close()
+    except OSError as error:
+        raise EngineError(f"{url} cannot be reached ({error}): is the server up, and is this its address?") from error
 
 
 def scores_of(found: Answer, entries: int) -> Scores:

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from networks import unoptimised
 from spies import watch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from whole_runs import lines
 
@@ -19,11 +20,13 @@ from sdjax.__main__ import main
 from sdjax.cli.options import Choice
 from sdjax.engine.policies import Environment
 from sdjax.engine.tokens import FieldError
+from sdjax.engine.train import models
 from sdjax.methods.brts import brts
 from sdjax.methods.gkd import gkd
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opd import opd
 from sdjax.methods.tessy import tessy
+from sdjax.methods.trace import trace
 from sdjax.models import pretrained
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
@@ -51,7 +54,7 @@ TEMPLATE = (
 
 def bytes_tokenizer():
     """A byte-level BPE of a few texts, with a chat template of its own."""
-    inner = Tokenizer(models.BPE())
+    inner = Tokenizer(BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [
         f"How much is {a} plus {b}? So, the answer is {a + b}. Wait, but then we are done."
@@ -180,6 +183,10 @@ def test_a_missing_teacher_is_named_with_the_options_that_would_do(place, capfd,
 SEVERAL = ("--teachers", "maths=a/b,code=c/d", "--teacher-field")
 SENTENCES = {
     ("--method", "grpo", "--teacher", "a/b"): f"grpo learns from no other model: .*take one of {', '.join(TAKERS)}",
+    ("--method", "trace", "--teacher", "a/b"): "trace learns from no other model",
+    ("--method", "trace", "--method.annotator", "teacher"): r"trace needs a teacher: .*of a server\)$",
+    ("--method", "trace", "--method.annotator", "teacher", *SEVERAL, "domain"): "trace writes with one teacher",
+    ("--method", "opd", "--teacher", "http://127.0.0.1:9/v1"): "http://127.0.0.1:9/v1 cannot be reached .*refused",
     ("--method", "grpo", "--lesson", "solution"): "grpo takes no lesson",
     (
         "--method",
@@ -241,9 +248,21 @@ def test_an_external_teacher_reads_the_question_unless_it_shall_be_told():
     view = lambda **given: Settings(**given).method(Choice(opd), told).objectives[0].views["teacher"]
     assert not view(teacher="a/b").per_rollout and view(teacher="a/b", lesson="solution").per_rollout
     assert policies(Settings(lesson="solution").method(Choice(opd)))[0] == "initial"
+    marked = Settings(teacher="a/b").method(Choice(trace, {"annotator": "teacher"}))
+    assert teachers.needed(marked) == {"teacher"}
     # Options of a command line are all there, most with their defaults; a plain factory does, too.
     assert policies(Settings(teacher="a/b").method(Choice(opd, {"teacher": None})))[0] == "teacher"
     assert policies(Settings(teacher="a/b").method(opd))[0] == "teacher"
+
+
+def test_teachers_are_kept_and_compute_in_a_type_of_their_own(place):
+    settings = Settings(model=str(place / "student"), teacher=str(place / "first"), teacher_dtype="bfloat16")
+    task = Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity)
+    some = settings.experiment(method=settings.method(opd), task=task)
+    types = {jax.numpy.dtype(x.dtype).name for x in jax.tree.leaves(some.teachers["teacher"].params)}
+    assert types == {"bfloat16"} and some.teachers["teacher"].config.width == 48
+    networks = models(some)
+    assert networks["teacher"].dtype == jax.numpy.bfloat16 and networks["live"].dtype == jax.numpy.float32
 
 
 def test_the_lesson_is_the_solution_after_the_question():
@@ -278,6 +297,6 @@ def test_only_tessy_has_no_view_that_could_choose():
     with pytest.raises(TeacherError, match="tessy writes with one teacher"):
         teachers.taught(tessy, several, None, told=False)
     with pytest.raises(FieldError, match="has no field 'domain'"):
-        teachers.check_task(task, several, told=False)
+        teachers.check_before_loading(task, several, told=False)
     assert teachers.needed(grpo()) == set() and teachers.needed(tessy()) == {"teacher"}
     assert teachers.needed(gkd()) == {"teacher"} and {"brts", "opd", "tessy", "vopd"} < {*TAKERS}
