@@ -9,6 +9,7 @@ import pytest
 import tiny
 from networks import VOCABULARY, batch, context, full_logits, network, prompts, unoptimised
 
+from sdjax.engine import score
 from sdjax.engine.policies import reading
 from sdjax.engine.score import over_members, policies_of, spread, token_signals
 from sdjax.engine.tokens import FieldError, collate
@@ -95,6 +96,24 @@ def test_one_program_for_every_mixture():
     for members in ((0, 1, 0, 1), (0, 0, 0, 0), (1, 1, 1, 0)):
         compiled(PARAMS, data(members))
     assert compiled._cache_size() == 1
+
+
+def test_a_policy_reads_its_own_rows_and_no_others(monkeypatch):
+    """Two rows at a time, whatever the order of the groups: as many runs as one teacher would take."""
+    read, states = [], score.hidden_states
+
+    def counted(model, params, context, completion, present):
+        jax.debug.callback(lambda: read.append((model.config.family, len(completion))))
+        return states(model, params, context, completion, present)
+
+    monkeypatch.setattr(score, "hidden_states", counted)
+    run = jax.jit(lambda batch: token_signals(views(False), measured, MODELS, PARAMS, batch))
+    for members, maths in (((0, 1, 1, 0), 2), ((1, 1, 1, 1), 0)):
+        read.clear()
+        jax.block_until_ready(run(data(members)))
+        jax.effects_barrier()
+        teachers = [family for family, rows in read if rows == 2]
+        assert len(teachers) == 4 and teachers.count(MODELS["maths"].config.family) == maths
 
 
 @pytest.mark.parametrize("units, members, chunks", [(8, 2, 4), (12, 3, 6), (16, 3, 16)])
