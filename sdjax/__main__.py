@@ -57,7 +57,7 @@ def train(arguments: list[str]) -> int:
     if name is not None and not takes_method:
         raise options.OptionError(f"{arguments[0]} takes no --method: its function `experiment` has no such argument")
     factory = options.method_factory(name) if name else None
-    own = train_options(module, factory)
+    own, rest = train_options(module, factory), options.take_template(rest)
     options.check_names(rest, options.option_names(own))
     chosen = tyro.cli(
         own,
@@ -168,6 +168,7 @@ def evaluate(arguments: list[str]) -> int:
     """`sdjax evaluate MODEL --data FILE ...`"""
     from sdjax.cli.measure import measure
 
+    arguments = options.take_template(arguments)
     options.check_names(arguments, list(inspect.signature(measure).parameters))
     prepare()
     print(tyro.cli(measure, args=arguments, prog="sdjax evaluate"))

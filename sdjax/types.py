@@ -194,6 +194,7 @@ class View(NamedTuple):
     `entries` is how much of the view's distribution `signals` reads: all of it (`None`), or the sampled token and so
     many of the likeliest entries, the others only as their total mass.
     `told`: its context says more than the question; controls change what such views read, and no others.
+    `template` are options of the chat template with which the view's context is written: `{"enable_thinking": True}`.
     """
 
     policy: str | ByField | Scored = "live"
@@ -201,6 +202,10 @@ class View(NamedTuple):
     per_rollout: bool = False
     entries: int | None = None
     told: bool = False
+    template: Mapping[str, Any] = {}
+
+    def __hash__(self) -> int:  # of what programs depend on; a mapping has none
+        return hash(self[:5])
 
 
 class Term(NamedTuple):

@@ -117,7 +117,9 @@ def study(
             own = dataclasses.replace(sums, prompts=rows, seed=seed)
             experiment = SUMS.experiment(method=ARMS.get(name, ARMS["SFT"]), settings=own)
             tasks, start = held_out(experiment.task, problems, seed), experiment.student
-            base = Policy(Transformer(start.config), start.params, start.tokenizer, experiment.shapes)
+            base = Policy(
+                Transformer(start.config), start.params, start.tokenizer, experiment.shapes, origin=start.origin
+            )
             texts = rollouts.sample(
                 dataclasses.replace(base, shapes=LONGER), tasks["GSM-Symbolic"].test, jax.random.key(seed)
             )

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import traceback
@@ -90,6 +91,26 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
             rest.append(arguments[i])
             i += 1
     return value, rest
+
+
+def take_template(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which every `--template.NAME VALUE` has become a field of one `--template '{"name": value}'`.
+
+    A value is read as JSON where it can be, else as text.  Raises `OptionError` for one without a value.
+    """
+    found, rest = {}, list(arguments)
+    for name in dict.fromkeys(a.split("=", 1)[0] for a in arguments if a.startswith("--template.")):
+        value, rest = take_option(rest, name.removeprefix("--"))
+        found[name.removeprefix("--template.").replace("-", "_")] = as_value(value or "")
+    return [*rest, "--template", json.dumps(found)] if found else rest
+
+
+def as_value(text: str) -> Any:
+    """What a text says as JSON, `True` and `False` in any case; the text itself where it is none."""
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
 
 
 def check_names(arguments: Sequence[str], known: Sequence[str]) -> None:

@@ -35,7 +35,10 @@ def continued_after(
     Rows are padded to a multiple of `slots`, so that numbers and depths that differ from call to call compile once;
     row `i` draws from `fold_in(fold_in(key, i), 0)`.
     """
-    rows = [[*encode_context(policy.tokenizer, c, policy.shapes), *p] for c, p in zip(chats, prefixes, strict=True)]
+    rows = [
+        [*encode_context(policy.tokenizer, c, policy.shapes, policy.template), *p]
+        for c, p in zip(chats, prefixes, strict=True)
+    ]
     slots, found = rows_multiple(slots), []
     for start in range(0, len(rows), slots):
         count = len(rows[start : start + slots])

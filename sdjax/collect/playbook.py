@@ -17,8 +17,9 @@ from jax import Array
 
 from sdjax.collect.contexts import question, rewrite_last, without_thinking
 from sdjax.collect.synthesis import ask
+from sdjax.engine.chats import render
 from sdjax.engine.policies import Environment
-from sdjax.engine.tokens import LengthError, render, shorten
+from sdjax.engine.tokens import LengthError, shorten
 from sdjax.types import Messages, Rollout
 
 Playbook = dict[str, Any]

@@ -13,6 +13,7 @@ from jax import Array
 from sdjax.collect.contexts import question
 from sdjax.devices.processes import divided
 from sdjax.engine import policies
+from sdjax.engine.chats import encode_text
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment, Policy, grouped
 from sdjax.errors import InputError
@@ -73,7 +74,7 @@ def written(example: Example, text: str, policy: Policy, *, group: int, source: 
 
     What exceeds the completion limit is cut off, and such a row is not `finished`.
     """
-    tokens = policy.tokenizer.encode(text, add_special_tokens=False)
+    tokens = encode_text(policy.tokenizer, text)
     if finished and policy.tokenizer.eos_token_id is not None:
         tokens = [*tokens, policy.tokenizer.eos_token_id]
     finished = finished and len(tokens) <= policy.shapes.completion

@@ -170,7 +170,8 @@ def measured(
     length = max(2, policy.shapes.completion)
     row = lambda values, dtype: np.asarray([*values, *[0] * (length - len(values))], dtype)
     context, read = left_pad(
-        [encode_context(policy.tokenizer, r.contexts[view], policy.shapes) for r in rollouts], policy.shapes.context
+        [encode_context(policy.tokenizer, r.contexts[view], policy.shapes, policy.template) for r in rollouts],
+        policy.shapes.context,
     )
     x = {
         "context": context,

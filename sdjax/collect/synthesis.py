@@ -15,6 +15,7 @@ from jax import Array
 from sdjax.collect.rollouts import to_file
 from sdjax.devices.sharding import to_host
 from sdjax.engine import policies
+from sdjax.engine.chats import encode_text
 from sdjax.engine.generate import Sampling, first, generate
 from sdjax.engine.policies import Environment, Policy, Sample
 from sdjax.engine.tokens import encode_context, left_pad
@@ -131,9 +132,12 @@ def continued(
     Hand-over is by text, so policies of different vocabularies may take turns; `None` where the text does not survive
     the policy's tokenizer.
     """
-    encode = lambda text: policy.tokenizer.encode(text, add_special_tokens=False)
+    encode = lambda text: encode_text(policy.tokenizer, text)
     decode = lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True)
-    rows = [encode_context(policy.tokenizer, c, policy.shapes) + encode(t) for c, t in zip(chats, texts, strict=True)]
+    rows = [
+        encode_context(policy.tokenizer, c, policy.shapes, policy.template) + encode(t)
+        for c, t in zip(chats, texts, strict=True)
+    ]
     fill = lambda some: [*some, *[some[-1]] * (-len(some) % slots)]
     done = generate(
         (policy.model,),

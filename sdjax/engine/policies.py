@@ -15,8 +15,10 @@ from jax import Array
 from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
 from sdjax.engine.generate import Completions, Sampling, first, generate
 from sdjax.engine.score import policies_of, token_signals
-from sdjax.engine.tokens import Shapes, collate, decode_text, encode_context, left_pad, stop_tokens
+from sdjax.engine.tokens import Shapes, collate, decode_text, encode_context, left_pad
 from sdjax.engine.vocabulary import limited
+from sdjax.models.pretrained import UNKNOWN, Origin
+from sdjax.models.templates import stop_tokens
 from sdjax.models.transformer import Transformer
 from sdjax.types import Batch, ByField, Example, Messages, Method, Objective, Rollout, Scored, Verdict, View
 
@@ -25,7 +27,8 @@ from sdjax.types import Batch, ByField, Example, Messages, Method, Objective, Ro
 class Policy:
     """A language model that can be sampled and that can score: `params` of `model`, read through `tokenizer`.
 
-    Ids that the tokenizer does not have get no mass (`sdjax.engine.vocabulary`).
+    Ids that the tokenizer does not have get no mass (`sdjax.engine.vocabulary`).  `template` are the options of the chat
+    template with which it writes: in a run those of the view that it reads.
     `writer`, if there is one, samples in place of `sdjax.engine.generate.generate`: see `sdjax.samplers.servers`.
     """
 
@@ -34,13 +37,15 @@ class Policy:
     tokenizer: Any
     shapes: Shapes
     writer: Callable[..., list[list[Sample]]] | None = None
+    origin: Origin = UNKNOWN
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "model", limited(self.model, self.tokenizer))
 
     @functools.cached_property
     def stop(self) -> tuple[int, ...]:
-        return stop_tokens(self.tokenizer)
+        return stop_tokens(self.tokenizer, self.origin.generation)
 
 
 class Sample(NamedTuple):
@@ -97,7 +102,8 @@ def sample(
     chats = (contexts,) if isinstance(policies, Policy) else tuple(contexts)
     shapes, tokenizer = together[0].shapes, together[0].tokenizer
     encoded = [
-        [encode_context(p.tokenizer, c, p.shapes) for c in some] for p, some in zip(together, chats, strict=True)
+        [encode_context(p.tokenizer, c, p.shapes, p.template) for c in some]
+        for p, some in zip(together, chats, strict=True)
     ]
     if isinstance(policies, Policy) and policies.writer is not None:
         limit = shapes.completion if limit is None else min(limit, shapes.completion)

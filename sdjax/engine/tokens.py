@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.engine.chats import render
 from sdjax.errors import InputError
 from sdjax.types import UNUSED, Batch, ByField, Context, Example, Messages, Rollout, Scored, Scores, View
 
@@ -93,23 +94,18 @@ def bucket(length: int, limit: int) -> int:
     return min(size, max(limit, length))
 
 
-def render(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of a chat up to where the assistant speaks next, by the tokenizer's chat template.
+def encode_context(
+    tokenizer: Any, messages: Messages, shapes: Shapes, template: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a chat, made to fit `shapes.context` by `shapes.too_long`.  Raises `LengthError` or `ChatError`.
 
-    A tokenizer without a template gets the turns' contents, joined by newlines.
+    `template` are options of the chat template (`View.template`).
     """
-    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if getattr(tokenizer, "chat_template", None) is None:
-        return tokenizer.encode("\n".join(t["content"] for t in turns))
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def encode_context(tokenizer: Any, messages: Messages, shapes: Shapes) -> list[int]:
-    """Token ids of a chat, made to fit `shapes.context` by `shapes.too_long`.  Raises `LengthError`."""
-    ids = render(tokenizer, messages)
+    ids = render(tokenizer, messages, template)
     if len(ids) <= shapes.context:
         return ids
-    return render(tokenizer, shapes.too_long(messages, lambda m: len(render(tokenizer, m)), shapes.context))
+    count = lambda messages: len(render(tokenizer, messages, template))
+    return render(tokenizer, shapes.too_long(messages, count, shapes.context), template)
 
 
 def left_pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,14 +121,6 @@ def left_pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.
 def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of completion tokens, without special tokens."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
-
-
-def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an assistant's turn: the tokenizer's end token and the chat formats' ends of turn that it knows."""
-    known = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[t] for t in known if t in vocabulary}
-    return tuple(sorted(ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())))
 
 
 def collate(
@@ -228,7 +216,7 @@ def collate_context(slots, name: str, view: View, per_group: int, tokenizer: Any
             raise ValueError(
                 f"view {name!r}: rollouts of one group read different contexts; declare it View(per_rollout=True)"
             )
-        rows.append(encode_context(tokenizer, spoken[0], shapes) if spoken else ())
+        rows.append(encode_context(tokenizer, spoken[0], shapes, view.template) if spoken else ())
     tokens, mask = left_pad(rows, shapes.context)
     # A context nobody speaks still needs one real token, or its rows would attend to nothing.
     mask[~mask.any(-1), -1] = True

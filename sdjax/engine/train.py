@@ -79,7 +79,8 @@ class Experiment:
     `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
     and after); `save_every` likewise (0: at the end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
-    the final model is also written to the run folder's `model/`, for sdjax and the transformers library.  `mesh` is
+    the final model is also written to the run folder's `model/`, for sdjax and the transformers library, in
+    `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).
     With `lora` the student's weights are frozen and adapters trained: they are what is saved and what snapshots hold.
 
@@ -108,6 +109,7 @@ class Experiment:
     save_every: int = 0
     most_skipped: int = 3
     export: bool = True
+    export_dtype: str | None = None
     mesh: tuple[int, int] | None = None
     lora: adapters.Lora | None = None
 
@@ -255,6 +257,12 @@ def models(experiment: Experiment) -> dict[str, Transformer]:
 def all_views(method: Method) -> dict[str, View]:
     """The views of all objectives of a method, by name."""
     return {name: view for objective in method.objectives for name, view in objective.views.items()}
+
+
+def template_of(method: Method, policy: str) -> Mapping[str, Any]:
+    """The options of the chat template with which a policy writes: those of the first view of it, a trained one first."""
+    views = [v for v in all_views(method).values() if policy in policies_of(v)]
+    return next((v.template for v in sorted(views, key=lambda v: not v.trainable)), {})
 
 
 def make_update(

@@ -29,7 +29,7 @@ CARD = Card(
         "the default is version 3; opsd_v1 is version 1: JSD 0.5, no clip, temperature 1.2",
         "the paper averages per sequence, its code over the tokens of a micro-batch (default)",
         "clipped entries push the student away from what the teacher wants more of: as published, not a bounded pull",
-        "version 3's templates (student's thinking off, teacher's on) are the lesson's business",
+        "version 3's templates (student's thinking off, teacher's on) are `teacher_thinks`; by default nothing is set",
         "reason_first (off in the code, too): wording ours; lesson and analysis stand in one turn of the teacher's prompt",
     ),
 )
@@ -53,6 +53,7 @@ def opsd(
     top_k: int = 20,
     teacher_top_k: int | None = None,
     sampled_token: bool = False,
+    teacher_thinks: bool = False,
     ema_rate: float = 0.0,
     reason_first: int = 0,
     group_size: int = 1,
@@ -71,6 +72,8 @@ def opsd(
       top_p, top_k: of sampling (1 and 0: no filter).
       teacher_top_k: entries of the teacher's distribution that are kept, both sides renormalised; `None` is all.
       sampled_token: Eq. 9 instead: reverse KL by the sampled token alone, a policy gradient without clip.
+      teacher_thinks: the student's chat template is told `enable_thinking` false and the teacher's true, as in version 3;
+        for templates with that option (Qwen3).
       ema_rate: the teacher's parameters follow the student's: 0 is frozen (paper), 1 is live.
       reason_first: tokens of an analysis of its lesson that the teacher writes before it grades, greedily; 0: none.  The
         context must have room for it.
@@ -109,8 +112,10 @@ def opsd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    teacher = View(policy, per_rollout=lesson is not None, told=True)
-    objective = Objective({"student": View(trainable=True), "teacher": teacher}, signals, terms)
+    thinking = lambda on: {"enable_thinking": on} if teacher_thinks else {}
+    teacher = View(policy, per_rollout=lesson is not None, told=True, template=thinking(True))
+    student = View(trainable=True, template=thinking(False))
+    objective = Objective({"student": student, "teacher": teacher}, signals, terms)
     return Method(collect, (objective,), {} if live else {"teacher": ema(ema_rate)})
 
 

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from sdjax.models.configs import ModelConfig
 from sdjax.models.fields import ModelError
-from sdjax.models.weights import Place, layout
+from sdjax.models.layout import Place, layout
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every matrix of a block, by its name in the transformers library."""
@@ -265,10 +265,17 @@ def fingerprint(params: Mapping[str, Any], lora: Lora) -> int:
 # ---- the peft library's format --------------------------------------------------------------------------------------
 
 
-def save_peft(folder: str | os.PathLike, config: ModelConfig, adapters: Mapping[str, Any], lora: Lora) -> None:
+def save_peft(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    adapters: Mapping[str, Any],
+    lora: Lora,
+    base_name: str | None = None,
+) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, which the peft library and vLLM open.
 
-    They are loaded onto the base model that the reader names.  Raises: ModelError if the folder cannot be written.
+    They are loaded onto the base model `base_name`, a hub name or a folder.  Raises: ModelError if the folder cannot be
+    written.
     """
     folder, tensors = Path(folder), {}
     for block, short, place in targeted(config, lora):
@@ -278,7 +285,7 @@ def save_peft(folder: str | os.PathLike, config: ModelConfig, adapters: Mapping[
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_name,
         "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank,
         "lora_dropout": 0.0,

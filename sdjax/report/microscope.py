@@ -71,7 +71,7 @@ def open_run(run: Run, model: str = "", teacher: str = "") -> Reader:
     name = model or (str(own) if (own / "config.json").is_file() else run.arguments.get("model"))
     if not isinstance(name, str):
         raise ReportError(f"{run.folder} has no model/ and does not say what it trained: name a model with --model")
-    config, whole, tokenizer = pretrained.load(name)
+    config, whole, tokenizer, _ = pretrained.load(name)
     params, step = saved_parameters(run.folder / "checkpoints")
     if "lora" in params["live"] and name == str(own):
         params["live"] = whole  # exported with the adapters folded in
@@ -209,7 +209,7 @@ def readable_views(reader: Reader, line: Mapping[str, Any]) -> dict[str, View]:
     """The views whose policy was saved and whose context was recorded; the student is always one."""
     named = {"student": "live", **line["policies"]}
     return {
-        name: View(policy, per_rollout=True)
+        name: View(policy, per_rollout=True, template=line.get("templates", {}).get(name, {}))
         for name, policy in named.items()
         if policy in reader.params and (name == "student" or line["contexts"].get(name, ()) != ())
     }

@@ -13,6 +13,7 @@ import jax
 from sdjax.collect.contexts import question
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
+from sdjax.engine.chats import check_view
 from sdjax.engine.tokens import encode_context
 from sdjax.engine.train import Experiment, ExperimentError
 from sdjax.run import checkpoint
@@ -42,6 +43,7 @@ def fit(
     shared, mesh = processes.many(), train.mesh_of(experiment)
     with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh):
         processes.by_first(lambda: check_folder(folder, resume, arguments))
+        check_contexts(experiment)
         check_lengths(experiment)
         try:
             processes.by_first(lambda: claim(folder, arguments))
@@ -69,6 +71,12 @@ def fit(
             raise
 
 
+def check_contexts(experiment: Experiment) -> None:
+    """Raises `ChatError` if a view's chats do not end where a completion can begin (`sdjax.engine.chats.check_view`)."""
+    for name, view in train.all_views(experiment.method).items():
+        check_view(experiment.student.tokenizer, name, view.template)
+
+
 def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
     """Raises before the first step what would end the run at some later one: a question that does not fit.
 
@@ -88,4 +96,4 @@ def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
     examples = [*experiment.task.train, *experiment.task.test[: experiment.evaluation]]
     length = lambda example: sum(len(turn["content"]) for turn in example.prompt)
     for example in sorted(examples, key=length, reverse=True)[:most]:
-        encode_context(student.tokenizer, question(example), shapes)
+        encode_context(student.tokenizer, question(example), shapes, train.template_of(experiment.method, "live"))

@@ -23,6 +23,7 @@ from sdjax.engine.train import Experiment, Outcome, State
 from sdjax.models import adapters, pretrained
 from sdjax.run import checkpoint, records
 from sdjax.run.evaluate import Accuracy, accuracy, by_cap
+from sdjax.run.export import export
 from sdjax.run.folder import RunError, as_json
 from sdjax.run.interrupts import Interrupted, Interrupts
 from sdjax.run.log import NoLog, RunLog, replace_text
@@ -91,14 +92,15 @@ class Run:
 
     def environment(self) -> Environment:
         """What `collect` may use now."""
-        student, shapes = self.experiment.student, self.experiment.shapes
         params = adapters.completed({**self.parameters(), "live": self.state.params})
-        tokenizers = {name: teacher.tokenizer for name, teacher in self.experiment.teachers.items()}
-        policies = {
-            name: Policy(self.models[name], params[name], tokenizers.get(name, student.tokenizer), shapes)
-            for name in params
-        }
+        policies = {name: self.policy(name, own) for name, own in params.items()}
         return Environment(policies, self.experiment.task.verify, self.prompts.more)
+
+    def policy(self, name: str, params: Any) -> Policy:
+        """A policy with these parameters."""
+        e = self.experiment
+        source, template = e.teachers.get(name, e.student), train.template_of(e.method, name)
+        return Policy(self.models[name], params, source.tokenizer, e.shapes, origin=source.origin, template=template)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -268,12 +270,9 @@ class Run:
         if processes.first():
             replace_text(self.folder / "result.json", json.dumps(result, indent=1))
         if self.experiment.export:
-            student, target = self.experiment.student, self.folder / "model"
-            params = sharding.to_host(adapters.folded(self.environment().live.params))
-            processes.by_first(lambda: pretrained.save(target, student.config, params, student.tokenizer))
-            self.log.say(f"model written to {target}")
-            if self.experiment.lora is not None:
-                self.export_adapter()
+            whole, trained = self.environment().live.params, self.state.params
+            for what, target in export(self.experiment, self.folder, whole, trained).items():
+                self.log.say(f"{what} written to {target}")
         if self.before is None and after is None:
             return
         self.log.table(
@@ -285,13 +284,6 @@ class Run:
                 if a is not None
             ],
         )
-
-    def export_adapter(self) -> None:
-        """Writes `adapter/`, a folder of the peft library."""
-        student, lora, target = self.experiment.student, self.experiment.lora, self.folder / "adapter"
-        trained = sharding.to_host(self.state.params)
-        processes.by_first(lambda: adapters.save_peft(target, student.config, trained, lora))
-        self.log.say(f"adapter written to {target}")
 
     # ---- saving -------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ def append_rollouts(
     path: Path, step: int, rollouts: Sequence[Rollout], tokenizer: Any, views: Mapping[str, View], most: int = 4
 ) -> None:
     """Appends the first whole groups of a step, at least `most` rollouts if there are, at most `4 most`."""
+    templates = {name: dict(view.template) for name, view in views.items() if view.template}
     with open(path, "a", encoding="utf-8") as file:
         for rollout, rewards in first_groups(rollouts, most):
             line = {
@@ -31,6 +32,7 @@ def append_rollouts(
                 **described(rollout, tokenizer),
                 "rewards": rewards,
                 "policies": policies_of(views, rollout),
+                "templates": templates,
             }
             file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -12,7 +12,7 @@ import optax
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment, check_numbers
-from sdjax.models import adapters, pretrained
+from sdjax.models import adapters, pretrained, templates
 from sdjax.models.pretrained import Pretrained
 from sdjax.run import teachers
 from sdjax.run.teachers import Teachers
@@ -42,6 +42,18 @@ class Settings:
     )
     lora_base: Literal["float", "int8", "nf4"] = option(
         "float", "model", "the type of the frozen matrices under adapters; int8 and nf4 need sdjax[lora]"
+    )
+    export_dtype: Literal["original", "float32", "bfloat16", "float16"] = option(
+        "original",
+        "model",
+        "type of the weights in model/; original: as they were loaded, which may round away small changes",
+    )
+    chat_template: str = option("", "model", "a file with the chat template, for models that have none")
+    template: str = option(
+        "",
+        "model",
+        "options of the chat template for all that student and teachers read, one by one as "
+        "--template.enable-thinking false, or together as JSON",
     )
     mesh: str = option("", "model", "devices as DATAxMODEL, for example 4x2; by default all on the data axis")
 
@@ -104,6 +116,11 @@ class Settings:
         mesh_shape(self.mesh)
         adapters.chosen(self.lora_rank, self.lora_base)
         self.chosen_teachers()
+        templates.parsed(self.template)
+
+    def student(self) -> Pretrained:
+        """The model that is trained, with its chat template.  Raises `ModelError`."""
+        return pretrained.load(self.model, chat_template=self.chat_template, template=templates.parsed(self.template))
 
     def chosen_teachers(self) -> Teachers:
         """The models that teach, by the name of their policy."""
@@ -155,8 +172,9 @@ class Settings:
             "shapes": self.shapes(),
             "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,
             "lora": adapters.chosen(self.lora_rank, self.lora_base),
+            "export_dtype": None if self.export_dtype == "original" else self.export_dtype,
             "mesh": mesh_shape(self.mesh),
-            "student": pretrained.load(self.model) if student is None else student,
+            "student": self.student() if student is None else student,
         }
         if own.models:
             dtype = self.teacher_dtype and jnp.dtype(self.teacher_dtype)

@@ -61,7 +61,7 @@ def with_scores(
 ) -> list[Rollout]:
     """The rollouts with what a server says of those that are its own and that the view has a context for."""
     told = [r for r in rollouts if r.tokens and r.contexts.get(name) is not None and mine(r)]
-    rows = [(encode_context(live.tokenizer, r.contexts[name], live.shapes), r.tokens) for r in told]
+    rows = [(encode_context(live.tokenizer, r.contexts[name], live.shapes, view.template), r.tokens) for r in told]
     found = scorer(rows, view.entries, live.tokenizer) if rows else []
     scores = {id(r): s for r, s in zip(told, found, strict=True)}
     return [r.scored(**{name: scores[id(r)]}) if id(r) in scores else r for r in rollouts]

@@ -94,7 +94,9 @@ def reloaded(folder: str | Path, url: str, body: Mapping[str, Any], *, timeout: 
 
     def push(policy: Policy) -> None:
         params = to_host(adapters.folded(policy.params))
-        processes.by_first(lambda: pretrained.save(folder, policy.model.config, params, policy.tokenizer))
+        processes.by_first(
+            lambda: pretrained.save(folder, policy.model.config, params, policy.tokenizer, policy.origin)
+        )
         processes.by_first(lambda: ask(url, body, {}, timeout=timeout, retries=0))
 
     return push

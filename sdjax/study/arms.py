@@ -90,7 +90,8 @@ def trained(
     if result.interrupted:
         raise KeyboardInterrupt(f"{folder.name} was interrupted: run the same command again")
     student = experiment.student
-    live = Policy(models(experiment)["live"], result.state.params, student.tokenizer, experiment.shapes)
+    network, shapes = models(experiment)["live"], experiment.shapes
+    live = Policy(network, result.state.params, student.tokenizer, shapes, origin=student.origin)
     seen = checkpoint.restore(folder / "checkpoints", result.state)[1]["memory"]["probes"]
     rows = [*seen, {"step": experiment.steps, **probe(live)}]
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:

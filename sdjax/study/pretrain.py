@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import optax
 
-from sdjax.engine.tokens import bucket, render
+from sdjax.engine.chats import encode_text, render
+from sdjax.engine.tokens import bucket
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.kernels.reductions import token_mean
 from sdjax.models.configs import ModelConfig
@@ -42,7 +43,7 @@ def rows(tokenizer: Any, texts: Iterator[tuple[Messages, str]], most: int) -> It
     """`(token ids of chat and text with its end, how many of them are the chat's)`, longer ones than `most` left out."""
     for chat, text in texts:
         before = render(tokenizer, chat)
-        after = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        after = [*encode_text(tokenizer, text), tokenizer.eos_token_id]
         if len(before) + len(after) <= most:
             yield before + after, len(before)
 

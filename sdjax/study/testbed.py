@@ -214,7 +214,7 @@ def student(model: str = "", smoke: bool = False) -> tuple[Pretrained, str]:
 
 def policy_of(base: Pretrained) -> Policy:
     """The base model as a policy."""
-    return Policy(Transformer(base.config), base.params, base.tokenizer, SHAPES)
+    return Policy(Transformer(base.config), base.params, base.tokenizer, SHAPES, origin=base.origin)
 
 
 def first_correct(

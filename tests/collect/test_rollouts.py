@@ -12,9 +12,10 @@ from networks import config, full_logits, network, read_lines, tokenizer, unopti
 from sdjax.collect import rollouts
 from sdjax.collect.contexts import question, with_solution
 from sdjax.engine import policies
+from sdjax.engine.chats import render
 from sdjax.engine.generate import GREEDY, mixture
 from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh
-from sdjax.engine.tokens import Shapes, render
+from sdjax.engine.tokens import Shapes
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.run import records
 from sdjax.tasks.jsonl import read_jsonl

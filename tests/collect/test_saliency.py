@@ -12,7 +12,7 @@ from method_checks import assert_same, close, fixture, slopes
 
 from sdjax.collect.contexts import question
 from sdjax.collect.saliency import SCALE, START, effective, parts, relearned, restored, saliency
-from sdjax.engine.tokens import render
+from sdjax.engine.chats import render
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
 from sdjax.methods import atmanrl as atmanrl_module

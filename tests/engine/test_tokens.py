@@ -6,6 +6,7 @@ from networks import WORDS, tokenizer
 
 from sdjax.collect.contexts import after_demonstrations, with_solution
 from sdjax.engine import tokens
+from sdjax.engine.chats import render
 from sdjax.engine.tokens import (
     LengthError,
     Shapes,
@@ -15,9 +16,9 @@ from sdjax.engine.tokens import (
     left_pad,
     padded_length,
     refuse,
-    render,
     shorten,
 )
+from sdjax.models.templates import stop_tokens
 from sdjax.types import REFERENCE, STUDENT, Example, Rollout, View
 
 
@@ -59,9 +60,9 @@ def test_text_is_decoded_without_special_tokens():
 
 def test_stop_tokens_are_the_end_token_and_the_known_ends_of_turn():
     ids = tokenizer().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert tokens.stop_tokens(tokenizer()) == tuple(sorted(ids))
+    assert stop_tokens(tokenizer()) == tuple(sorted(ids))
     other = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer, eos_token="w5")
-    assert tokens.stop_tokens(other) == tuple(sorted([*ids, tokenizer().convert_tokens_to_ids("w5")]))
+    assert stop_tokens(other) == tuple(sorted([*ids, tokenizer().convert_tokens_to_ids("w5")]))
 
 
 # ---- buckets ------------------------------------------------------------------------------------------------------

@@ -600,7 +600,7 @@ def saved(llama, tmp_path):
 
 
 def test_save_and_load_a_folder(llama, saved):
-    config, params, tokenizer = pretrained.load(saved)
+    config, params, tokenizer, _ = pretrained.load(saved)
     assert config == llama.config
     equal(params, llama.params)
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
@@ -717,7 +717,7 @@ def test_embedded_chat_template(smollm2):
 
 def test_embedded_model_answers(smollm2):
     """Greedy, by full passes over one padded array: what the weights and the tokenizer are worth together."""
-    config, params, tokenizer = smollm2
+    config, params, tokenizer, _ = smollm2
     chat = [{"role": "user", "content": "What is 2+2?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     model, params = transformer.Transformer(config), jax.tree.map(jnp.asarray, params)  # on the device once

@@ -18,7 +18,7 @@ import tiny
 import whole_runs
 
 from sdjax.__main__ import main
-from sdjax.engine.tokens import render
+from sdjax.engine.chats import render
 from sdjax.models import pretrained, transformer
 from sdjax.report import figures, page, report, rollouts
 from sdjax.report.groups import Group, Interval, accuracy_at, band, closing, grouped_runs, last_values, over_seeds

@@ -1,0 +1,127 @@
+"""Where every tensor of a file lies in our parameters: one table for safetensors and GGUF."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from sdjax.models.configs import ModelConfig
+
+# One row per tensor in a file: our path, its name in transformers, its name in GGUF, and how its axes lie.
+# `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary.
+# "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
+# stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
+_MODEL = """
+embed                           model.embed_tokens                       token_embd          V,D   -> VD
+final_norm/scale                model.norm                               output_norm         D     -> D
+"""
+_HEAD = """
+head                            lm_head                                  output              V,D   -> VD
+"""
+_BLOCK = """
+layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.attn_q        KGH,D -> DK.GH
+layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.attn_k        K1H,D -> DK.1H
+layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
+layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
+layers_#/mlp/gate_up            model.layers.#.mlp.gate_proj             blk.#.ffn_gate      1F,D  -> D.1F
+layers_#/mlp/gate_up            model.layers.#.mlp.up_proj               blk.#.ffn_up        1F,D  -> D.1F
+layers_#/mlp/down               model.layers.#.mlp.down_proj             blk.#.ffn_down      D,F   -> FD
+"""
+_QKV_BIAS = """
+layers_#/attention/qkv_bias     model.layers.#.self_attn.q_proj.bias     -                   KGH   -> K.GH
+layers_#/attention/qkv_bias     model.layers.#.self_attn.k_proj.bias     -                   K1H   -> K.1H
+layers_#/attention/qkv_bias     model.layers.#.self_attn.v_proj.bias     -                   K1H   -> K.1H
+"""
+_QK_NORM = {
+    "none": "",
+    "head": """
+layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          -                   H     -> H
+layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          -                   H     -> H
+""",
+    "flat": """
+layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          -                   Q     -> Q
+layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          -                   P     -> P
+""",
+}
+_PRE_NORM = """
+layers_#/attention_norm/scale   model.layers.#.input_layernorm           blk.#.attn_norm     D     -> D
+layers_#/mlp_norm/scale         model.layers.#.post_attention_layernorm  blk.#.ffn_norm      D     -> D
+"""
+_POST_NORM = """
+layers_#/attention_norm/scale   model.layers.#.post_attention_layernorm  -                   D     -> D
+layers_#/mlp_norm/scale         model.layers.#.post_feedforward_layernorm -                  D     -> D
+"""
+
+
+class Place(NamedTuple):
+    """Where one tensor of a file lies in our parameters, for one configuration."""
+
+    path: str
+    name: str  # in transformers
+    gguf: str
+    shape: tuple[int, ...]  # in the file
+    view: tuple[int, ...]  # the file's shape with every axis apart
+    axes: tuple[int, ...]  # of the view, in our order
+    axis: int  # ours, along which it shares the array
+    start: int
+
+    @property
+    def ours(self) -> tuple[int, ...]:
+        """The shape of the part of our array that this tensor fills."""
+        return tuple(self.view[axis] for axis in self.axes)
+
+    def part(self, array: np.ndarray) -> np.ndarray:
+        """This tensor's part of our array: a view."""
+        return array[(slice(None),) * self.axis + (slice(self.start, self.start + self.ours[self.axis]),)]
+
+    def read(self, stored: np.ndarray) -> np.ndarray:
+        """The file's tensor in our order of axes."""
+        return stored.reshape(self.view).transpose(self.axes)
+
+    def written(self, array: np.ndarray) -> np.ndarray:
+        """The file's tensor, from our whole array."""
+        return np.ascontiguousarray(self.part(array).transpose(np.argsort(self.axes)).reshape(self.shape))
+
+
+def layout(config: ModelConfig) -> list[Place]:
+    """Every tensor of a file with this configuration, and where it lies in our parameters."""
+    table = _MODEL + ("" if config.tied_embeddings else _HEAD)
+    block = _BLOCK + (_QKV_BIAS if config.qkv_bias else "") + _QK_NORM[config.qk_norm]
+    block += _POST_NORM if config.post_norm else _PRE_NORM
+    table += "".join(block.replace("#", str(layer)) for layer in range(config.layers))
+    places, ends = [], {}
+    for row in table.split("\n"):
+        if row:
+            places.append(_place(config, row, ends))
+    return places
+
+
+def _place(config: ModelConfig, row: str, ends: dict[str, int]) -> Place:
+    path, name, gguf, stored, _, ours = row.split()
+    sizes = {"D": config.width, "K": config.kv_heads, "G": config.heads // config.kv_heads, "H": config.head_dim}
+    sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
+    sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
+    letters = stored.replace(",", "")
+    start, axis = ends.get(path, 0), max(ours.find("."), 0)
+    ends[path] = start + sizes[ours.replace(".", "")[axis]]
+    return Place(
+        path=path,
+        name=name if name.endswith(".bias") else f"{name}.weight",
+        gguf=f"{gguf}.weight",
+        shape=tuple(math.prod(sizes[letter] for letter in group) for group in stored.split(",")),
+        view=tuple(sizes[letter] for letter in letters),
+        axes=tuple(letters.index(letter) for letter in ours.replace(".", "")),
+        axis=axis,
+        start=start,
+    )
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every one of our parameters, by path: "layers_0/attention/qkv"."""
+    result: dict[str, tuple[int, ...]] = {}
+    for place in layout(config):  # the last tensor of an array ends where the array ends
+        end = place.start + place.ours[place.axis]
+        result[place.path] = (*place.ours[: place.axis], end, *place.ours[place.axis + 1 :])
+    return result

@@ -1,0 +1,33 @@
+"""What a run leaves for others to open: the model as a folder of the transformers library, and its adapter as one of peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdjax.devices import processes
+from sdjax.devices.sharding import to_host
+from sdjax.engine.train import Experiment
+from sdjax.models import adapters, pretrained
+
+
+def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> dict[str, Path]:
+    """Writes `model/` from a policy's parameters and, with `lora`, `adapter/` from the trained ones; returns what is where.
+
+    Both hold the tokenizer; the model keeps the original's generation configuration and type of weights, and the adapter
+    names its base.  Raises: ModelError.
+    """
+    student, lora = experiment.student, experiment.lora
+    params = to_host(adapters.folded(whole))
+    model = student._replace(params=params)
+    processes.by_first(lambda: pretrained.save(folder / "model", *model, dtype=experiment.export_dtype))
+    if lora is None:
+        return {"model": folder / "model"}
+    own, target = to_host(trained), folder / "adapter"
+
+    def write() -> None:
+        adapters.save_peft(target, student.config, own, lora, student.origin.name)
+        student.tokenizer.save_pretrained(target)
+
+    processes.by_first(write)
+    return {"model": folder / "model", "adapter": target}
