@@ -97,14 +97,14 @@ def scoring_server(
     Its log-probabilities must be those of the model itself, whatever the temperature of a request.
 
     Args:
-      url: with the version, "http://localhost:8000/v1"; model: the name it serves (vLLM).
+      url: "http://localhost:8000/v1" (the version may be left out); model: the name it serves (vLLM).
       timeout: seconds for one answer; retries and concurrency are as in `sdjax.samplers.servers.completions_server`.
 
     Raises: EngineError, one sentence.
     """
     check_url(url)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    root = url.rstrip("/")
+    root = url.rstrip("/") if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
     target = f"{root}/completions" if engine == "vllm" else f"{root.removesuffix('/v1')}/generate"
     request, read = (vllm_request, vllm_answer) if engine == "vllm" else (sglang_request, sglang_answer)
     checked: list[str] = []

@@ -71,13 +71,16 @@ def whole(dist, token):
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_a_server_says_what_its_network_says(served, teacher, engine):
     """Of the sampled tokens and of the likeliest ones, for rows of any length."""
-    found = scorer(served, engine)(ROWS, 3, tiny.tokenizer())
-    for (context, completion), scores in zip(ROWS, found, strict=True):
+    likeliest = int(np.argmax(distribution(teacher, CONTEXTS[1], (9,))[0]))
+    rows = [*ROWS, (CONTEXTS[1], (likeliest, 3))]  # a token that is one of the likeliest itself
+    found = scorer(served, engine)(rows, 3, tiny.tokenizer())
+    for (context, completion), scores in zip(rows, found, strict=True):
         dist = np.asarray(distribution(teacher, context, completion))
         assert scores.tokens.shape == scores.logprobs.shape == (len(completion), 4)
         np.testing.assert_array_equal(scores.tokens[:, 0], completion)
         for place, tokens, logprobs in zip(dist, *scores, strict=True):
             said = {int(t): x for t, x in zip(tokens, logprobs, strict=True) if t != UNUSED}
+            assert len(said) == np.sum(tokens != UNUSED)  # none twice: its mass would count twice
             assert {*said} == {int(tokens[0]), *map(int, np.argsort(-place)[:3])}
             np.testing.assert_allclose([place[t] for t in said], list(said.values()), atol=1e-5)
 
@@ -97,6 +100,9 @@ def test_what_is_asked(served):
     bodies = [body for _, body in served.requests[before:]]
     assert len(bodies) == len(ROWS) + 1  # the first row is asked about once more, to check it
     assert {b["temperature"] for b in bodies[:1] + bodies[2:]} == {1.0} and bodies[1]["temperature"] == 0.5
+    assert {path for path, _ in served.requests[before:]} == {"/v1/completions"}
+    bare = scoring_server(served.url, "tiny")(ROWS[:1], 0, tiny.tokenizer())  # the version may be left out
+    assert bare[0].tokens.tolist() == [[t] for t in ROWS[0][1]]
     assert all(b["prompt_logprobs"] == 0 and b["max_tokens"] == 1 for b in bodies)
     assert bodies[0]["authorization"] == "Bearer a key" and bodies[0]["prompt"] == [*ROWS[0][0], *ROWS[0][1]]
 
