@@ -178,5 +178,7 @@ class Settings:
         }
         if own.models:
             dtype = self.teacher_dtype and jnp.dtype(self.teacher_dtype)
-            chosen |= {"teachers": teachers.load(own, dtype), "teacher_dtype": dtype}
+            file = self.chat_template or None
+            loaded = teachers.load(own, chosen["student"], dtype=dtype, chat_template=file)
+            chosen |= {"teachers": loaded, "teacher_dtype": dtype}
         return Experiment(method=method, task=task, **(chosen | changes))

@@ -17,6 +17,7 @@ from sdjax.devices import processes
 from sdjax.engine.score import policies_of
 from sdjax.engine.tokens import member_of
 from sdjax.engine.train import all_views
+from sdjax.engine.vocabulary import same_vocabulary
 from sdjax.errors import InputError
 from sdjax.models import pretrained
 from sdjax.models.pretrained import Pretrained
@@ -210,10 +211,18 @@ def check_before_loading(task: Task, teachers: Teachers, told: bool) -> None:
         processes.by_first(lambda url=url: check_reachable(url))
 
 
-def load(teachers: Teachers, dtype: Any = None) -> dict[str, Pretrained]:
-    """The models by the name of their policy, kept in `dtype`; none where servers teach.  Raises `ModelError`."""
+def load(
+    teachers: Teachers, student: Pretrained, *, dtype: Any = None, chat_template: str | None = None
+) -> dict[str, Pretrained]:
+    """The models by the name of their policy, kept in `dtype`; none where servers teach.  Raises `ModelError`.
+
+    A teacher over the student's vocabulary gets the student's tokenizer: it then writes after the chat template, with
+    the options, that it scores after.
+    """
     found = {}
     for name, model in ({} if teachers.remote else teachers.models).items():
-        whole = pretrained.load(model)
-        found[name] = whole._replace(params=pretrained.kept_in(whole.params, dtype))
+        whole = pretrained.load(model, chat_template=chat_template)
+        shared = same_vocabulary(whole.tokenizer, student.tokenizer)
+        tokenizer = student.tokenizer if shared else whole.tokenizer
+        found[name] = whole._replace(params=pretrained.kept_in(whole.params, dtype), tokenizer=tokenizer)
     return found

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import string
 
 import jax
@@ -263,6 +264,24 @@ def test_teachers_are_kept_and_compute_in_a_type_of_their_own(place):
     assert types == {"bfloat16"} and some.teachers["teacher"].config.width == 48
     networks = models(some)
     assert networks["teacher"].dtype == jax.numpy.bfloat16 and networks["live"].dtype == jax.numpy.float32
+
+
+def test_a_teacher_over_the_students_vocabulary_writes_after_the_students_template(place, tmp_path):
+    """One without a chat template, as base models are: the file's is for both."""
+    bare = shutil.copytree(place / "first", tmp_path / "base")
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    told = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "chat_template"}))
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    settings = Settings(model=str(place / "student"), teacher=str(bare), chat_template=str(tmp_path / "chat.jinja"))
+    task = Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity)
+    some = settings.experiment(method=settings.method(opd), task=task)
+    assert some.teachers["teacher"].tokenizer is some.student.tokenizer
+    own = some.teachers["teacher"]
+    pretrained.save(tmp_path / "other", own.config, own.params, tiny.tokenizer())  # for tessy, any vocabulary will do
+    settings = dataclasses.replace(settings, teacher=str(tmp_path / "other"), chat_template="")
+    written = settings.experiment(method=settings.method(tessy), task=task)
+    assert written.teachers["teacher"].tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
 
 
 def test_the_lesson_is_the_solution_after_the_question():
