@@ -20,6 +20,9 @@ from sdjax.kernels.distributions import NEVER
 from sdjax.kernels.divergences import jsd_entries, log_mixture_ratio
 from sdjax.kernels.policy_gradient import importance_weight
 
+K3_LIMIT = 10.0
+"""The largest `log q/p` that k3 counts: one token that the student hardly ever writes would decide a batch, or overflow."""
+
 
 def _clamped(log_ratio: Array, clamp: float | None) -> Array:
     return log_ratio if clamp is None else jnp.clip(log_ratio, -clamp, clamp)
@@ -39,7 +42,8 @@ def sampled_kl(
     | k3        | e^-d - 1 + d  | reverse KL     | `p - q`, that of **forward** KL                                |
     | k3_plus   | that of k3    | reverse KL     | that of reverse KL: the gradient is k2's (straight through)    |
 
-    `clamp` bounds `d` on both sides (verl: 20); there the gradient is 0.
+    `clamp` bounds `d` on both sides (verl: 20); there the gradient is 0.  So it is in k3 where `q/p` exceeds
+    e^10, with the value at that limit.
     Source: Schulman 2020, "Approximating KL Divergence"; names as in verl, whose default k3 without policy gradient is
     therefore a forward-KL step.  For unbiased value and gradient use `sampled_jsd`.
     """
@@ -47,7 +51,8 @@ def sampled_kl(
     difference = _clamped(student - jnp.maximum(teacher, NEVER), clamp)
     if estimator == "k1":
         return difference
-    k2, k3 = difference**2 / 2.0, jnp.expm1(-difference) + difference
+    bounded = jnp.maximum(difference, -K3_LIMIT)
+    k2, k3 = difference**2 / 2.0, jnp.expm1(-bounded) + bounded
     if estimator == "k3_plus":
         return k2 + jax.lax.stop_gradient(k3 - k2)
     return {"k2": k2, "k3": k3}[estimator]

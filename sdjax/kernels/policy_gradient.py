@@ -14,8 +14,12 @@ from jax import Array
 from sdjax.kernels.advantages import group_maximum
 from sdjax.kernels.reductions import masked_mean, masked_sum
 
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to +-20, as in verl, so that exp() is finite."""
+LOG_RATIO_LIMIT = 7.0
+"""A token that the policy finds e^7 times as likely as whoever wrote it says nothing: its ratio is 0.
+
+Under its writer a ratio of at least `c` has a probability of at most `1/c`: a larger one tells of a wrong
+log-probability, and one such token would decide the batch.  (verl clamps the logarithm to +-20, a weight of 5e8.)
+"""
 
 
 def _constant(advantage: Array, like: Array) -> Array:
@@ -24,24 +28,30 @@ def _constant(advantage: Array, like: Array) -> Array:
 
 
 def token_ratio(logprobs: Array, behavior_logprobs: Array) -> Array:
-    """Likelihood ratio of every token, `exp(clip(log p - log b, +-20))`: `[B, T] x2 -> [B, T]`."""
+    """Likelihood ratio of every token, `p/b`: `[B, T] x2 -> [B, T]`.
+
+    0, without a gradient, where it is not a number or exceeds `LOG_RATIO_LIMIT`: the token then counts for nothing.
+    """
     chex.assert_equal_shape([logprobs, behavior_logprobs])
     difference = logprobs - jax.lax.stop_gradient(behavior_logprobs)
-    return jnp.exp(jnp.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    known = jnp.isfinite(difference) & (difference < LOG_RATIO_LIMIT)
+    return jnp.where(known, jnp.exp(jnp.where(known, difference, 0.0)), 0.0)
 
 
 def sequence_ratio(logprobs: Array, behavior_logprobs: Array, over: Array) -> Array:
     """GSPO's ratio, the geometric mean of a row's token ratios, at every token: `[B, T] x2, [B, T] bool -> [B, T]`.
 
     `s_it = stop(s_i) * p(y_t) / stop(p(y_t))`,  `s_i = exp(mean_t (log p - log b))`: the value is the row's, the
-    gradient the token's own.  To be averaged by `sequence_mean`; the logarithm is bounded by 10 from above, as in verl.
+    gradient the token's own.  To be averaged by `sequence_mean`.  A row whose mean exceeds `LOG_RATIO_LIMIT`, or is not
+    a number, has a ratio of 0 and no gradient (verl bounds the logarithm by 10).
 
     Source: Zheng et al. 2025 (GSPO), arXiv:2507.18071 (GSPO-token).
     """
     chex.assert_equal_shape([logprobs, behavior_logprobs, over])
     stopped = jax.lax.stop_gradient(logprobs)
     row = masked_mean(stopped - jax.lax.stop_gradient(behavior_logprobs), over, axis=-1)[:, None]
-    return jnp.exp(jnp.minimum(logprobs - stopped + row, 10.0))
+    known = jnp.isfinite(row) & (row < LOG_RATIO_LIMIT) & jnp.isfinite(logprobs)
+    return jnp.where(known, jnp.exp(jnp.where(known, logprobs - stopped + row, 0.0)), 0.0)
 
 
 def reinforce(logprobs: Array, advantage: Array) -> Array:
@@ -125,10 +135,15 @@ def importance_weight(logprobs: Array, behavior_logprobs: Array, *, cap: float |
     """A constant weight per token, `min(p/b, cap)`: `[B, T] x2 -> [B, T]`.
 
     Corrects for a sampler `b` that is not quite the policy.  Its mean over tokens of the sampler is 1 without a cap.
+    0 where `b` or `p` is not a number, and without a cap where the ratio exceeds `LOG_RATIO_LIMIT`.
     Source: Yao et al. 2025 (truncated importance sampling, TIS), cap 2.
     """
     ratio = token_ratio(jax.lax.stop_gradient(logprobs), behavior_logprobs)
-    return ratio if cap is None else jnp.minimum(ratio, cap)
+    if cap is None:
+        return ratio
+    difference = jax.lax.stop_gradient(logprobs - behavior_logprobs)
+    above = jnp.isfinite(difference) & (difference >= LOG_RATIO_LIMIT)
+    return jnp.minimum(jnp.where(above, cap, ratio), cap)
 
 
 def sequence_importance_weight(
@@ -136,11 +151,14 @@ def sequence_importance_weight(
 ) -> Array:
     """A constant weight per row, `min(prod_t p/b, cap)` over its tokens in `over`: `[B, T] x3 -> [B]`.
 
-    The product is taken before the cap, and its logarithm clamped to +-20.  Source: as `importance_weight`.
+    The product is taken before the cap; without one, a row whose logarithm exceeds `LOG_RATIO_LIMIT` counts for
+    nothing, as does one that is not a number.  Source: as `importance_weight`.
     """
     difference = masked_sum(jax.lax.stop_gradient(logprobs - behavior_logprobs), over, axis=-1)
-    ratio = jnp.exp(jnp.clip(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    return ratio if cap is None else jnp.minimum(ratio, cap)
+    most = jnp.exp(LOG_RATIO_LIMIT) if cap is None else cap
+    ratio = jnp.exp(jnp.clip(jnp.nan_to_num(difference, posinf=0.0), None, jnp.log(most)))
+    known = jnp.isfinite(difference) & ((difference < LOG_RATIO_LIMIT) | (cap is not None))
+    return jnp.where(known, ratio, 0.0)
 
 
 def icepop(weight: Array, bounds: tuple[float, float] = (0.5, 2.0)) -> Array:

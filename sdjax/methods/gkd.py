@@ -28,6 +28,7 @@ CARD = Card(
         "one coin per batch, as in TRL",
         "top_k, for teachers that give no more than their likeliest tokens, is neither in the paper nor in TRL's GKD",
         "the paper's mixture with a reward is not included: see opd's rl_weight",
+        "beta near 0 or 1 shrinks the loss to nothing (0.999: under 0.001 of the KL); only 0 and 1 are the two KLs",
     ),
 )
 
@@ -52,7 +53,8 @@ def gkd(
     Args:
       teacher: an external policy's name; "live"; or "initial", the default when there is a lesson (else "teacher").
       lmbda: probability that the student writes the batch: 0 is supervised distillation, 1 is on-policy.
-      beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon; the scale jumps at both ends.
+      beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon, which shrinks
+        to nothing towards both ends (0.999 is not nearly 1: see the card).
       top_k: the teacher's likeliest entries, and one for all others, are compared instead of the whole vocabulary: a
         lower bound, and all that a teacher behind a server can give; `None`: the whole vocabulary.
       seq_kd: when the student does not write the batch, the teacher does, after its lesson, instead of the dataset.

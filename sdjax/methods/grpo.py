@@ -35,6 +35,7 @@ CARD = Card(
         "the paper averages per sequence (default); verl and TRL default to the token mean (reduce=token_mean)",
         "the deviation is the unbiased one, as in verl and TRL",
         "DeepSeekMath's run has 64 rollouts per prompt and a KL coefficient of 0.04; 8 and 0 are TRL's defaults",
+        "with kl_coef a group of equal rewards still moves, by its KL term alone: towards the initial policy, as in the paper",
     ),
 )
 

@@ -25,6 +25,7 @@ CARD = Card(
         "the random failure is drawn from a seed made of the attempt, so that replays agree",
         "the code's diagnostic per context counts prompts of one outcome as 0; here they are left out",
         "how the code extracts summaries is not known: the last paragraph; controls match the number of attempts",
+        "alpha near 0 or 1 shrinks the loss to nothing (0.999: under 0.001 of the KL); only 0 and 1 are the two KLs",
     ),
 )
 

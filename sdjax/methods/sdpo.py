@@ -27,6 +27,7 @@ CARD = Card(
         "a success is not shown to itself (released configurations); the paper's Table 2 shows it",
         "the code's token mean over micro-batches of one sequence is sequence_mean_of(all rows), not the default",
         "the mixture with GRPO (Eq. 3, rl_weight) is in the paper and not in the code",
+        "alpha near 0 or 1 shrinks the loss to nothing (0.999: under 0.001 of the KL); only 0 and 1 are the two KLs",
     ),
 )
 

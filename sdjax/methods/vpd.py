@@ -33,6 +33,7 @@ CARD = Card(
         "the midpoint is one batch's, as in Algorithm 1; midpoint_rate below 1 makes it the text's moving average",
         "E's classes are weighed as in the whole batch, so that a minibatch may hold one of them only: ours",
         "Proposition 1 (the objective never falls) does not hold as stated; nothing here depends on it",
+        "alpha near 0 or 1 shrinks the loss to nothing (0.999: under 0.001 of the KL); only 0 and 1 are the two KLs",
     ),
 )
 

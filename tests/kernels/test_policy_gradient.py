@@ -133,9 +133,31 @@ def test_a_row_advantage_needs_its_axis():
         pg.reinforce(square, jnp.ones(2))
 
 
-def test_log_ratios_are_clamped():
-    ratio = pg.token_ratio(jnp.array([50.0, -50.0]), jnp.zeros(2))
-    np.testing.assert_allclose(ratio, np.exp([20.0, -20.0]), rtol=1e-5)
+@pytest.mark.parametrize("behavior", [-91.0, -12.0, -jnp.inf, jnp.nan])
+def test_a_ratio_that_overflows_or_is_no_number_decides_nothing(behavior):
+    """The gradient is that of the batch without that token, for whatever is made of ratios; the value is near."""
+    logprobs = jnp.log(jnp.array([[0.5, 0.4, 0.3, 0.2]]))
+    wrong = jnp.array([[-0.7, behavior, -1.2, -1.6]])
+    right, known = wrong.at[0, 1].set(logprobs[0, 1]), jnp.array([[True, False, True, True]])
+    for loss in (
+        lambda x, b: pg.clipped_surrogate(x, b, jnp.full_like(x, -1.0)),
+        lambda x, b: -pg.token_ratio(x, b) * 2.0,
+        lambda x, b: pg.importance_weight(x, b) * -x,
+    ):
+        total = lambda x, b, over, loss=loss: jnp.where(over, loss(x, b), 0.0).sum()
+        found = jax.value_and_grad(total)(logprobs, right, known)
+        whole = jax.value_and_grad(total)(logprobs, wrong, True)
+        np.testing.assert_allclose(whole[1], found[1], rtol=1e-5)
+        assert abs(float(whole[0] - found[0])) < 1.0  # a clipped surrogate has the value of its clip
+
+
+def test_ratios_of_rows_that_are_no_numbers_are_dropped():
+    logprobs, over = jnp.full((2, 3), -1.0), jnp.ones((2, 3), bool)
+    behavior = jnp.array([[-1.0, -1.0, -1.0], [-1.0, -jnp.inf, -1.0]])
+    np.testing.assert_allclose(pg.sequence_ratio(logprobs, behavior, over), [[1.0] * 3, [0.0] * 3])
+    gradient = jax.grad(lambda x: pg.sequence_ratio(x, behavior, over).sum())(logprobs)
+    np.testing.assert_allclose(gradient, [[1.0] * 3, [0.0] * 3])
+    assert float(pg.importance_weight(jnp.zeros(1), jnp.full(1, -50.0), cap=2.0)[0]) == 2.0  # truncated, as ever
 
 
 def test_cispo_coefficients():
