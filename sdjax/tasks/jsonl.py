@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdjax.tasks import maths
@@ -96,7 +97,9 @@ def _lines(path: Path) -> list[bytes]:
 
 def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(
+            line.decode("utf-8"), object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite
+        )
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
         raise TaskError(f"{where}: {reason}, or skip bad rows.") from None
@@ -106,6 +109,25 @@ def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise TaskError(f"{where}: expected a JSON object with `prompt` and `answer`, found {_kind(row)}.")
     return row
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: of two values of one key nobody knows which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number in JSON; write it as a text, or leave the row out")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} exceeds every number that can be computed with; write it as a text")
+    return float(text)
 
 
 def example_of(row: Mapping[str, Any], where: str, default_id: str) -> Example:

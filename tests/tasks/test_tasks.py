@@ -383,6 +383,14 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
     [
         (b'{"prompt": ', "line 2: this is not JSON (Expecting value at column 12); each line must be one JSON object."),
         (b"[" * 100_000, "line 2: this is not JSON"),
+        (
+            b'{"prompt": "q", "answer": NaN}',
+            "line 2: this is not JSON (NaN is not a number in JSON; write it as a text",
+        ),
+        (b'{"prompt": "q", "answer": -Infinity}', "line 2: this is not JSON (-Infinity is not a number in JSON"),
+        (b'{"prompt": "q", "answer": 1e400}', "line 2: this is not JSON (1e400 exceeds every number that can be"),
+        (b'{"prompt": "q", "answer": "1", "answer": "2"}', "(the key 'answer' stands twice in one object)"),
+        (b'{"prompt": "q", "answer": "1", "x": {"a": 1, "a": 2}}', "(the key 'a' stands twice in one object)"),
         (b'"text"', "line 2: expected a JSON object with `prompt` and `answer`, found a text."),
         (b'{"prompt": "\xff"}', "line 2: byte 13 of the line is not UTF-8"),
         ({"answer": "1"}, "line 2: `prompt` or `messages` must be given, one of the two; found only answer."),
