@@ -2,7 +2,9 @@
 
 It answers like vLLM where the project asks: prompts are token ids, `n`, `seed`, `temperature`, `top_p`, `top_k`,
 `min_p`, `max_tokens`, `stop_token_ids`; the answer has `token_ids` and `logprobs`.  `POST /update_weights_from_disk`
-loads a folder, as SGLang does.  Prompts are scored in the ways of both (see `scoring.py`).
+loads a folder, as SGLang does.  As vLLM does, `POST /collective_rpc` reads the folder that it was started with again, and
+prompts that it has read before stay as the old weights have read them until `POST /reset_prefix_cache`.  Prompts are
+scored in the ways of both (see `scoring.py`).
 """
 
 import contextlib
@@ -56,6 +58,8 @@ class Served:
     def __init__(self, policy):
         self.policy, self.requests, self.wrong, self.lock = policy, [], [], threading.Lock()
         self.change = lambda answer: answer
+        self.folder = None  # that vLLM was started with
+        self.read = {}  # the policy that has read a prompt, by the prompt
         self.url = ""
 
     def answer(self, path, body):
@@ -68,7 +72,14 @@ class Served:
             return (500, {}) if wrong == "slow" else (wrong, {"error": f"made to answer {wrong}"})
         with self.lock:
             if path == "/v1/completions":
-                return 200, self.change(with_prompt_logprobs(self.policy, body, completions(self.policy, body)))
+                reader = self.read.setdefault(tuple(body["prompt"]), self.policy) if self.folder else self.policy
+                return 200, self.change(with_prompt_logprobs(self.policy, body, completions(reader, body)))
+            if path == "/collective_rpc" and body["method"] == "reload_weights":
+                self.policy = dataclasses.replace(self.policy, params=pretrained.load(self.folder).params)
+                return 200, {"results": [None]}
+            if path == "/reset_prefix_cache":
+                self.read = {}
+                return 200, b""
             if path == "/generate":
                 return 200, self.change(generated(self.policy, body, completions))
             if path == "/update_weights_from_disk":

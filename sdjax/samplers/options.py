@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+from sdjax.samplers.checks import checked
 from sdjax.samplers.refill import refilled
 from sdjax.samplers.servers import (
     EngineError,
@@ -83,8 +84,9 @@ def serving(server: str, model: str, engine: Engine, weights: str, every: int) -
     """A server that is sent new weights after every `every`-th change."""
     write, root = completions_server(server, model, api_key=os.environ.get(KEY)), server.rstrip("/").removesuffix("/v1")
     reload = {
-        "vllm": ("collective_rpc", {"method": "reload_weights"}),
-        "sglang": ("update_weights_from_disk", {"model_path": weights}),
+        "vllm": ("collective_rpc", {"method": "reload_weights"}, f"{root}/reset_prefix_cache"),
+        "sglang": ("update_weights_from_disk", {"model_path": weights}, None),
     }
-    path, body = reload[engine]
-    return synchronised(write, reloaded(weights, f"{root}/{path}", body), every=every)
+    path, body, then = reload[engine]
+    push = reloaded(weights, f"{root}/{path}", body, then=then)
+    return synchronised(checked(write, f"{server} ({engine})"), push, every=every)

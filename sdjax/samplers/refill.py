@@ -24,7 +24,7 @@ from jax import Array
 from sdjax.devices.sharding import constrain_parameters
 from sdjax.engine.generate import Completions, Sampling, draw
 from sdjax.engine.policies import Policy, Sample, one_sample, row_keys
-from sdjax.engine.tokens import bucket, left_pad
+from sdjax.engine.tokens import ROWS, bucket, left_pad
 from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.samplers.servers import Writer
 
@@ -40,7 +40,7 @@ def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int 
     """
 
     def write(policy: Policy, contexts, key, *, n: int, sampling: Sampling, limit: int) -> list[list[Sample]]:
-        size = min(slots or policy.shapes.rows, len(contexts) * n)
+        size = min(slots or policy.shapes.rows or ROWS, len(contexts) * n)
         keys = row_keys(key, jnp.arange(len(contexts)), n)
         chosen = Drawing(sampling, jnp.asarray(policy.stop, jnp.int32), jnp.asarray(limit, jnp.int32))
         lengths = (policy.shapes.context, policy.shapes.completion)

@@ -44,10 +44,14 @@ class EngineError(InputError, RuntimeError):
 
 
 def written_by(writer: Writer, method: Method) -> Method:
-    """The method whose live policy is sampled by `writer`; what it scores and trains is as before."""
+    """The method whose live policy is sampled by `writer`; what it scores and trains is as before.
+
+    A writer that the environment's policy already has stays: a sketch of the method (`sdjax.engine.sketch`) asks no
+    server.
+    """
 
     def collect(environment, examples, key, memory):
-        live = dataclasses.replace(environment.live, writer=writer)
+        live = dataclasses.replace(environment.live, writer=environment.live.writer or writer)
         policies = {**environment.policies, "live": live}
         return method.collect(environment._replace(policies=policies), examples, key, memory)
 
@@ -82,12 +86,15 @@ def synchronised(writer: Writer, push: Callable[[Policy], None], *, every: int =
     return write
 
 
-def reloaded(folder: str | Path, url: str, body: Mapping[str, Any], *, timeout: float = 600.0) -> Callable:
+def reloaded(
+    folder: str | Path, url: str, body: Mapping[str, Any], *, then: str | None = None, timeout: float = 600.0
+) -> Callable:
     """A `push` for `synchronised`: writes the weights as a folder of the transformers library, then posts `body`.
 
     The folder must be one that the server can read.  SGLang: `url=".../update_weights_from_disk"`,
     `body={"model_path": folder}`.  vLLM, started with that folder and VLLM_SERVER_DEV_MODE=1:
-    `url=".../collective_rpc"`, `body={"method": "reload_weights"}`.
+    `url=".../collective_rpc"`, `body={"method": "reload_weights"}`, `then=".../reset_prefix_cache"`: it would go on from
+    prefixes that the old weights have read.  (SGLang drops them by itself.)
 
     Raises: EngineError if the server does not answer 200.
     """
@@ -98,6 +105,8 @@ def reloaded(folder: str | Path, url: str, body: Mapping[str, Any], *, timeout: 
             lambda: pretrained.save(folder, policy.model.config, params, policy.tokenizer, policy.origin)
         )
         processes.by_first(lambda: ask(url, body, {}, timeout=timeout, retries=0))
+        if then is not None:
+            processes.by_first(lambda: ask(then, {}, {}, timeout=timeout, retries=0))
 
     return push
 

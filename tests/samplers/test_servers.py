@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import socket
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from sdjax.models.adapters import Lora
 from sdjax.models.transformer import initialise
 from sdjax.run.fit import fit
 from sdjax.samplers import servers
+from sdjax.samplers.checks import checked
+from sdjax.samplers.options import serving as serving_engine
 from sdjax.samplers.servers import EngineError, completions_server, reloaded, seeds_of, synchronised, written_by
 from sdjax.samplers.staleness import bounded
 from sdjax.types import Task, View
@@ -52,6 +55,7 @@ def as_new(request):
     if "served" in request.fixturenames:
         server = request.getfixturevalue("served")
         server.wrong, server.change, server.policy = [], lambda answer: answer, tiny.policy()
+        server.folder, server.read = None, {}
 
 
 def asking(served, **options):
@@ -131,6 +135,65 @@ def test_weights_reach_the_server_before_it_writes(served, tmp_path):
         assert [s[0].tokens for s in found] == [s[0].tokens for s in own]
         np.testing.assert_allclose(found[0][0].logprobs, own[0][0].logprobs, atol=1e-5)
         assert found[0][0].staleness == 0
+
+
+def test_vllm_forgets_what_the_old_weights_have_read(served, tmp_path):
+    """Weights arrive, then the prefix cache is dropped, then it writes: without the second it answers as before."""
+    served.folder = tmp_path / "weights"
+    writer = serving_engine(f"{served.url}/v1", "tiny", "vllm", str(served.folder), 1)
+    for seed in (1, 2):
+        before, policy = len(served.requests), tiny.policy(other_params(seed))
+        found = policies.sample(dataclasses.replace(policy, writer=writer), CHATS, KEY, sampling=GREEDY)
+        own = policies.sample(policy, CHATS, KEY, sampling=GREEDY)
+        assert [s[0].tokens for s in found] == [s[0].tokens for s in own]
+        np.testing.assert_allclose(found[0][0].logprobs, own[0][0].logprobs, atol=1e-5)
+        paths = [path for path, _ in served.requests[before:]]
+        assert paths == ["/collective_rpc", "/reset_prefix_cache", *["/v1/completions"] * len(CHATS)]
+
+
+def test_log_probabilities_at_the_sampling_temperature_are_noticed_at_the_first_answer(served):
+    params = {**tiny.pretrained().params, "head": 30 * tiny.pretrained().params["head"]}
+    writer = checked(completions_server(f"{served.url}/v1", "tiny"), "the server")
+    policy = dataclasses.replace(tiny.policy(params), writer=writer)
+    served.policy = tiny.policy(params)
+    ask = lambda temperature: policies.sample(policy, CHATS, KEY, sampling=Sampling(temperature=temperature))
+    ask(1.0)
+    ask(0.25)  # as they are before the temperature: right
+
+    def tempered(answer):
+        for choice, (_, body) in zip(answer["choices"], [served.requests[-1]], strict=True):
+            whole = jnp.asarray([*body["prompt"], *choice["token_ids"]])[None]
+            logits = tiny.model().apply({"params": params}, whole, method="everything")[0]
+            after = jax.nn.log_softmax(logits[len(body["prompt"]) - 1 : -1] / body["temperature"])
+            chosen = jnp.take_along_axis(after, jnp.asarray(choice["token_ids"])[:, None], -1)[:, 0]
+            choice["logprobs"]["token_logprobs"] = [float(x) for x in chosen]
+        return answer
+
+    served.change, one = tempered, CHATS[:1]
+    ask = lambda temperature: policies.sample(policy, one, KEY, sampling=Sampling(temperature=temperature))
+    with pytest.raises(EngineError, match=r"at the sampling temperature 0\.2, where those at temperature 1"):
+        ask(0.2)
+    served.change = lambda answer: answer
+    served.policy = tiny.policy(other_params(3))
+    with pytest.raises(EngineError, match=r"nats per token from those of the weights it was sent: does it serve"):
+        ask(0.3)
+
+
+def test_identical_completions_of_one_prompt_are_noticed_at_the_first_answer(served):
+    def alike(answer):
+        first = answer["choices"][0]
+        return {**answer, "choices": [{**first, "index": i} for i in range(len(answer["choices"]))]}
+
+    def ask():
+        writer = checked(completions_server(f"{served.url}/v1", "tiny"), "the server")
+        return policies.sample(dataclasses.replace(tiny.policy(), writer=writer), CHATS, KEY, n=3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ask()
+    served.change = alike
+    with pytest.warns(UserWarning, match="wrote 3 identical completions of one prompt at temperature 1, which has a"):
+        ask()
 
 
 def test_pushes_come_at_every_nth_change_and_samples_say_how_old_the_weights_are():
