@@ -61,7 +61,7 @@ def train(arguments: list[str]) -> int:
     options.check_names(rest, options.option_names(own))
     chosen = tyro.cli(
         own,
-        args=rest,
+        args=options.spelled_out(rest, own),
         prog=f"sdjax train {arguments[0]}" + (f" --method {name}" if name else ""),
         description=(module.__doc__ or "").strip(),
     )

@@ -16,8 +16,8 @@ from sdjax.kernels.reductions import reduce_terms, token_mean
 from sdjax.models.configs import from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.study.pretrain import CHAT, word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
+from sdjax.tasks.words import CHAT, word_tokenizer
 from sdjax.types import Batch, Context, Verdict
 
 KEYS = 8

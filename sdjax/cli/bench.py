@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from sdjax.collect.contexts import question, with_feedback
-from sdjax.engine import train
+from sdjax.devices import memory
+from sdjax.devices.memory import MemoryShortage
+from sdjax.engine import needs, train
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import row_keys
 from sdjax.engine.tokens import Shapes, collate, encode_context, left_pad
@@ -92,8 +94,27 @@ def a_step(model: str, prompts: int, group: int, shapes: Shapes, dtype: Any, rem
     task = Task("bench", tuple(examples), (), lambda example, text: Verdict(0.0))
     optimizer = optax.adamw(1e-5)
     experiment = train.Experiment(method, task, student, optimizer, shapes, prompts=prompts, dtype=dtype, remat=remat)
+    check_room("the state", sum(needs.state_of(experiment).parts().values()), "take a smaller --model")
     networks, state = train.models(experiment), train.initial_state(experiment, student.params)
     return Step(student._replace(params=None), networks, state, method, optimizer, shapes, examples)
+
+
+def check_room(what: str, needed: float, instead: str) -> None:
+    """Raises `MemoryShortage` where something needs more than is free on a device."""
+    room = memory.room()
+    if needed > room.free:
+        raise MemoryShortage(f"{what} needs about {memory.gigabytes(needed)}, and there are {room}: {instead}")
+
+
+def estimate(step: Step, batch: Batch) -> float:
+    """Bytes that an update takes beside the state, about."""
+    method, live = step.method, step.networks["live"]
+    task = Task("bench", tuple(step.examples), (), lambda example, text: Verdict(0.0))
+    experiment = train.Experiment(
+        method, task, step.student, step.optimizer, step.shapes, dtype=live.dtype, remat=live.remat
+    )
+    sizes = needs.Sizes(step.shapes.rows, step.shapes.rows_per_chunk, step.shapes.tokens_per_chunk, live.remat)
+    return needs.estimated_update(needs.Load(experiment, batch, 0), method.objectives[0], sizes)
 
 
 def writer(step: Step, examples: list[Example], n: int) -> Callable[[int], Any]:
@@ -164,10 +185,13 @@ def bench(
     """
     dtype = jnp.bfloat16 if bf16 else jnp.float32
     shapes = Shapes(256, completion, prompts * group, rows_per_chunk, tokens_per_chunk)
+    there = memory.room()
     step = a_step(model, max(prompts, rollout_rows), group, shapes, dtype, remat)
     rollout = timed(writer(step, step.examples[:prompts], group), repeats)
     alone = timed(writer(step, step.examples[:rollout_rows], 1), repeats)
     batch = written_batch(step, step.examples[:prompts], group)
+    fewer = "take fewer --prompts or a smaller --group, a shorter --completion, --remat, or --rows-per-chunk 1"
+    check_room("an update", estimate(step, batch), fewer)
     updated = timed(learner(step, batch), repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     config, lengths = step.student.config, {name: int(c.mask.sum(-1).max()) for name, c in batch.contexts.items()}
@@ -185,6 +209,8 @@ def bench(
         "rollout compile seconds": rollout.first - rollout.median,
         "update compile seconds": updated.first - updated.median,
         "peak resident GB": peak / 1e9,
+        "memory there GB": there.total / 1e9,
+        "free before GB": there.free / 1e9,
         "matrix product ceiling GFLOP/s": product / 1e9,
         "bandwidth ceiling GB/s": stream / 1e9,
         "update share of matrix product ceiling": flops / updated.median / product,

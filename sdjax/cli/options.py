@@ -122,6 +122,26 @@ def check_names(arguments: Sequence[str], known: Sequence[str]) -> None:
             raise OptionError(f"there is no option --{name}{nearest(f'--{name}', [f'--{k}' for k in known])}")
 
 
+def spelled_out(arguments: Sequence[str], options: type) -> list[str]:
+    """The arguments with `--remat` as `--remat True` and `--no-remat` as `--remat False`, for booleans that may be `None`."""
+    optional = {name.replace("_", "-") for name, field in all_options(options).items() if may_be_none(field.type)}
+    arguments, found = list(arguments), []
+    for position, argument in enumerate(arguments):
+        name = argument.removeprefix("--").replace("_", "-")
+        said = arguments[position + 1 : position + 2] in (["True"], ["False"], ["None"])
+        if argument.startswith("--no-") and name.removeprefix("no-") in optional:
+            found += [f"--{name.removeprefix('no-')}", "False"]
+        else:
+            found += [argument, "True"] if argument.startswith("--") and name in optional and not said else [argument]
+    return found
+
+
+def may_be_none(hint: Any) -> bool:
+    """Whether a type is a boolean or `None`."""
+    hint = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    return {*typing.get_args(hint)} == {bool, type(None)}
+
+
 def all_options(options: type) -> dict[str, dataclasses.Field]:
     """The options of an `options_class` by name: those under a heading by their own, others nested as `method.name`."""
     found = {}

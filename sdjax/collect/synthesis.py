@@ -17,8 +17,9 @@ from sdjax.devices.sharding import to_host
 from sdjax.engine import policies
 from sdjax.engine.chats import encode_text
 from sdjax.engine.generate import Sampling, first, generate
+from sdjax.engine.lengths import encoded
 from sdjax.engine.policies import Environment, Policy, Sample
-from sdjax.engine.tokens import encode_context, left_pad
+from sdjax.engine.tokens import left_pad
 from sdjax.types import Example, Messages, Method, Rollout
 
 # ---- sampling ---------------------------------------------------------------------------------------------------------
@@ -130,19 +131,17 @@ def continued(
     """At most `length` tokens more after each chat and the beginning of its answer: `(new text, whether it ended)`.
 
     Hand-over is by text, so policies of different vocabularies may take turns; `None` where the text does not survive
-    the policy's tokenizer.
+    the policy's tokenizer, or the chat does not fit.
     """
     encode = lambda text: encode_text(policy.tokenizer, text)
     decode = lambda tokens: policy.tokenizer.decode(tokens, skip_special_tokens=True)
-    rows = [
-        encode_context(policy.tokenizer, c, policy.shapes, policy.template) + encode(t)
-        for c, t in zip(chats, texts, strict=True)
-    ]
+    read = [encoded(policy.tokenizer, chat, policy.shapes, policy.template) for chat in chats]
+    rows = [(ids or [0]) + encode(text) for ids, text in zip(read, texts, strict=True)]
     fill = lambda some: [*some, *[some[-1]] * (-len(some) % slots)]
     done = generate(
         (policy.model,),
         (policy.params,),
-        (left_pad(fill(rows), policy.shapes.context + policy.shapes.completion),),
+        (left_pad(fill(rows), max(policy.shapes.context, policy.shapes.lesson) + policy.shapes.completion),),
         jnp.stack(fill(list(keys))),
         sampling,
         jnp.asarray(policy.stop, jnp.int32),
@@ -153,7 +152,8 @@ def continued(
     found = []
     for i, text in enumerate(texts):
         whole = decode([*encode(text), *(int(t) for t in tokens[i][present[i]])])
-        found.append((whole[len(text) :] if whole.startswith(text) else None, bool(finished[i])))
+        good = read[i] is not None and whole.startswith(text)
+        found.append((whole[len(text) :] if good else None, bool(finished[i])))
     return found
 
 

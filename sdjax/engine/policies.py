@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ import numpy as np
 from jax import Array
 
 from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
+from sdjax.engine import lengths
 from sdjax.engine.generate import Completions, Sampling, first, generate
-from sdjax.engine.score import policies_of, token_signals
-from sdjax.engine.tokens import Shapes, collate, decode_text, encode_context, left_pad
+from sdjax.engine.score import divisor_at_least, policies_of, token_signals
+from sdjax.engine.tokens import ROWS, Shapes, collate, decode_text, left_pad
 from sdjax.engine.vocabulary import limited
 from sdjax.models.pretrained import UNKNOWN, Origin
 from sdjax.models.templates import stop_tokens
@@ -95,20 +97,41 @@ def sample(
       key: one random key; row `(i, j)` draws from `fold_in(fold_in(key, i), j)`, whatever else is in the call.
       limit: at most this many tokens, by default `shapes.completion`.
 
+    A context that does not fit `shapes.teacher_context` has empty completions that are not finished.
+
     Raises:
-      LengthError: a context does not fit.
+      LengthError: a context does not fit, and there is no such limit.
     """
     together = (policies,) if isinstance(policies, Policy) else tuple(policies)
     chats = (contexts,) if isinstance(policies, Policy) else tuple(contexts)
-    shapes, tokenizer = together[0].shapes, together[0].tokenizer
+    shapes = together[0].shapes
     encoded = [
-        [encode_context(p.tokenizer, c, p.shapes, p.template) for c in some]
+        [lengths.encoded(p.tokenizer, c, p.shapes, p.template) for c in some]
         for p, some in zip(together, chats, strict=True)
     ]
+    unread = {i for i, some in enumerate(zip(*encoded, strict=True)) if any(ids is None for ids in some)}
+    encoded = [[[0] if i in unread else ids for i, ids in enumerate(some)] for some in encoded]
+    limit = shapes.completion if limit is None else min(limit, shapes.completion)
     if isinstance(policies, Policy) and policies.writer is not None:
-        limit = shapes.completion if limit is None else min(limit, shapes.completion)
-        return policies.writer(policies, encoded[0], key, n=n, sampling=sampling or Sampling(), limit=limit)
-    per_call = max(1, shapes.rows // n)
+        found = policies.writer(policies, encoded[0], key, n=n, sampling=sampling or Sampling(), limit=limit)
+    else:
+        found = generated(together, encoded, key, n, sampling or Sampling(), limit, choose)
+    return [[Sample((), (), "", False)] * n if i in unread else some for i, some in enumerate(found)]
+
+
+def generated(
+    together: Sequence[Policy],
+    encoded: Sequence[Sequence[Sequence[int]]],
+    key: Array,
+    n: int,
+    sampling: Sampling,
+    limit: int,
+    choose: Callable,
+) -> list[list[Sample]]:
+    """`sample` by the compiled sampler, `shapes.rows` rows in a call: those of one prompt may take several."""
+    shapes, tokenizer = together[0].shapes, together[0].tokenizer
+    rows_at_a_time = shapes.rows or ROWS
+    per_call, calls = max(1, rows_at_a_time // n), divisor_at_least(n, math.ceil(n / rows_at_a_time))
     results: list[list[Sample]] = []
     for start in range(0, len(encoded[0]), per_call):
         count = len(encoded[0][start : start + per_call])
@@ -117,20 +140,24 @@ def sample(
         padded = tuple(
             left_pad([some[i] for i in rows], p.shapes.context) for p, some in zip(together, encoded, strict=True)
         )
-        keys = row_keys(key, jnp.asarray(np.arange(size) + start), n)
-        done = generate(
-            tuple(p.model for p in together),
-            tuple(p.params for p in together),
-            place_rows(padded),
-            keys,
-            sampling or Sampling(),
-            jnp.asarray(together[0].stop, jnp.int32),
-            shapes.completion if limit is None else limit,
-            length=shapes.completion,
-            choose=choose,
-        )
-        done = Completions(*to_host(tuple(done)))
-        results += [[one_sample(done, i * n + j, tokenizer) for j in range(n)] for i in range(count)]
+        keys = row_keys(key, jnp.asarray(np.arange(size) + start), n).reshape(size, n)
+        written: list[list[Sample]] = [[] for _ in range(count)]
+        for part in np.split(np.arange(n), calls):
+            done = generate(
+                tuple(p.model for p in together),
+                tuple(p.params for p in together),
+                place_rows(padded),
+                keys[:, part[0] : part[-1] + 1].reshape(-1),
+                sampling,
+                jnp.asarray(together[0].stop, jnp.int32),
+                limit,
+                length=shapes.completion,
+                choose=choose,
+            )
+            done = Completions(*to_host(tuple(done)))
+            for i, own in enumerate(written):
+                own += [one_sample(done, i * len(part) + j, tokenizer) for j in range(len(part))]
+        results += written
     return results
 
 
@@ -161,6 +188,7 @@ def score(
     if environment.reread is not None and told:
         rollouts = environment.reread(rollouts, told)
     live = environment.live
+    asked, (rollouts, _, _) = rollouts, lengths.fitted(rollouts, views, live.tokenizer, environment.live.shapes)
     batch = collate(rollouts, views, live.tokenizer, live.shapes, multiple=axis_size(DATA))
     used = {name for view in views.values() for name in policies_of(view)}
     found = to_host(
@@ -177,10 +205,10 @@ def score(
     # Collating orders rows by group and pads groups: walk the valid rows in the same order.
     order = [r for _, rows in grouped(rollouts).items() for r in rows]
     scored = {
-        id(rollout): rollout.with_extras(**{name: x[row, : len(rollout.tokens)] for name, x in found.items()})
+        id(rollout): {name: x[row, : len(rollout.tokens)] for name, x in found.items()}
         for rollout, row in zip(order, np.flatnonzero(batch.valid), strict=True)
     }
-    return [scored[id(rollout)] for rollout in rollouts]
+    return [own.with_extras(**scored[id(fitted)]) for own, fitted in zip(asked, rollouts, strict=True)]
 
 
 def grouped(rollouts: Sequence[Rollout]) -> dict[int, list[Rollout]]:

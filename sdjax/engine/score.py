@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,27 @@ def over_tokens(function: Callable, tree: Any, live: Array, chunks: int) -> Any:
 def divisor_at_least(number: int, wanted: int) -> int:
     """The smallest divisor of `number` that is at least `wanted` (at most `number`)."""
     return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(wanted, number))
+
+
+def row_units(contexts: Iterable[int], total: int, rows: int | None) -> tuple[int, int]:
+    """Into how many units the rows of a batch may be cut, and in how many chunks of whole units they are read.
+
+    The rows that share a context are a unit, or a part of one where `rows` are fewer.
+    """
+    units = math.gcd(*contexts)
+    wanted = math.ceil(total / rows) if rows else 1
+    if wanted > units:
+        units *= divisor_at_least(total // units, math.ceil(wanted / units))
+    return units, divisor_at_least(units, wanted)
+
+
+def repeated(context: Context, units: int) -> Context:
+    """A context of which every unit of rows has a copy of its own; as it is where that is so already."""
+    count = context.tokens.shape[0]
+    times = math.lcm(count, units) // count
+    if times == 1:
+        return context
+    return context.replace(tokens=jnp.repeat(context.tokens, times, 0), mask=jnp.repeat(context.mask, times, 0))
 
 
 def read_by(view: View, model: Transformer, params: Any) -> Any:
@@ -183,12 +204,14 @@ def token_signals(
       signals: `({view: log-probabilities [..., V]}, token [...]) -> {name: [...]}`, one position at a time.
       models, params: by policy name.  A view's context is `batch.contexts[view's name]`.
       rows: at most about this many rows at a time (activations); tokens: about this many positions at a time (logits),
-        on each device of the data axis.  `None` is all at once.  They change memory and time, never the result.
+        on each device of the data axis.  `None` is all at once.  They change memory and time, never the result.  Fewer
+        rows at a time than share a context read it once for each part of them.
     """
     rows, tokens = (size and size * axis_size(DATA) for size in (rows, tokens))
     total, length = batch.completion.shape
-    units = math.gcd(*(batch.contexts[name].tokens.shape[0] for name in views))
-    row_chunks = divisor_at_least(units, math.ceil(total / rows)) if rows else 1
+    shared = {name: batch.contexts[name].tokens.shape[0] for name in views}
+    units, row_chunks = row_units(shared.values(), total, rows)
+    batch = batch.replace(contexts={name: repeated(batch.contexts[name], units) for name in views})
     # Here, and not in every chunk of rows and tokens, what a mesh splits along data is gathered and summed.
     read = {name: policies_of(view) for name, view in views.items()}
     networks = {name: [models[policy] for policy in own] for name, own in read.items() if own}

@@ -12,6 +12,9 @@ from sdjax.engine.chats import render
 from sdjax.errors import InputError
 from sdjax.types import UNUSED, Batch, ByField, Context, Example, Messages, Rollout, Scored, Scores, View
 
+ROWS = 64
+"""Completions that one call of the sampler writes, where nothing says how many."""
+
 Fit = Callable[[Messages, Callable[[Messages], int], int], Messages]
 """What to do with a chat that is too long: `(chat, count tokens, limit) -> chat`."""
 
@@ -30,8 +33,8 @@ def refuse(messages: Messages, count: Callable[[Messages], int], limit: int) -> 
     if length > limit:
         start = messages[-1]["content"][:60].replace("\n", " ")
         raise LengthError(
-            f"a prompt of {length} tokens exceeds the limit of {limit} (it begins {start!r}): raise context_length, "
-            "shorten the prompt, or pass too_long=shorten"
+            f"a prompt of {length} tokens exceeds the {limit} of --context (it begins {start!r}): raise --context, or "
+            "shorten the prompt"
         )
     return messages
 
@@ -39,48 +42,65 @@ def refuse(messages: Messages, count: Callable[[Messages], int], limit: int) -> 
 def shorten(messages: Messages, count: Callable[[Messages], int], limit: int) -> Messages:
     """Drops the oldest turns before the last one (not the system turn), then cuts privileged text from its end.
 
-    A turn's privileged text is what stands under its key `privileged` and occurs in its `content` after what stands
-    under `question`.  Everything else, the question above all, is never touched: if that does not fit, raises
-    `LengthError`.
+    Everything else, the question above all, is never touched: if that does not fit, raises `LengthError`.
     """
     system = messages[:1] if messages[0]["role"] == "system" else ()
     turns = messages[len(system) :]
     while len(turns) > 1 and count((*system, *turns)) > limit:
         turns = turns[2:] if len(turns) > 2 else turns[1:]
-    messages = (*system, *turns)
-    privileged = turns[-1].get("privileged", "")
-    if count(messages) <= limit or not privileged:
-        return refuse(messages, count, limit)
+    return refuse(cut_privileged((*system, *turns), count, limit), count, limit)
+
+
+def cut_privileged(messages: Messages, count: Callable[[Messages], int], limit: int) -> Messages:
+    """The chat without as much of the end of its privileged text as must go to fit; without all of it if none does.
+
+    A turn's privileged text is what stands under its key `privileged` and occurs in its `content` after what stands
+    under `question`.
+    """
+    last, privileged = messages[-1], messages[-1].get("privileged", "")
+    if not privileged or count(messages) <= limit:
+        return messages
 
     def keeping(characters: int) -> Messages:
         kept = privileged[:characters]
         # The question may contain the same words.
-        asked, content = turns[-1].get("question", ""), turns[-1]["content"]
+        asked, content = last.get("question", ""), last["content"]
         cut = content[: len(asked)] + content[len(asked) :].replace(privileged, kept, 1)
-        return (*messages[:-1], {**turns[-1], "content": cut, "privileged": kept})
+        return (*messages[:-1], {**last, "content": cut, "privileged": kept})
 
     low, high = 0, len(privileged)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if count(keeping(middle)) <= limit else (low, middle - 1)
-    return refuse(keeping(low), count, limit)
+    return keeping(low)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """The sizes programs are compiled for.
 
-    `context` and `completion` are the most tokens of a context and of a completion; `rows` is how many completions are
+    `context` and `completion` are the most tokens of a prompt and of a completion; `rows` is how many completions are
     sampled by one call; `rows_per_chunk` and `tokens_per_chunk` bound activations and logits in the engine, on each device
-    of the data axis (`None`: no bound).  `too_long` says what happens to a chat that exceeds `context`.
+    of the data axis.  A run chooses those that are `None` by the memory there is; elsewhere `None` is `ROWS` and no
+    bound.  `too_long` says what happens to a prompt that exceeds `context`.
+
+    `teacher_context` is the most tokens of any other chat, such as a lesson: one that exceeds it loses privileged text,
+    and where that is not enough its row is not trained (`sdjax.engine.lengths`).  `None`: as many as `context`, and one
+    that exceeds it is an error; a run chooses enough.
     """
 
     context: int = 512
     completion: int = 128
-    rows: int = 64
+    rows: int | None = None
     rows_per_chunk: int | None = None
-    tokens_per_chunk: int | None = 512
+    tokens_per_chunk: int | None = None
     too_long: Fit = refuse
+    teacher_context: int | None = None
+
+    @property
+    def lesson(self) -> int:
+        """The most tokens of a chat that is not a prompt as it stands in the data."""
+        return self.context if self.teacher_context is None else self.teacher_context
 
 
 def bucket(length: int, limit: int) -> int:
@@ -95,17 +115,22 @@ def bucket(length: int, limit: int) -> int:
 
 
 def encode_context(
-    tokenizer: Any, messages: Messages, shapes: Shapes, template: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: Messages,
+    shapes: Shapes,
+    template: Mapping[str, Any] | None = None,
+    limit: int | None = None,
 ) -> list[int]:
-    """Token ids of a chat, made to fit `shapes.context` by `shapes.too_long`.  Raises `LengthError` or `ChatError`.
+    """Token ids of a chat, made to fit `limit`, or `shapes.context`, by `shapes.too_long`.  Raises `LengthError` or `ChatError`.
 
     `template` are options of the chat template (`View.template`).
     """
+    limit = shapes.context if limit is None else limit
     ids = render(tokenizer, messages, template)
-    if len(ids) <= shapes.context:
+    if len(ids) <= limit:
         return ids
     count = lambda messages: len(render(tokenizer, messages, template))
-    return render(tokenizer, shapes.too_long(messages, count, shapes.context), template)
+    return render(tokenizer, shapes.too_long(messages, count, limit), template)
 
 
 def left_pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,14 +235,19 @@ def collate_context(slots, name: str, view: View, per_group: int, tokenizer: Any
     chats = [None if r is None else r.contexts.get(name) for r in slots]
     shared = 1 if view.per_rollout and not alike(chats, per_group) else per_group
     rows: list[Sequence[int]] = []
+    longest = shapes.context
+    own = lambda r: shapes.context if r.contexts[name] == r.example.prompt else shapes.lesson
     for start in range(0, len(chats), shared):
-        spoken = [c for c in chats[start : start + shared] if c is not None]
+        some = range(start, min(start + shared, len(chats)))
+        spoken = [chats[i] for i in some if chats[i] is not None]
+        limit = next((own(slots[i]) for i in some if chats[i] is not None), shapes.context)
+        longest = max(longest, limit)
         if any(c != spoken[0] for c in spoken[1:]):
             raise ValueError(
                 f"view {name!r}: rollouts of one group read different contexts; declare it View(per_rollout=True)"
             )
-        rows.append(encode_context(tokenizer, spoken[0], shapes, view.template) if spoken else ())
-    tokens, mask = left_pad(rows, shapes.context)
+        rows.append(encode_context(tokenizer, spoken[0], shapes, view.template, limit) if spoken else ())
+    tokens, mask = left_pad(rows, longest)
     # A context nobody speaks still needs one real token, or its rows would attend to nothing.
     mask[~mask.any(-1), -1] = True
     return Context(tokens, mask, np.asarray([c is not None for c in chats]))

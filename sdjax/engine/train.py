@@ -42,7 +42,9 @@ class ExperimentError(InputError, ValueError):
 
 LEAST = {
     **dict.fromkeys(("steps", "prompts", "rounds", "minibatches", "epochs", "most_skipped", "group_size"), 1),
-    **dict.fromkeys(("context", "completion", "rows", "train_size"), 1),
+    **dict.fromkeys(
+        ("context", "teacher_context", "completion", "rows", "rows_per_chunk", "tokens_per_chunk", "train_size"), 1
+    ),
     **dict.fromkeys(
         ("evaluation", "evaluate_every", "save_every", "seed", "warmup", "temperature", "most", "slots", "lag"), 0
     ),
@@ -76,9 +78,11 @@ class Experiment:
     the student's vocabulary is given as many embedding rows as the student has.
     `dtype` is what the models compute in; parameters and the optimizer stay float32.  `teacher_dtype`, if it is given, is
     what teachers compute in and what their parameters are kept in.  `remat` and `scan` are those of
-    `Transformer`: less memory for more time, and less compiling for more memory.  `reduce` averages the terms that
+    `Transformer`: less memory for more time, and less compiling for more memory.  `memory` is what a device may give
+    ("auto" looks, "off" does not, "12GB" says): by it a run chooses `remat` and the sizes of `shapes` that are `None`.
+    `reduce` averages the terms that
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
-    and after); `save_every` likewise (0: at the end).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
+    and after); `save_every` likewise (0: only at the end, and a run that is killed has lost everything).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library, in
     `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).
@@ -99,14 +103,15 @@ class Experiment:
     epochs: int = 1
     seed: int = 0
     dtype: Any = jnp.float32
-    remat: bool = False
+    memory: str = "auto"
+    remat: bool | None = None
     scan: bool = False
     teachers: Mapping[str, Pretrained] = dataclasses.field(default_factory=dict)
     teacher_dtype: Any = None
     reduce: Reducer = token_mean
     evaluation: int = 100
     evaluate_every: int = 0
-    save_every: int = 0
+    save_every: int = 25
     most_skipped: int = 3
     export: bool = True
     export_dtype: str | None = None
@@ -248,8 +253,8 @@ def initial_state(experiment: Experiment, params: Any) -> State:
 
 def models(experiment: Experiment) -> dict[str, Transformer]:
     """The network of every policy: live, snapshots, external teachers."""
-    student, teachers = experiment.student, experiment.teachers
-    build = lambda p, dtype: limited(Transformer(p.config, dtype, experiment.remat, experiment.scan), p.tokenizer)
+    student, teachers, remat = experiment.student, experiment.teachers, bool(experiment.remat)
+    build = lambda p, dtype: limited(Transformer(p.config, dtype, remat, experiment.scan), p.tokenizer)
     own = {name: build(student, experiment.dtype) for name in ("live", *experiment.method.snapshots)}
     return {**own, **{name: build(t, experiment.teacher_dtype or experiment.dtype) for name, t in teachers.items()}}
 

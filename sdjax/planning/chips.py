@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple
 
 import jax
 
-from sdjax.devices import sharding
+from sdjax.devices import memory, sharding
 from sdjax.errors import InputError
 
 
@@ -98,6 +99,14 @@ def chip_of(device: Any) -> tuple[str, Chip | None]:
     """Name and figures of a device's kind; `None` where they are not known, as for a CPU."""
     name = KINDS.get(device.device_kind, device.device_kind)
     return name, CHIPS.get(name)
+
+
+def memory_of(device: Any, chip: Chip | None) -> float | None:
+    """Bytes that a device has for a run: of one that is here what is free, of another what is built in."""
+    if any(device == other for other in jax.devices()):
+        free = memory.room(device=device).free
+        return free if math.isfinite(free) else chip and chip.memory
+    return chip and chip.memory
 
 
 def mesh_of(topology: str, shape: str) -> Any:

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
-from sdjax.engine import train
+from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
+from sdjax.engine import sketch, train
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.tokens import Shapes
 from sdjax.errors import nearest
@@ -33,7 +32,7 @@ from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
-from sdjax.planning import chips, flops, sketch, traffic
+from sdjax.planning import chips, flops, traffic
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.types import Batch, Method
 
@@ -61,6 +60,7 @@ class Plan(NamedTuple):
     cache: float
     decoding: float  # bytes that one decoding step reads, on average over completions of full length
     steps: int  # decoding steps
+    memory: float | None = None  # that a device has for the run; `None` where nothing is known
 
 
 # ---- shapes of everything ---------------------------------------------------------------------------------------------
@@ -76,30 +76,6 @@ def model_config(name: str) -> ModelConfig:
         f"model={name}: there is no such shape{nearest(name, list(PRESETS))}: expected {', '.join(PRESETS)}, or a "
         "folder with a config.json"
     )
-
-
-def laid(tree: Any, specs: Any) -> Any:
-    """Shapes with these shardings over the entered mesh."""
-    mesh = jax.sharding.get_mesh()
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, specs
-    )
-
-
-def laid_parameters(tree: Any) -> Any:
-    """Shapes of parameters or an optimizer's state, split by the rules."""
-    return laid(tree, sharding.parameter_specs(tree, sharding.current().shape))
-
-
-def laid_rows(tree: Any) -> Any:
-    """Shapes with a first axis of rows, split over the data axis where they divide."""
-    size = sharding.axis_size(sharding.DATA)
-    return laid(tree, jax.tree.map(lambda x: P(sharding.DATA) if x.ndim and x.shape[0] % size == 0 else P(), tree))
-
-
-def laid_whole(*shape: int, dtype: Any = jnp.int32) -> Any:
-    """A shape that every device holds whole."""
-    return laid(jax.ShapeDtypeStruct(shape, dtype), P())
 
 
 def shapes_of(network: Transformer) -> Any:
@@ -270,7 +246,8 @@ def compiled_plan(
     }
     state |= {name: size(tree) for name, tree in others.items()}
     device, chip = chips.chip_of(mesh.devices.flat[0])
-    check_state(state, device, chip, mesh.size)
+    memory = chips.memory_of(mesh.devices.flat[0], chip)
+    check_state(state, device, memory, mesh.size)
     updates = tuple(
         cost(
             train.make_update(objective, dict(networks), optimizer, shapes),
@@ -295,6 +272,7 @@ def compiled_plan(
         cache=own + before,
         decoding=decoding + before + own * share_read(shapes.completion),
         steps=shapes.completion,
+        memory=memory,
     )
 
 
@@ -304,14 +282,14 @@ def share_read(length: int) -> float:
     return sum((size - last) * size for last, size in itertools.pairwise([0, *sizes])) / length**2
 
 
-def check_state(state: Mapping[str, float], device: str, chip: Chip | None, devices: int) -> None:
+def check_state(state: Mapping[str, float], device: str, memory: float | None, devices: int) -> None:
     """Raises `PlanError`, before anything is compiled, if what is there all the time does not fit a device."""
     needed = sum(state.values())
-    if chip is not None and needed > chip.memory:
+    if memory is not None and needed > memory:
         parts = ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in state.items() if value)
         raise PlanError(
-            f"{TOO_LARGE}: {parts} on each {device} of {chip.memory / 1e9:.0f} GB: use at least "
-            f"{math.ceil(devices * needed / chip.memory * 1.4)} devices, or adapters (--lora-rank), which need no more "
+            f"{TOO_LARGE}: {parts} on each {device} of {memory / 1e9:.0f} GB: use at least "
+            f"{math.ceil(devices * needed / memory * 1.4)} devices, or adapters (--lora-rank), which need no more "
             "than the parameters"
         )
 

@@ -13,11 +13,11 @@ import optax
 
 from sdjax.cli.options import Choice
 from sdjax.devices import programs, sharding
-from sdjax.engine import train
+from sdjax.devices.layout import laid_rows, laid_whole
+from sdjax.engine import sketch, train
 from sdjax.engine.tokens import Shapes
 from sdjax.models.transformer import Transformer
-from sdjax.planning import sketch
-from sdjax.planning.plan import laid_rows, laid_state, laid_whole, model_config, self_taught
+from sdjax.planning.plan import laid_state, model_config, self_taught
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For machine code that never runs; the exchanges are decided before."""

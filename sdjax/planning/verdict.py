@@ -39,8 +39,8 @@ def exchanging(cost: Cost, chip: Chip) -> float:
 def advice(plan: Plan) -> str:
     """What to change where it does not fit, by the largest part."""
     needed = totals(plan)
-    if sum(plan.state.values()) > 0.7 * plan.chip.memory:
-        return "parameters, optimizer and snapshots alone fill the device: use more devices"
+    if sum(plan.state.values()) > 0.7 * available(plan):
+        return "parameters, optimizer and snapshots alone fill the device: use more devices, or --lora-rank"
     if needed["sampler"] > needed["update"]:
         return "sampling needs most: a longer model axis splits the weights, fewer prompts shorten the cache"
     return (
@@ -82,16 +82,22 @@ def activations(plan: Plan) -> float:
 
 
 def verdict(plan: Plan, needed: Mapping[str, float]) -> list[str]:
-    """Whether it fits, and the estimated seconds, where the chip is known."""
-    if plan.chip is None:
-        return [f"nothing is known of the speed and memory of {plan.device!r}"]
-    lines = ["at best, by the roofline"]
-    lines += [f"  {name:38s}{value:10.3f} s" for name, value in seconds(plan).items()]
-    lines.append(f"  assumed: {ASSUMED}")
+    """Whether it fits the memory that is known, and the estimated seconds, where the chip is known."""
+    lines = [f"nothing is known of the speed of {plan.device!r}"]
+    if plan.chip is not None:
+        lines = ["at best, by the roofline"]
+        lines += [f"  {name:38s}{value:10.3f} s" for name, value in seconds(plan).items()]
+        lines.append(f"  assumed: {ASSUMED}")
+    if available(plan) is None:
+        return [*lines, "nothing is known of its memory"]
     most = max(needed.values())
-    if most <= plan.chip.memory:
-        return [*lines, f"fits: {most / 1e9:.1f} of {plan.chip.memory / 1e9:.0f} GB"]
-    return [*lines, f"does not fit: {most / 1e9:.1f} of {plan.chip.memory / 1e9:.0f} GB; {advice(plan)}"]
+    there = f"{most / 1e9:.1f} of {available(plan) / 1e9:.0f} GB"
+    return [*lines, f"fits: {there}" if most <= available(plan) else f"does not fit: {there}; {advice(plan)}"]
+
+
+def available(plan: Plan) -> float | None:
+    """Bytes that a device has, as far as that is known."""
+    return plan.memory if plan.memory is not None else plan.chip and plan.chip.memory
 
 
 # ---- as JSON ----------------------------------------------------------------------------------------------------------

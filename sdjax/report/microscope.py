@@ -167,7 +167,7 @@ def score_step(reader: Reader, lines: Sequence[dict[str, Any]], longest: int) ->
     rollouts = [rollout_of(line) for line in lines]
     check_vocabulary(reader, lines)
     views = readable_views(reader, lines[0])
-    shapes = Shapes(context=reader.model.config.max_context - longest, completion=longest, too_long=shorten)
+    shapes = Shapes(reader.model.config.max_context - longest, longest, tokens_per_chunk=512, too_long=shorten)
     batch = jax.tree.map(jnp.asarray, collate(rollouts, views, reader.tokenizer, shapes))
     own = reader.objective if reader.objective and {*reader.objective.views} <= {*views} else None
     found = signals_of(reader, views, own, batch)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from sdjax.collect.contexts import question
 from sdjax.devices import processes, sharding
+from sdjax.devices.memory import MemoryShortage, exhausted
 from sdjax.engine import train
-from sdjax.engine.chats import check_view
-from sdjax.engine.tokens import encode_context
+from sdjax.engine.chats import check_view, encode_text
+from sdjax.engine.tokens import LengthError, encode_context, refuse
 from sdjax.engine.train import Experiment, ExperimentError
-from sdjax.run import checkpoint
+from sdjax.run import checkpoint, data, memory
 from sdjax.run.folder import RunError, check_folder, claim
 from sdjax.run.interrupts import Interrupts, SharedInterrupts
 from sdjax.run.log import NoLog, RunLog
 from sdjax.run.loop import Result, Run
+from sdjax.run.memory import settled
+from sdjax.types import Task
 
 
 def fit(
@@ -28,36 +33,45 @@ def fit(
 ) -> Result:
     """Runs an experiment in a folder and returns its final state and accuracies.
 
-    The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `rollouts.jsonl`, `checkpoints/`
-    and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
+    The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `rollouts.jsonl`, `checkpoints/`,
+    `data.json` (marks of the problems), `memory.json` (how much is done at a time) and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
     `resume=True` goes on from the newest checkpoint, bit for bit as if nothing had happened.
 
     Raises:
       RunError: the folder cannot be used, holds another run or none to resume, the arguments of a resumed run differ,
-        or too many updates were skipped.
+        its problems have changed, or too many updates were skipped.
       LengthError, ExperimentError: a prompt or the model's context is too short for the experiment's shapes.
+      MemoryShortage: the run does not fit the memory there is, or could not get it.
       CheckpointError: a checkpoint cannot be written or read.
       Interrupted: a signal came before the run had begun.
     """
     folder, arguments = Path(folder), dict(arguments or {})
+    task = experiment.task
     shared, mesh = processes.many(), train.mesh_of(experiment)
     with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh):
         processes.by_first(lambda: check_folder(folder, resume, arguments))
+        processes.by_first(lambda: data.check(folder, task))
         check_contexts(experiment)
-        check_lengths(experiment)
+        lengths = check_lengths(experiment)
+        experiment, record, said = settled(with_teacher_context(experiment, lengths), lengths.prompt, folder)
+        if processes.first():
+            print(said, flush=True)
         try:
-            processes.by_first(lambda: claim(folder, arguments))
+            processes.by_first(lambda: prepare(folder, arguments, task, record))
             run = Run(experiment, folder, interrupts)
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
             step = run.restore() if processes.by_first(lambda: checkpoint.steps(folder / "checkpoints")) else 0
+            recorded = processes.by_first(lambda: steps_recorded(folder))
             run.log = RunLog(folder, run.experiment.steps, step) if processes.first() else NoLog()
             if resume:
-                run.log.say(f"going on after step {step}" if step else "no checkpoint yet: from the beginning")
+                run.log.say(going_on(step, recorded))
             try:
                 return run.go(step)
             finally:
                 run.log.close()
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
+        except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
+            if exhausted(error):
+                raise out_of_memory(folder, error, record["sizes"]) from error
             if not processes.lost(error):
                 raise
             time.sleep(3)  # whoever ended on purpose has said so, and is then named
@@ -77,7 +91,52 @@ def check_contexts(experiment: Experiment) -> None:
         check_view(experiment.student.tokenizer, name, view.template)
 
 
-def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
+def prepare(folder: Path, arguments: Mapping[str, Any], task: Task, sizes: Mapping[str, Any]) -> None:
+    """Makes the run's folder and writes what a resumed run must find: its arguments, its problems, its sizes."""
+    claim(folder, arguments)
+    data.write(folder, task)
+    memory.write(folder, sizes)
+
+
+def out_of_memory(folder: Path, error: Exception, sizes: Mapping[str, Any]) -> MemoryShortage:
+    """What is said when memory cannot be had in the middle of a run."""
+    saved = checkpoint.steps(folder / "checkpoints")
+    kept = f"what came up to step {saved[-1]} is saved" if saved else "nothing was saved yet"
+    rows, chunk = max(1, sizes["rows"] // 2), max(1, (sizes["rows_per_chunk"] or sizes["rows"]) // 2)
+    said = " ".join(str(error).split())[:160] or type(error).__name__
+    return MemoryShortage(
+        f"memory ran out ({said}): {kept}.  Go on with --resume and smaller sizes, such as --rows {rows} --rows-per-chunk "
+        f"{chunk} --remat, or end other programs that take memory"
+    )
+
+
+def steps_recorded(folder: Path) -> int:
+    """The last step whose numbers are in the folder."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def going_on(step: int, recorded: int) -> str:
+    """Where a resumed run goes on, and what was lost."""
+    lost = f"; steps {step + 1} to {recorded} were not saved and are done again" if recorded > step else ""
+    return f"going on after step {step}{lost}" if step else f"no checkpoint yet: from the beginning{lost}"
+
+
+class Lengths(NamedTuple):
+    """The most tokens of a prompt, and of what a teacher may be told of an example."""
+
+    prompt: int
+    told: int
+
+
+WORDING = 256
+"""Tokens of what stands around a question and a lesson: headers, instructions, the chat template."""
+
+
+def check_lengths(experiment: Experiment, most: int = 20_000) -> Lengths:
     """Raises before the first step what would end the run at some later one: a question that does not fit.
 
     Only the `most` longest texts are tokenised, so that millions of examples take no minutes.
@@ -88,12 +147,34 @@ def check_lengths(experiment: Experiment, most: int = 20_000) -> None:
     """
     shapes, student = experiment.shapes, experiment.student
     for name, model in {"the student": student, **experiment.teachers}.items():
-        if shapes.context + shapes.completion > model.config.max_context:
-            raise ExperimentError(
-                f"context={shapes.context} and completion={shapes.completion} exceed the {model.config.max_context} "
-                f"tokens that {name} was made for"
-            )
+        for option, length in (("context", shapes.context), ("teacher-context", shapes.teacher_context or 0)):
+            if length + shapes.completion > model.config.max_context:
+                raise ExperimentError(
+                    f"--{option} {length} and --completion {shapes.completion} exceed the {model.config.max_context} "
+                    f"tokens that {name} was made for: lower one of them"
+                )
     examples = [*experiment.task.train, *experiment.task.test[: experiment.evaluation]]
     length = lambda example: sum(len(turn["content"]) for turn in example.prompt)
+    prompt, template = 0, train.template_of(experiment.method, "live")
     for example in sorted(examples, key=length, reverse=True)[:most]:
-        encode_context(student.tokenizer, question(example), shapes, train.template_of(experiment.method, "live"))
+        try:
+            prompt = max(prompt, len(encode_context(student.tokenizer, question(example), shapes, template)))
+        except LengthError as error:
+            more = "" if shapes.too_long is not refuse else ", or let --shorten-prompts cut it"
+            raise LengthError(f"example {example.id!r}: {error}{more}") from None
+    told = sorted((f"{e.solution or ''}\n{e.feedback or ''}" for e in experiment.task.train), key=len, reverse=True)
+    count = lambda text: len(encode_text(student.tokenizer, text))
+    return Lengths(prompt, max(map(count, told[:20])))
+
+
+def with_teacher_context(experiment: Experiment, lengths: Lengths) -> Experiment:
+    """The experiment with a limit for what teachers read: a question, two texts as long as any, and the words around them.
+
+    As much as the models were made for, and never less than `shapes.context`.
+    """
+    shapes, models = experiment.shapes, (experiment.student, *experiment.teachers.values())
+    if shapes.teacher_context is not None:
+        return experiment
+    wanted = max(shapes.context, lengths.prompt + 2 * max(shapes.completion, lengths.told) + WORDING)
+    limit = min(wanted, min(model.config.max_context for model in models) - shapes.completion)
+    return dataclasses.replace(experiment, shapes=dataclasses.replace(shapes, teacher_context=limit))

@@ -10,6 +10,9 @@ from typing import Any
 from sdjax.errors import InputError, nearest
 from sdjax.run.log import replace_text
 
+ELSEWHERE = ("mesh", "memory", "rows", "rows_per_chunk", "tokens_per_chunk", "remat")
+"""Options that change where and how a run computes, not what: a resumed run may be given others."""
+
 
 class RunError(InputError, RuntimeError):
     """A run cannot start or go on; the message says why and what to do."""
@@ -32,8 +35,7 @@ def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> No
         raise RunError(f"{folder} holds no run to resume{nearest(str(folder), others)}: start it without --resume")
     if old is not None and not resume:
         raise RunError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
-    # Where it runs may change.
-    old, arguments = ({k: v for k, v in (some or {}).items() if k != "mesh"} for some in (old, arguments))
+    old, arguments = ({k: v for k, v in (some or {}).items() if k not in ELSEWHERE} for some in (old, arguments))
     if file.exists() and old != arguments:
         changed = [
             f"{name} was {old.get(name)!r} and is {arguments.get(name)!r}"

@@ -17,6 +17,7 @@ import numpy as np
 
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
+from sdjax.engine.lengths import fitted
 from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion
 from sdjax.engine.tokens import collate
 from sdjax.engine.train import Experiment, Outcome, State
@@ -27,8 +28,9 @@ from sdjax.run.export import export
 from sdjax.run.folder import RunError, as_json
 from sdjax.run.interrupts import Interrupted, Interrupts
 from sdjax.run.log import NoLog, RunLog, replace_text
+from sdjax.run.numbers import describe, mean_of
 from sdjax.run.prompts import Prompts
-from sdjax.types import STUDENT, Batch, Example, Rollout, Verdict
+from sdjax.types import Batch, Example, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Run:
         self.skipped_in_a_row, self.skipped = 0, 0
         self.before: Accuracy | None = None
         self.saved = 0
+        self.lengths: dict[str, float] = {}
         self.log: RunLog | NoLog
 
     # ---- policies -----------------------------------------------------------------------------------------------
@@ -121,6 +124,10 @@ class Run:
     def steps(self, start: int) -> None:
         """Steps, the evaluations between them, and checkpoints."""
         e = self.experiment
+        if not e.save_every and e.steps > 2:
+            self.log.say(
+                "nothing is saved before the last step (--save-every 0): a run that is killed has lost everything"
+            )
         for step in range(start, e.steps):
             # Before the step, not after the last one: a resumed run then measures what it had not yet recorded.
             if step == 0:
@@ -157,7 +164,7 @@ class Run:
             written = zlib.crc32(repr([(r.tokens, r.reward, r.group, r.contexts) for r in rollouts]).encode())
             processes.agree(written, f"rollouts in step {step + 1}: collect depends on more than its arguments")
         collected = time.perf_counter()
-        values = self.train_on(step, self.batch(rollouts)) if rollouts else {}
+        values = self.train_on(step, self.batch(rollouts, step)) if rollouts else {}
         # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
         self.state = self.state.replace(step=self.state.step + 1)
         self.renew("batch")
@@ -165,7 +172,7 @@ class Run:
         jax.block_until_ready(self.state.params)
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
-        values |= records.hedging(rollouts) | records.measured(rollouts)
+        values |= records.hedging(rollouts) | records.measured(rollouts) | (self.lengths if rollouts else {})
         self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
         if not rollouts:
             self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
@@ -173,14 +180,21 @@ class Run:
             self.log.rollouts(step + 1, rollouts)
             self.log.tokens(step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(method))
 
-    def batch(self, rollouts: Sequence[Rollout]) -> Batch:
-        """The padded batch of a step."""
+    def batch(self, rollouts: Sequence[Rollout], step: int = 0) -> Batch:
+        """The padded batch of a step: what does not fit is cut or left out, counted and said."""
         e = self.experiment
+        views = train.all_views(e.method)
+        rollouts, cut, left_out = fitted(rollouts, views, e.student.tokenizer, e.shapes)
+        unread = sum(not r.tokens and not r.finished for r in rollouts)
+        self.lengths = {"contexts_cut": float(cut), "rows_left_out": float(left_out + unread)}
+        if left_out + unread:
+            self.log.say(
+                f"step {step + 1}: {left_out + unread} rows are not trained: what is read there does not fit the "
+                f"{e.shapes.lesson} tokens of --teacher-context, even without the lesson"
+            )
         # Every device of the data axis gets equally many groups of every minibatch.
         multiple = 1 if sharding.current() is None else sharding.axis_size(sharding.DATA) * e.minibatches
-        return collate(
-            rollouts, train.all_views(e.method), e.student.tokenizer, e.shapes, e.method.groups(e.prompts), multiple
-        )
+        return collate(rollouts, views, e.student.tokenizer, e.shapes, e.method.groups(e.prompts), multiple)
 
     def train_on(self, step: int, batch: Batch) -> dict[str, float]:
         """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
@@ -200,7 +214,7 @@ class Run:
             self.log.say(f"step {step + 1}: {many}no signal (equal rewards, or no lesson for any row): not trained")
         seen = describe(batch)
         # A term that goes by the name of a fact about the batch does not hide it.
-        return {**seen, **{f"term_{n}" if n in seen else n: v for n, v in summary(outcomes).items()}}
+        return {**seen, **{f"term_{n}" if n in seen else n: v for n, v in mean_of(outcomes).items()}}
 
     def update(self, update: Any, part: Batch) -> Outcome:
         """One update; its outcome on the host."""
@@ -313,30 +327,3 @@ class Run:
         self.before = None if host["before"] is None else Accuracy(*host["before"])
         self.saved = int(self.state.step)
         return self.saved
-
-
-def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The mean numbers of a step's updates; a term's under its own name."""
-    values: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        own = {**outcome.terms, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "trained": outcome.useful}
-        for name, value in own.items():
-            values.setdefault(name, []).append(float(value))
-    return {name: float(np.mean(v)) for name, v in values.items()}
-
-
-def describe(batch: Batch) -> dict[str, float]:
-    """What a batch looks like: mean reward, length in tokens, share finished, share of rows each view speaks about.
-
-    Of the student's own rows where there are any: references and teachers' texts would blur how the student does.
-    """
-    own = batch.valid & (batch.source == STUDENT)
-    rows = own if own.any() else batch.valid
-    lengths = batch.present.sum(-1)
-    taught = {f"read_by_{name}": float(c.valid[rows].mean()) for name, c in batch.contexts.items()}
-    return {
-        "reward": float(batch.reward[rows].mean()),
-        "length": float(lengths[rows].mean()),
-        "finished": float(batch.finished[rows].mean()),
-        **taught,
-    }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
+from sdjax.devices.memory import parsed
 from sdjax.devices.sharding import mesh_shape
 from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment, check_numbers
@@ -101,10 +102,19 @@ class Settings:
         "cut prompts that are too long instead of refusing them: oldest turns first, then the end of privileged text, "
         "never the question",
     )
-    rows: int = option(64, "memory", "attempts that one call of the sampler writes")
-    rows_per_chunk: int | None = option(None, "memory", "rows whose activations the update holds at a time; None: all")
-    tokens_per_chunk: int | None = option(512, "memory", "positions whose logits the update holds at a time; None: all")
-    remat: bool = option(False, "memory", "recompute blocks in the backward pass: less memory for more time")
+    teacher_context: int | None = option(
+        None, "memory", "most tokens that a teacher reads; None: what question, lesson and completion need"
+    )
+    memory: str = option(
+        "auto",
+        "memory",
+        "memory that a device may give: auto looks what there is, off does not look, 12GB says it; the four options "
+        "below are chosen by it where they are not given, and never change what is learnt",
+    )
+    rows: int | None = option(None, "memory", "attempts that one call of the sampler writes")
+    rows_per_chunk: int | None = option(None, "memory", "rows whose activations the update holds at a time")
+    tokens_per_chunk: int | None = option(None, "memory", "positions whose logits the update holds at a time")
+    remat: bool | None = option(None, "memory", "recompute blocks in the backward pass: less memory for more time")
     scan: bool = option(False, "memory", "loop over the layers instead of compiling each: for deep models on TPUs")
 
     evaluation: int = option(100, "evaluation", "held-out problems, answered greedily before and after training")
@@ -114,6 +124,8 @@ class Settings:
     def __post_init__(self):
         check_numbers(dataclasses.asdict(self))
         mesh_shape(self.mesh)
+        if self.memory != "off":
+            parsed(self.memory)
         adapters.chosen(self.lora_rank, self.lora_base)
         self.chosen_teachers()
         templates.parsed(self.template)
@@ -152,7 +164,13 @@ class Settings:
         """The sizes that programs are compiled for."""
         too_long = shorten if self.shorten_prompts else refuse
         return Shapes(
-            self.context, self.completion, self.rows, self.rows_per_chunk, self.tokens_per_chunk, too_long=too_long
+            self.context,
+            self.completion,
+            self.rows,
+            self.rows_per_chunk,
+            self.tokens_per_chunk,
+            too_long=too_long,
+            teacher_context=self.teacher_context,
         )
 
     def experiment(
@@ -164,7 +182,7 @@ class Settings:
         """
         own = self.chosen_teachers()
         teachers.check_before_loading(task, own, told=self.lesson == "solution")
-        same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "remat", "scan")
+        same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "memory", "remat", "scan")
         same += ("evaluation", "evaluate_every", "save_every")
         chosen = {
             **{name: getattr(self, name) for name in same},

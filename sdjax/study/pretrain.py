@@ -18,26 +18,6 @@ from sdjax.models.configs import ModelConfig
 from sdjax.models.transformer import Transformer, hidden, initialise, logits, positions_of
 from sdjax.types import Messages
 
-CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"
-
-
-def word_tokenizer(words: Sequence[str]) -> Any:
-    """A tokenizer whose tokens are the words between spaces, with a chat template; words not given are `<unk>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    known = dict.fromkeys(("<pad>", "<end>", "<unk>", "user:", "assistant:", "system:", *words))
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=CHAT,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-
 
 def rows(tokenizer: Any, texts: Iterator[tuple[Messages, str]], most: int) -> Iterator[tuple[list[int], int]]:
     """`(token ids of chat and text with its end, how many of them are the chat's)`, longer ones than `most` left out."""

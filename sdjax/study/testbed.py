@@ -37,10 +37,11 @@ from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.run.settings import Settings
 from sdjax.study.arms import behaviour, trained
-from sdjax.study.pretrain import batches, pretrain, rows, word_tokenizer
+from sdjax.study.pretrain import batches, pretrain, rows
 from sdjax.study.tables import across, changes, gains, shares
 from sdjax.tasks import scratchpad
 from sdjax.tasks.scratchpad import FAMILIES, Author, Problem
+from sdjax.tasks.words import word_tokenizer
 from sdjax.types import Example, Messages, Method, Task
 
 LONGEST = 384

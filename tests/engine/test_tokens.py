@@ -105,7 +105,7 @@ PLAIN = with_solution(user(QUESTION), SECRET, **AROUND)
 
 def test_refuse_accepts_what_fits_and_says_how_long_the_rest_is():
     assert refuse(PLAIN, count, count(PLAIN)) is PLAIN
-    with pytest.raises(LengthError, match=f"{count(PLAIN)} tokens exceeds the limit of {count(PLAIN) - 1}"):
+    with pytest.raises(LengthError, match=f"{count(PLAIN)} tokens exceeds the {count(PLAIN) - 1} of --context"):
         refuse(PLAIN, count, count(PLAIN) - 1)
 
 

@@ -24,7 +24,7 @@ from sdjax.models.transformer import Transformer
 from sdjax.samplers import servers
 from sdjax.samplers.refill import refilled
 from sdjax.samplers.servers import EngineError
-from sdjax.study.pretrain import word_tokenizer
+from sdjax.tasks.words import word_tokenizer
 from sdjax.types import View
 
 CHATS = [question(e) for e in tiny.TASK.train[:2]]

@@ -16,6 +16,7 @@ from sdjax.__main__ import main
 from sdjax.cli.options import Choice, method_factory, method_names
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import MeshError
+from sdjax.engine import sketch
 from sdjax.methods.gkd import gkd
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opd import opd
@@ -24,7 +25,7 @@ from sdjax.models.attention import Keys, by_kernel
 from sdjax.models.configs import from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.recompute import recomputed
-from sdjax.planning import chips, flops, plan, sketch, traffic, verdict
+from sdjax.planning import chips, flops, plan, traffic, verdict
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama"
 SMALL = {"model": str(GOLDEN), "prompts": 2, "context": 16, "completion": 8, "bf16": False}

@@ -331,7 +331,7 @@ def test_a_question_that_does_not_fit(tmp_path, no_steps):
     example = tiny.TASK.train[5]
     long = dataclasses.replace(example, prompt=({"role": "user", "content": "key " * 40},))
     task = tiny.TASK._replace(train=(*tiny.TASK.train, long))
-    with pytest.raises(LengthError, match="a prompt of 42 tokens exceeds the limit of 32"):
+    with pytest.raises(LengthError, match="a prompt of 42 tokens exceeds the 32 of --context"):
         fit(experiment(task=task), tmp_path / "run")
     with pytest.raises(LengthError, match="a prompt of 42 tokens exceeds"):
         fit(experiment(task=tiny.TASK._replace(test=(long,)), evaluation=1), tmp_path / "run")
@@ -345,7 +345,9 @@ def test_a_question_that_does_not_fit(tmp_path, no_steps):
 
 
 def test_shapes_beyond_the_model(tmp_path, no_steps):
-    with pytest.raises(ExperimentError, match="context=250 and completion=8 exceed the 256 tokens that the student"):
+    with pytest.raises(
+        ExperimentError, match="--context 250 and --completion 8 exceed the 256 tokens that the student"
+    ):
         fit(experiment(shapes=Shapes(context=250, completion=8)), tmp_path / "run")
 
 

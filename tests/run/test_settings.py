@@ -8,6 +8,8 @@ import pytest
 import tiny
 
 from sdjax.cli import options
+from sdjax.cli.options import options_class, spelled_out
+from sdjax.devices.memory import MemoryShortage
 from sdjax.engine.tokens import refuse, shorten
 from sdjax.engine.train import ExperimentError
 from sdjax.errors import InputError
@@ -30,7 +32,7 @@ def test_every_option_has_a_heading_and_a_help_text():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 7), ("prompts", 6), ("rounds", 2), ("minibatches", 2), ("epochs", 3), ("seed", 5), ("remat", True)]
-    + [("scan", True), ("evaluation", 9), ("evaluate_every", 4), ("save_every", 11)],
+    + [("memory", "12GB"), ("scan", True), ("evaluation", 9), ("evaluate_every", 4), ("save_every", 11)],
 )
 def test_a_setting_reaches_the_experiment(field, value):
     assert getattr(experiment(**{field: value}), field) == value != getattr(experiment(), field)
@@ -43,6 +45,20 @@ def test_the_others_reach_it_under_other_names():
     assert (shapes.context, shapes.completion, shapes.rows) == (33, 22, 11)
     assert (shapes.rows_per_chunk, shapes.tokens_per_chunk, shapes.too_long) == (4, 5, refuse)
     assert experiment(shorten_prompts=True).shapes.too_long is shorten
+    assert experiment(teacher_context=77).shapes.lesson == 77
+
+
+def test_a_boolean_that_may_be_chosen_is_a_flag():
+    options = options_class("Options", lambda *, settings=Settings(): None, {})
+    said = lambda *arguments: spelled_out(arguments, options)
+    assert said("--remat", "--steps", "3") == ["--remat", "True", "--steps", "3"]
+    assert said("--no-remat", "--bf16") == ["--remat", "False", "--bf16"]
+    assert said("--remat", "False") == ["--remat", "False"]
+
+
+def test_a_budget_that_is_no_size_is_refused_at_once():
+    with pytest.raises(MemoryShortage, match="--memory much: expected auto, off, or a size such as 12GB"):
+        Settings(memory="much")
 
 
 def first_step(settings, gradient, weight=2.0):

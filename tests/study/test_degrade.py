@@ -28,8 +28,9 @@ from sdjax.models.transformer import Transformer
 from sdjax.report.runs import read_run
 from sdjax.run.prompts import Prompts
 from sdjax.study import arms, tables, testbed
-from sdjax.study.pretrain import batches, padded, pretrain, rows, word_tokenizer
+from sdjax.study.pretrain import batches, padded, pretrain, rows
 from sdjax.tasks import scratchpad
+from sdjax.tasks.words import word_tokenizer
 from sdjax.types import STUDENT, Verdict
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "degrade"

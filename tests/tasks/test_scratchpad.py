@@ -7,10 +7,10 @@ import re
 import pytest
 
 from sdjax.study import testbed
-from sdjax.study.pretrain import word_tokenizer
 from sdjax.tasks import scratchpad
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.scratchpad import ALONE, FAMILIES, HEDGES, IN_DOMAIN, Author, Problem, applied, with_care
+from sdjax.tasks.words import word_tokenizer
 
 NEVER = Author(0.0, 0.0, 0.0)
 PROBLEM = Problem(37, (("*", 4), ("+", 58)), 2)

@@ -1,8 +1,9 @@
-"""The shape of a method's batches, found by letting a tiny random model collect a few rows."""
+"""The shape of a method's batches, found by letting a tiny random model collect a few rows: before anything is spent."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -13,25 +14,35 @@ import numpy as np
 from jax import Array
 
 from sdjax.engine.policies import Environment, Policy, Sample
+from sdjax.engine.score import policies_of
 from sdjax.engine.tokens import Shapes, collate, decode_text
 from sdjax.engine.train import all_views
+from sdjax.errors import InputError
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.planning.chips import PlanError
-from sdjax.study.pretrain import word_tokenizer
 from sdjax.tasks.recall import recall, vocabulary
-from sdjax.types import Batch, Context, Method, Verdict
+from sdjax.tasks.words import word_tokenizer
+from sdjax.types import Batch, Context, Example, Method, Rollout, Verdict
 
 KEYS = 8
 SHAPES = Shapes(context=160, completion=8, rows=8, tokens_per_chunk=None)
 
 
+class SketchError(InputError, ValueError):
+    """Nothing is known of a method's batches."""
+
+
 @functools.cache
 def policy() -> Policy:
-    """A random model of two layers whose texts end, and a tokenizer that knows the recall task's words."""
-    tokenizer = word_tokenizer(vocabulary(keys=KEYS))
+    """A random model that knows the recall task's words."""
+    return little(word_tokenizer(vocabulary(keys=KEYS)), SHAPES)
+
+
+def little(tokenizer: Any, shapes: Shapes) -> Policy:
+    """A random model of two layers whose texts end, behind a tokenizer."""
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    longest = max(512, shapes.context + shapes.completion)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": longest}
     rest = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
     model = Transformer(from_hf({**sizes, **heads, **rest}))
     params = initialise(model, jax.random.key(0))
@@ -39,7 +50,7 @@ def policy() -> Policy:
     head, stop = 12.5 * params["head"], tokenizer.eos_token_id
     head = head.at[stop].set(0.5 * head[stop]).at[stop, 0].add(0.3)
     params = {**params, "embed": params["embed"].at[:, 0].add(0.04), "head": head}
-    return Policy(model, params, tokenizer, SHAPES, writer=random_words)
+    return Policy(model, params, tokenizer, shapes, writer=random_words)
 
 
 def random_words(policy: Policy, chats: Sequence[Sequence[int]], key: Array, *, n: int, limit: int, **_: Any) -> Any:
@@ -63,19 +74,32 @@ def coin(example: Any, text: str) -> Verdict:
 def sketched(method: Method, prompts: int = 2) -> Batch:
     """A batch of rows that the method collects for a few prompts of the recall task, with the tiny model as every policy.
 
-    Raises `PlanError` if it keeps no row of them in ten tries.
+    Raises `SketchError` if it keeps no row of them in ten tries.
     """
-    task = recall(keys=KEYS)
-    names = {"live", "teacher", *method.snapshots, *(view.policy for view in all_views(method).values())}
-    take = iter(task.train * 50)
+    rollouts = collected(method, policy(), recall(keys=KEYS).train, prompts)
+    return collate(rollouts, all_views(method), policy().tokenizer, SHAPES)
+
+
+def collected(method: Method, policy: Policy, examples: Sequence[Example], prompts: int = 2) -> list[Rollout]:
+    """Rollouts that the method collects for a few prompts, with one policy in every place and a coin as the verifier.
+
+    Raises `SketchError` if it keeps no row of them in ten tries.
+    """
+    names = {
+        "live",
+        "teacher",
+        *method.snapshots,
+        *(policy for view in all_views(method).values() for policy in policies_of(view)),
+    }
+    take = itertools.cycle(examples)
     more = lambda: [next(take) for _ in range(prompts)]
-    environment = Environment(dict.fromkeys(names, policy()), coin, more)
+    environment = Environment(dict.fromkeys(names, policy), coin, more)
     memory = method.memory
     for attempt in range(10):
         rollouts, memory = method.collect(environment, more(), jax.random.key(attempt), memory)
         if rollouts:
-            return collate(rollouts, all_views(method), policy().tokenizer, SHAPES)
-    raise PlanError("the method kept no rollout in ten batches of a random model, so nothing is known of its batches")
+            return rollouts
+    raise SketchError("the method kept no rollout in ten batches of a random model, so nothing is known of its batches")
 
 
 def rows_per_prompt(batch: Batch, prompts: int = 2) -> int:

@@ -1,0 +1,80 @@
+"""The problems that a run began with: a mark of each row in the run's folder, so that it goes on with the same or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdjax.run.folder import RunError
+from sdjax.run.log import replace_text
+from sdjax.tasks.splits import question_key
+from sdjax.types import Example, Task
+
+FILE = "data.json"
+
+
+def mark(value: Any) -> str:
+    """A short hash of a JSON-able value; of what is not, its kind counts."""
+    text = json.dumps(value, sort_keys=True, default=lambda x: type(x).__name__)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def marked(example: Example) -> str:
+    """The mark of everything that an example says."""
+    said = (example.id, [dict(turn) for turn in example.prompt], example.answer, example.solution, example.feedback)
+    return mark([*said, dict(example.meta)])
+
+
+def described(task: Task) -> dict[str, list[str]]:
+    """Marks of all rows in order, and of the held-out questions, whose spacing and case do not count."""
+    questions = sorted({mark(question_key(example.prompt)) for example in task.test})
+    return {"train": [*map(marked, task.train)], "test": [*map(marked, task.test)], "held_out": questions}
+
+
+def check(folder: Path, task: Task) -> None:
+    """Raises `RunError` unless the run in the folder began with these problems, in this order."""
+    try:
+        begun = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        changes = differences(begun, task)
+    except (OSError, ValueError, KeyError, TypeError):  # begun by an earlier version, or not yet
+        return
+    if changes:
+        raise RunError(
+            f"{folder}: the problems are not those that the run began with: {'; '.join(changes)}: resume with the same "
+            "data, or start a new run with --out"
+        )
+
+
+def differences(begun: Mapping[str, Sequence[str]], task: Task) -> list[str]:
+    """What has changed, in words; nothing if nothing has."""
+    now, found = described(task), []
+    for name, what, rows in (("train", "training rows", task.train), ("test", "held-out rows", task.test)):
+        old, new = begun[name], now[name]
+        if old == new:
+            continue
+        if len(old) != len(new):
+            found.append(f"there were {len(old)} {what} and are {len(new)}")
+        if sorted(old) == sorted(new):
+            found.append(f"the {what} are in another order")
+        else:
+            known = {*old}
+            strange = [row.id for row, own in zip(rows, new, strict=True) if own not in known]
+            gone = len(known - {*new})
+            found.append(
+                f"{len(strange)} of the {what} are new or changed"
+                + (f" (the first is {strange[0]!r})" if strange else "")
+                + (f", and {gone} are no longer among them" if gone else "")
+            )
+    held_out = {*begun["held_out"]}
+    moved = [row.id for row in task.train if mark(question_key(row.prompt)) in held_out]
+    if moved:
+        found.append(f"{len(moved)} rows that were held out would be trained on (the first is {moved[0]!r})")
+    return found
+
+
+def write(folder: Path, task: Task) -> None:
+    """Keeps the marks in the run's folder."""
+    replace_text(folder / FILE, json.dumps(described(task)))

@@ -1,0 +1,101 @@
+"""What a teacher reads, made to fit: privileged text first, demonstrations next, the question never."""
+
+import dataclasses
+
+import pytest
+import tiny
+
+from sdjax.collect.contexts import after_demonstrations, question, with_solution
+from sdjax.collect.rollouts import attempts
+from sdjax.engine import policies
+from sdjax.engine.chats import render
+from sdjax.engine.lengths import encoded, fitted, shortened
+from sdjax.engine.policies import Policy
+from sdjax.engine.tokens import LengthError, Shapes
+from sdjax.types import Rollout, View
+
+EXAMPLE = tiny.TASK.train[0]
+PROMPT = EXAMPLE.prompt
+SECRET = " ".join(["key"] * 30)
+VIEWS = {"student": View(trainable=True), "teacher": View("teacher", per_rollout=True)}
+
+
+def count(chat):
+    return len(render(tiny.tokenizer(), chat))
+
+
+def shapes(teacher):
+    return Shapes(context=count(PROMPT) + 1, completion=8, rows=8, teacher_context=teacher)
+
+
+def rollout(lesson, tokens=(7, 8)):
+    row = Rollout(EXAMPLE, tokens, (-1.0,) * len(tokens), "", 0)
+    return row.read_by(student=PROMPT, teacher=lesson)
+
+
+def test_privileged_text_goes_first_and_the_question_never():
+    lesson = with_solution(PROMPT, SECRET)
+    limit = count(lesson) - 10
+    found, cut, left_out = fitted([rollout(lesson)], VIEWS, tiny.tokenizer(), shapes(limit))
+    read = found[0].contexts["teacher"]
+    assert (cut, left_out) == (1, 0) and count(read) == limit
+    assert PROMPT[-1]["content"] in read[-1]["content"] and found[0].contexts["student"] == PROMPT
+    assert found[0].trained is None
+
+
+def test_privileged_text_that_nobody_named_is_found():
+    """A lesson of somebody's own: a text around the question."""
+    asked = PROMPT[-1]["content"]
+    for content in (f"{asked} {SECRET}", f"{SECRET} {asked}"):
+        chat = ({"role": "user", "content": content},)
+        read = shortened(chat, PROMPT, count, count(chat) - 10)
+        assert asked in read[-1]["content"] and count(read) <= count(chat) - 10
+        assert read[-1]["content"].count("key") < content.count("key")
+
+
+def test_demonstrations_go_before_turns_of_the_prompt():
+    turns = ({"role": "user", "content": "key key"}, {"role": "assistant", "content": "key"}, *PROMPT)
+    shown = ({"role": "user", "content": SECRET}, {"role": "assistant", "content": "key"})
+    chat = after_demonstrations(with_solution(turns, "key key key"), shown)
+    read = shortened(chat, turns, count, count(turns) + 20)
+    assert [turn["content"] for turn in read[:2]] == ["key key", "key"] and PROMPT[-1]["content"] in read[-1]["content"]
+
+
+def test_a_row_whose_lesson_cannot_be_read_is_not_trained_and_counted():
+    lesson = with_solution(PROMPT, SECRET)
+    rows = [rollout(lesson), rollout(PROMPT), rollout(None)]
+    found, cut, left_out = fitted(rows, VIEWS, tiny.tokenizer(), shapes(count(PROMPT)))
+    assert (cut, left_out) == (0, 1)
+    assert found[0].contexts["teacher"] is None and found[0].trained == (False, False)
+    assert found[1:] == rows[1:]
+    batch = policies.collate(found, VIEWS, tiny.tokenizer(), shapes(count(PROMPT)))
+    assert not batch.mask[0].any() and batch.mask[1].any()
+
+
+def test_without_a_limit_of_its_own_it_is_an_error_as_before():
+    lesson = with_solution(PROMPT, SECRET)
+    rows = fitted([rollout(lesson)], VIEWS, tiny.tokenizer(), shapes(None)).rollouts
+    with pytest.raises(LengthError, match="of --context"):
+        policies.collate(rows, VIEWS, tiny.tokenizer(), shapes(None))
+
+
+def test_what_somebody_writes_after_is_cut_too():
+    lesson, limit = with_solution(PROMPT, SECRET), count(PROMPT) + 20
+    assert len(encoded(tiny.tokenizer(), lesson, shapes(limit))) == limit
+    assert encoded(tiny.tokenizer(), lesson, shapes(count(PROMPT))) is None
+    assert encoded(tiny.tokenizer(), PROMPT, shapes(limit)) == render(tiny.tokenizer(), PROMPT)
+
+
+def test_a_writer_who_can_read_nothing_writes_nothing():
+    policy = Policy(tiny.model(), tiny.pretrained().params, tiny.tokenizer(), shapes(count(PROMPT)))
+    chats = [PROMPT, with_solution(PROMPT, SECRET)]
+    read, unread = policies.sample(policy, chats, tiny.jax.random.key(0), n=2)
+    assert read[0].tokens and unread == [policies.Sample((), (), "", False)] * 2
+
+
+def test_rows_of_one_prompt_may_take_several_calls():
+    """A call of two rows writes what a call of all writes: a row's sample depends on its key alone."""
+    wide = dataclasses.replace(shapes(None), rows=8)
+    ask = lambda own: policies.sample(tiny.policy(shapes=own), [question(EXAMPLE)], tiny.jax.random.key(1), n=6)
+    assert [s.tokens for s in ask(dataclasses.replace(wide, rows=2))[0]] == [s.tokens for s in ask(wide)[0]]
+    assert len(attempts(tiny.environment(shapes=wide), [EXAMPLE], tiny.jax.random.key(1), n=3)) == 3
