@@ -3,11 +3,14 @@
 import base64
 import json
 import math
+import pathlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sdjax.cli.options import Choice, load_experiment, method_factory
+from sdjax.errors import InputError
 from sdjax.tasks.code import checker, judging, problems, programs, system_calls, tasks, values
 from sdjax.tasks.code import feedback as remarks
 from sdjax.tasks.code.confined import Limits
@@ -170,6 +173,7 @@ def test_why_a_function_fails(pool, program, kind, told):
 def test_assertions_of_every_form():
     suite = """
 import math
+import pathlib
 TABLE = {1: 1, 2: 4}
 def check(candidate):
     for x, y in TABLE.items():
@@ -441,3 +445,19 @@ def test_fifty_programs_a_second_and_core(pool):
         f"{rate:.0f} programs a second and core, {1e3 * (time.process_time() - used) / 400:.2f} ms of the trainer's each"
     )
     assert rate >= 50
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"task": "file"}, "--task file needs --data"),
+        ({"test_data": "x.jsonl"}, "--test-data needs --data"),
+        ({"program_seconds": 0}, "--program-seconds must be at least 1"),
+        ({"data": "nowhere.jsonl", "sandbox": "ful"}, "there is no sandbox 'ful'; did you mean full"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ],
+)
+def test_the_experiment_refuses_options_before_it_loads_a_model(options, sentence):
+    module = load_experiment(str(pathlib.Path(__file__).parents[2] / "experiments" / "code.py"))
+    with pytest.raises(InputError, match=sentence):
+        module.experiment(method=Choice(method_factory("sdpo")), **options)

@@ -110,6 +110,9 @@ def verdict(example: Example, text: str, *, pool: Pool, limits: Limits) -> Verdi
     return Verdict(1.0 if judged.solved else min(share, 0.99), feedback.feedback(judged) or None, seen)
 
 
+verdict.from_threads = True  # it waits for processes, so several may wait at the same time
+
+
 def by_reward(examples: Sequence[Example], reward: Reward) -> tuple[Example, ...]:
     """Examples that say how they are paid."""
     return tuple(dataclasses.replace(e, meta={**e.meta, "reward": reward}) for e in examples)
