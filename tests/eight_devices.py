@@ -48,7 +48,7 @@ from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
 from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture
-from sdjax.engine.policies import row_keys
+from sdjax.engine.policies import reading, row_keys
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment
 from sdjax.kernels.top_k import top_k
@@ -57,7 +57,7 @@ from sdjax.models import attention, transformer
 from sdjax.models.adapters import Lora
 from sdjax.planning import scaling
 from sdjax.run.fit import fit
-from sdjax.types import Task
+from sdjax.types import ByField, Scored, Scores, Task
 
 LAYOUTS = ("8x1", "4x2", "2x4", "1x8")
 QUICK = {("sdpo", "4x2"), ("grpo", "8x1"), ("opsd", "2x4"), ("gkd", "1x8")}
@@ -168,6 +168,31 @@ def test_an_update_is_that_of_one_device(name, layout):
         assert_equal(found, wanted)
         assert all(jax.tree.leaves(same)), "the state came back in another layout"
         assert not vocabulary_gathers(text)
+
+
+def with_scores(batch):
+    """Every token's own log-probability and that of four others, as a server would say them."""
+    draw = np.random.default_rng(0)
+    others = 30 + draw.permuted(np.broadcast_to(np.arange(40), (*batch.completion.shape, 40)), axis=-1)[..., :4]
+    entries = np.concatenate([batch.completion[..., None], others], axis=-1).astype(np.int32)
+    return Scores(entries, np.log(draw.dirichlet(np.ones(6), entries.shape[:-1])[..., :5]).astype(np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["4x2", "2x4"])
+@pytest.mark.parametrize("policy", [ByField("domain", ("teacher", "other")), Scored("far")], ids=["field", "server"])
+def test_views_without_one_network_of_their_own_are_those_of_one_device(policy, layout):
+    method, batch, others, networks = material("gkd")
+    others, networks = {**others, "other": tiny.pretrained(2).params}, {**networks, "other": networks["teacher"]}
+    (objective,) = reading(method, "teacher", policy).objectives
+    told = batch.contexts["teacher"]
+    member, scores = (batch.group % 2, None) if isinstance(policy, ByField) else (None, with_scores(batch))
+    batch = batch.replace(contexts={**batch.contexts, "teacher": told.replace(member=member, scores=scores)})
+    update = train.make_update(objective, networks, recorded(), tiny.SHAPES)
+    wanted, _, _ = taken(update, batch, others)
+    with on(layout):
+        found, _, _ = taken(update, batch, others)
+    assert_equal(found, wanted)
 
 
 def test_chunks_stay_split():
