@@ -14,6 +14,10 @@ class InputError(Exception):
     """
 
 
+class MethodError(InputError, ValueError):
+    """Options of a method that do not go together."""
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """`; did you mean ...` for names that look alike, else an empty text."""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

@@ -8,6 +8,7 @@ from jax import Array
 from sdjax.collect.continuations import GAIN
 from sdjax.collect.diagnostics import auroc_of_groups, entropy_gap, overlap_statistics, sequence_reward
 from sdjax.kernels.distributions import entropy, logprob
+from sdjax.kernels.reductions import token_mean
 from sdjax.types import Batch, Term
 
 ON_SHARED = ("overlap_advantage", "extreme_token_gap")
@@ -34,12 +35,13 @@ def alignment_terms(batch: Batch, sig: dict[str, Array], taught: Array) -> dict[
     """
     over = batch.mask & (batch.valid & taught)[:, None]
     shared = over & (sig["overlap"] > 0)
+    measure = lambda value, over: Term(value, over=over, reduce=token_mean, coef=0.0)
     names = ("overlap", "student_mass", "teacher_mass", "entropy_gap", *ON_SHARED)
-    found = {name: Term(sig[name], over=shared if name in ON_SHARED else over, coef=0.0) for name in names}
+    found = {name: measure(sig[name], shared if name in ON_SHARED else over) for name in names}
     gap = sig["teacher_logprobs"] - sig["logprobs"]
     share, mixed = auroc_of_groups(sequence_reward(gap, over), batch.reward >= 0.5, over.any(-1), batch.group)
-    found |= {"log_ratio": Term(gap, over=over, coef=0.0), "auroc": Term(share, over=mixed, coef=0.0)}
+    found |= {"log_ratio": measure(gap, over), "auroc": measure(share, mixed)}
     depths = {name: int(name.split("/")[1]) for name in batch.extras if name.startswith(GAIN)}
     longer = lambda depth: taught & (batch.present.sum(-1) > depth)
-    found |= {name: Term(batch.extras[name], over=longer(depth), coef=0.0) for name, depth in depths.items()}
+    found |= {name: measure(batch.extras[name], longer(depth)) for name, depth in depths.items()}
     return {**found, "entropy": Term(sig["entropy"], coef=0.0)}

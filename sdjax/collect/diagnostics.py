@@ -205,17 +205,6 @@ def auroc(reward: Sequence[float], correct: Sequence[bool]) -> float:
     return _mean((below + not_above) / 2.0) / len(wrong) if len(wrong) else float("nan")
 
 
-def win_share(reward: Array, correct: Array, over: Array) -> Array:
-    """The share of the wrong completions that each one is rewarded above, ties one half: `[B]`, bool `[B]` x2 `-> [B]`.
-
-    Its mean over the correct ones is `auroc`, inside a compiled program.  1/2 where no completion in `over` is wrong.
-    """
-    chex.assert_equal_shape([reward, correct, over])
-    wrong = jnp.broadcast_to(over & ~correct, (reward.shape[0],) * 2)
-    above = (reward[:, None] > reward) + 0.5 * (reward[:, None] == reward)
-    return jnp.where(wrong.any(), masked_mean(above, wrong, axis=-1), 0.5)
-
-
 def auroc_of_groups(reward: Array, correct: Array, over: Array, group: Array) -> tuple[Array, Array]:
     """`auroc` within each row's group, and one row of every group with correct and wrong rows: `[B] x4 -> [B], [B]`.
 
@@ -238,17 +227,30 @@ def auroc_by_prompt(reward: Sequence[float], correct: Sequence[bool], prompt: Se
     return _mean([x for x in found if np.isfinite(x)])
 
 
+def cells_by_outcome(log_ratio: Array, correct: Array, threshold: float = AGREEMENT) -> dict[str, Array]:
+    """Which tokens lie in which cell of agreement and outcome: `[B, T]`, bool `[B] -> {name: [B, T] bool}`.
+
+    Teacher and student agree where `|log-ratio| <= threshold`.
+    """
+    agree, right = abs(log_ratio) <= threshold, correct[:, None]
+    return {
+        "agree_correct": agree & right,
+        "agree_wrong": agree & ~right,
+        "disagree_correct": ~agree & right,
+        "disagree_wrong": ~agree & ~right,
+    }
+
+
 def agreement_by_outcome(log_ratio: Array, present: Array, correct: Array, threshold: float = AGREEMENT) -> np.ndarray:
     """Shares of all tokens, `[[agree & correct, agree & wrong], [disagree & correct, disagree & wrong]]`; sums to 1.
 
     Teacher and student agree where `|log-ratio| <= threshold`: `[B, T] x2, [B] -> [2, 2]`; NaN without tokens.
     Source: Outcome-confounded supervision 2026, arXiv:2607.23731; the threshold is ours.
     """
-    present, correct = np.asarray(present, bool), np.asarray(correct, bool)[:, None]
-    agree = np.abs(np.asarray(log_ratio)) <= threshold
-    cells = [[np.sum(present & a & c) for c in (correct, ~correct)] for a in (agree, ~agree)]
-    total = present.sum()
-    return np.array(cells) / total if total else np.full((2, 2), np.nan)
+    present = np.asarray(present, bool)
+    cells = cells_by_outcome(np.asarray(log_ratio), np.asarray(correct, bool), threshold)
+    counts, total = np.array([np.sum(present & cell) for cell in cells.values()]), present.sum()
+    return counts.reshape(2, 2) / total if total else np.full((2, 2), np.nan)
 
 
 def gap_recovery(before: float, after: float, teacher: float) -> float:

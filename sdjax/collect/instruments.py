@@ -24,7 +24,7 @@ def with_instruments(method: Method, k: int = 16) -> Method:
 
     Logged under `diagnostic/`: overlap of the top-k sets with the masses and the advantage on it, entropy gap, fork
     and lock rates of the teacher, mean and mean absolute log-ratio (teacher minus student), its concentration, its
-    mean on correct and on wrong rows and how well it tells them apart (AUROC, 0.5 without rows of both kinds), shares
+    mean on correct and on wrong rows and how well it tells them apart (AUROC per prompt, over prompts with rows of both kinds; 0.5 without any), shares
     of tokens by agreement and outcome, the log-ratio on words that announce another attempt and how often it is
     positive there, the share of texts that repeat themselves and of all log-ratios that these hold, and reverse KL in
     the first, middle and last third of the completions.
@@ -83,7 +83,7 @@ def measurements(batch: Batch, found: dict[str, Array]) -> dict[str, Term]:
     taught = batch.contexts["teacher"].valid
     over = batch.mask & (batch.valid & taught)[:, None]
     shared = over & (found["overlap"] > 0)
-    measure = lambda value, over=over: Term(value, over=over, coef=0.0)
+    measure = lambda value, over=over: Term(value, over=over, reduce=token_mean, coef=0.0)
     partial = ("overlap_advantage", "extreme_token_gap")
     terms = {name: measure(value, shared if name in partial else over) for name, value in found.items()}
     terms["absolute_log_ratio"] = measure(jnp.abs(found["log_ratio"]))
@@ -97,20 +97,19 @@ def measurements(batch: Batch, found: dict[str, Array]) -> dict[str, Term]:
     return {**terms, **by_outcome(batch, found["log_ratio"], over), **on_words(batch, found["log_ratio"], over)}
 
 
-def by_outcome(batch: Batch, log_ratio: Array, over: Array) -> dict[str, Term]:
-    """How the log-ratio `[B, T]` differs between correct and wrong rows."""
-    taught, correct = over.any(-1), batch.reward >= 0.5
+def by_outcome(batch: Batch, log_ratio: Array, over: Array, success: float = 0.5) -> dict[str, Term]:
+    """How the log-ratio `[B, T]` differs between correct and wrong rows, those with a reward of at least `success`."""
+    taught, correct = over.any(-1), batch.reward >= success
     reward = diagnostics.sequence_reward(log_ratio, over)
     measure = lambda value, over: Term(value, over=over, reduce=token_mean, coef=0.0)
-    both = (taught & correct).any() & (taught & ~correct).any()
-    share = jnp.where(both, diagnostics.win_share(reward, correct, taught), 0.5)
-    terms = {"auroc": measure(share, taught & (correct | ~both))}
-    agree = jnp.abs(log_ratio) <= diagnostics.AGREEMENT
-    for name, rows in (("correct", correct), ("wrong", ~correct)):
-        terms[f"log_ratio_{name}"] = measure(reward, taught & rows)
-        for word, tokens in (("agree", agree), ("disagree", ~agree)):
-            terms[f"{word}_{name}"] = measure((tokens & rows[:, None]).astype(jnp.float32), over)
-    return terms
+    share, mixed = diagnostics.auroc_of_groups(reward, correct, taught, batch.group)
+    means = {
+        "log_ratio_correct": measure(reward, taught & correct),
+        "log_ratio_wrong": measure(reward, taught & ~correct),
+    }
+    cells = diagnostics.cells_by_outcome(log_ratio, correct)
+    shares = {name: measure(cell.astype(jnp.float32), over) for name, cell in cells.items()}
+    return {"auroc": measure(share, mixed), **means, **shares}
 
 
 def on_words(batch: Batch, log_ratio: Array, over: Array) -> dict[str, Term]:

@@ -8,7 +8,7 @@ from typing import Any
 from jax import Array
 
 from sdjax.collect.annotators import Span
-from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import question, rewrite_last, with_feedback, without_thinking
 from sdjax.collect.rollouts import attempts, judge, sample, solved_peer
 from sdjax.engine.policies import Environment, score
 from sdjax.types import TEACHER, Example, Messages, Rollout, View
@@ -36,19 +36,46 @@ def by_teacher(
     return [r.read_by(student=question(r.example), teacher=before(r.example)) for r in judge(environment, texts)]
 
 
-def attempt_and_verdict(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
+def attempt_and_verdict(rollout: Rollout, rollouts: list[Rollout], success: float = 0.5) -> Messages | None:
     """Another success of the group, else the reference, shown as an earlier attempt; and whether *this* one was correct.
 
     Source: the teacher's prompt of Shen et al. 2026 (AntiSD), arXiv:2605.11609, paraphrased: a correct solution beside
     the verdict "incorrect" is intended.
     """
-    peer = solved_peer(rollout, rollouts)
+    peer = solved_peer(rollout, rollouts, success)
     solution = rollout.example.solution if peer is None else without_thinking(peer.text)
     if solution is None:
         return None
-    asked, verdict = question(rollout.example), "correct" if rollout.reward >= 0.5 else "incorrect"
+    asked, verdict = question(rollout.example), "correct" if rollout.reward >= success else "incorrect"
     content = f"{asked[-1]['content']}\n\nPrevious attempt:\n\n{solution}\n\nAssessment of the attempt: {verdict}.\n\n"
     return rewrite_last(asked, content + "Solve the problem step by step.", solution)
+
+
+def peer_or_feedback(
+    *,
+    success: float = 0.5,
+    use_feedback: bool = True,
+    feedback_beside_solution: bool = False,
+    thinking: bool = False,
+    shown_itself: bool = False,
+) -> Callable[[Rollout, list[Rollout]], Messages | None]:
+    """SDPO's lesson: the first other success of the group; feedback only where there is none, unless `..._beside_...`.
+
+    Neither: `None`, the row is not trained.  A success is never shown itself (the released configurations), or with
+    `shown_itself` nothing else (the paper's Table 2).  `thinking=False` strips the shown attempt's thinking.
+    """
+
+    def lesson(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
+        own = shown_itself and rollout.reward >= success
+        peer = rollout if own else solved_peer(rollout, rollouts, success)
+        solution = None if peer is None else (peer.text if thinking else without_thinking(peer.text))
+        heard = use_feedback and rollout.reward < success and (peer is None or feedback_beside_solution)
+        feedback = rollout.feedback if heard else None
+        if solution is None and not feedback:
+            return None
+        return with_feedback(question(rollout.example), solution=solution, feedback=feedback)
+
+    return lesson
 
 
 def english_version(rollout: Rollout, rollouts: list[Rollout]) -> Messages:

@@ -44,6 +44,19 @@ def reverse_kl(student: Array, teacher: Array) -> Array:
     return jnp.sum(reverse_kl_entries(student, teacher), axis=-1)
 
 
+def advantage_clipped_reverse_kl(student: Array, teacher: Array, bound: float) -> Array:
+    """`reverse_kl` in which no entry's advantage `log q - log p` exceeds `bound` in size: `[..., V] -> [...]`.
+
+    `sum_v p_v stop(clip(log p_v - log q_v, -bound, bound))`: a policy gradient over the vocabulary, whose gradient is
+    that of `reverse_kl` where nothing is clipped.  The inputs are distributions: their probabilities sum to 1.
+    Source: test-time training of Hübotter et al. 2026 (SDPO), arXiv:2601.20802, section 5 (bound 5); from its text.
+    """
+    chex.assert_equal_shape([student, teacher])
+    student, teacher = jnp.maximum(student, NEVER), jnp.maximum(teacher, NEVER)
+    advantage = jnp.clip(teacher - student, -bound, bound)
+    return -jnp.sum(jnp.exp(student) * jax.lax.stop_gradient(advantage), axis=-1)
+
+
 def log_mixture_to_larger(log_ratio: Array, beta: float) -> Array:
     """`log(m / max(p, q))`, with `log_ratio = log q - log p` and `m = beta q + (1-beta) p`: `[...]`, at most 0.
 

@@ -6,6 +6,8 @@ themselves: `mean_one` does, where a method wants it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -104,16 +106,23 @@ def row_quantile(value: Array, over: Array, level: float) -> Array:
     return jax.lax.stop_gradient(jnp.where(count > 0, quantile, 0.0))
 
 
-def entropy_router(entropy: Array, over: Array, *, fraction: float = 0.2, eps: float = 1e-6) -> Array:
+def entropy_router(
+    entropy: Array,
+    over: Array,
+    *,
+    fraction: float = 0.2,
+    about: Literal["mean", "threshold"] = "mean",
+    eps: float = 1e-6,
+) -> Array:
     """Toward the teacher (> 0) at low entropy, away from it (< 0) at high: `tanh((threshold - H) / spread)`, `[B, T]`.
 
     Per row: the threshold is exceeded by the top `fraction` of its tokens, the spread is the mean absolute deviation
-    from the row's mean, plus `eps`.
+    from the row's mean, or from the threshold, plus `eps`.
     Source: DASD, arXiv:2605.22263; the side of the quantile and the centre of the spread are a reconstruction.
     """
     threshold = row_quantile(entropy, over, 1.0 - fraction)[:, None]
-    mean = masked_mean(entropy, over, axis=-1)[:, None]
-    spread = masked_mean(jnp.abs(entropy - mean), over, axis=-1)[:, None]
+    centre = masked_mean(entropy, over, axis=-1)[:, None] if about == "mean" else threshold
+    spread = masked_mean(jnp.abs(entropy - centre), over, axis=-1)[:, None]
     return jax.lax.stop_gradient(jnp.where(over, jnp.tanh((threshold - entropy) / (spread + eps)), 0.0))
 
 
@@ -123,6 +132,16 @@ def unit_magnitude(value: Array, over: Array, *, eps: float = 1e-6) -> Array:
     DASD's normalised evidence gap; its reliability gate is `sigmoid(|result| - 1)`.
     """
     scale = masked_mean(jnp.abs(value), over, axis=-1)[:, None] + eps
+    return jax.lax.stop_gradient(jnp.where(over, value / scale, 0.0))
+
+
+def unit_deviation(value: Array, over: Array, *, eps: float = 1e-6) -> Array:
+    """A signed value in units of its row's standard deviation, `x / (std x + eps)`, not centred: `[B, T] -> [B, T]`.
+
+    The other reading of DASD's normalised evidence gap.
+    """
+    centred = value - masked_mean(value, over, axis=-1)[:, None]
+    scale = jnp.sqrt(masked_mean(centred**2, over, axis=-1))[:, None] + eps
     return jax.lax.stop_gradient(jnp.where(over, value / scale, 0.0))
 
 

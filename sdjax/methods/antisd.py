@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import score_coefficient
 from sdjax.kernels.policy_gradient import signed_surrogate
-from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -25,7 +26,7 @@ CARD = Card(
     reduction="token mean",
     differences=(
         "the aggregation is not said: verl's token mean; nor whether a success reads itself: it does not",
-        "the mean of -phi(u) over sampled tokens is >= 0, a push toward whatever was sampled; the term 'bonus' logs it",
+        "the mean of -phi(u) over sampled tokens is >= 0, a push toward whatever was sampled; the term 'bonus' logs it, centred removes it",
     ),
 )
 
@@ -37,6 +38,8 @@ def antisd(
     beta: float = 0.5,
     warmup: int = 5,
     low: float = 0.93,
+    centred: bool = False,
+    success: float = 0.5,
     clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
@@ -52,12 +55,15 @@ def antisd(
       beta: which divergence is ascended: 0.5 is the paper's; 1 reverse KL, with a negative `coef` its baseline SD.
       warmup: first batches, without the teacher's part; they set the gate's levels by the teacher's median entropy.
       low: share of that entropy below which the gate closes, until it is reached again.
+      centred: take its mean over the batch's tokens off the teacher's part, which then pushes no row as a whole; not in
+        the paper.
+      success: the least reward of a success, for the default lesson.
       clip: widths of the surrogate's clip below and above 1.
       temperature: of sampling.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default `attempt_and_verdict`.
       reduce: how tokens are averaged.
     """
-    told = lesson or attempt_and_verdict
+    told = lesson or functools.partial(attempt_and_verdict, success=success)
 
     def collect(environment, examples, key, memory):
         how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
@@ -75,11 +81,14 @@ def antisd(
         return {"logprobs": logprob(dist["student"], token), "entropy": entropy(dist["student"])}
 
     def terms(batch, sig, step):
-        bonus = score_coefficient(batch.extras["log_ratio"], beta)
+        bonus, gate = score_coefficient(batch.extras["log_ratio"], beta), batch.extras["gate"]
+        if centred:
+            heard = batch.mask & (batch.valid & (gate > 0.0))[:, None]
+            bonus = bonus - masked_mean(bonus, heard)
         advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
-        advantage = advantage + coef * batch.extras["gate"][:, None] * bonus
+        advantage = advantage + coef * gate[:, None] * bonus
         raised, lowered = signed_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
-        measured = {"bonus": bonus, "gate": batch.extras["gate"], "entropy": sig["entropy"]}
+        measured = {"bonus": bonus, "gate": gate, "entropy": sig["entropy"]}
         return {
             "raised": Term(*raised, reduce=reduce),
             "lowered": Term(*lowered, reduce=reduce),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import signed_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.kernels.weights import entropy_router, unit_magnitude
+from sdjax.kernels.weights import entropy_router, unit_deviation, unit_magnitude
 from sdjax.methods.opsd import opsd
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
 
@@ -36,6 +37,8 @@ def dasd(
     group_size: int = 8,
     beta: float = 0.1,
     repelled: float = 0.2,
+    about: Literal["mean", "threshold"] = "mean",
+    unit: Literal["magnitude", "deviation"] = "magnitude",
     ema_rate: float = 1.0,
     clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
@@ -52,6 +55,8 @@ def dasd(
       group_size: rollouts per prompt.
       beta: weight of the teacher's part; 0 is GRPO.
       repelled: share of a row's tokens, those of highest entropy, that are pushed away from the teacher.
+      about: the centre of the entropies' mean absolute deviation, the row's mean or the quantile `h`; not published.
+      unit: what `d` is measured in, the row's mean magnitude or its standard deviation; not published.
       ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live.
       clip: widths of the surrogate's clip below and above 1.
       temperature: of sampling.
@@ -60,6 +65,8 @@ def dasd(
     """
     base = opsd(temperature=temperature, top_p=1.0, top_k=0, ema_rate=ema_rate, group_size=group_size, lesson=lesson)
 
+    in_units = unit_magnitude if unit == "magnitude" else unit_deviation
+
     def signals(dist, token):
         both = {"logprobs": logprob(dist["student"], token), "teacher_logprobs": logprob(dist["teacher"], token)}
         return {**both, "entropy": entropy(dist["student"])}
@@ -67,8 +74,8 @@ def dasd(
     def terms(batch, sig, step):
         taught = batch.contexts["teacher"].valid
         over = batch.mask & (batch.valid & taught)[:, None]
-        gap = unit_magnitude(sig["teacher_logprobs"] - sig["logprobs"], over)
-        direction = entropy_router(sig["entropy"], over, fraction=repelled)
+        gap = in_units(sig["teacher_logprobs"] - sig["logprobs"], over)
+        direction = entropy_router(sig["entropy"], over, fraction=repelled, about=about)
         bonus = direction * jax.nn.sigmoid(jnp.abs(gap) - 1.0) * gap
         advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None] + beta * bonus
         raised, lowered = signed_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from sdjax.collect.memory import NO_REWARDS, whitened
+from sdjax.engine.policies import refresh
+from sdjax.errors import MethodError
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean
@@ -25,6 +27,8 @@ CARD = Card(
         "H_max is the largest raw entropy (Eq. 8); Algorithm 1 takes it after the window's minimum: windowed_maximum",
         "the scope of H_max is not said: the minibatch here; the teacher's wording is not given: OPSD's",
         "a running deviation of 0 is not divided by (not said); rows without a reference keep weight 1",
+        "log-probabilities are taken at temperature 1, texts at 1.1 with filters: a constant A then moves the logits, too",
+        "the frozen teacher is the paper's best; its EMA (ema_rate=0.01) and hard copies (copy_every=20, 50) are worse there",
     ),
 )
 
@@ -37,6 +41,8 @@ def egrsd(
     ratio_eps: float = 0.2,
     length_bonus: float = 0.5,
     warmup: int = 10,
+    ema_rate: float = 0.0,
+    copy_every: int = 0,
     group_size: int = 1,
     temperature: float = 1.1,
     top_p: float = 0.95,
@@ -56,12 +62,18 @@ def egrsd(
       ratio_eps: width of the clip of the ratio teacher / student around 1.
       length_bonus: a correct answer of length n earns `1 + length_bonus * (1 - n / limit)`.
       warmup: first batches, whose advantage is the reward minus 0.5.
+      ema_rate: the teacher's parameters follow the student's: 0 is frozen (paper), 1 is live.
+      copy_every: instead, the teacher is a copy of the student of every so many batches; 0: none.
       group_size: rollouts per prompt.
-      temperature, top_p, top_k: of sampling.
+      temperature, top_p, top_k: of sampling; log-probabilities, ratios and entropies are taken at temperature 1, so that
+        an advantage that is the same for all tokens pushes towards the unfiltered distribution.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the reference solution.
       reduce: how tokens are averaged.
     """
-    base = opsd(temperature=temperature, top_p=top_p, top_k=top_k, group_size=group_size, lesson=lesson)
+    if copy_every and ema_rate:
+        raise MethodError(f"copy_every={copy_every} and ema_rate={ema_rate:g} are two teachers: choose one")
+    how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "group_size": group_size}
+    base = opsd(**how, ema_rate=ema_rate, lesson=lesson)
 
     def collect(environment, examples, key, memory):
         rollouts, _ = base.collect(environment, examples, key, None)
@@ -89,4 +101,5 @@ def egrsd(
 
     weighted = ("pg",) if strength or ratio_eps else ()
     objective = Objective(base.objectives[0].views, signals, terms, credit=weighted, rewarded=True)
-    return base._replace(collect=collect, objectives=(objective,), memory=NO_REWARDS)
+    snapshots = {"teacher": refresh(copy_every)} if copy_every else base.snapshots
+    return base._replace(collect=collect, objectives=(objective,), snapshots=snapshots, memory=NO_REWARDS)

@@ -77,8 +77,10 @@ def pbsd(
         ratio = sequence_log_ratio(sig["logprobs"], sig["teacher_logprobs"], over)
         ratio = ratio / jnp.maximum(over.sum(-1), 1) if per_token else ratio
         # Every row learns the log-ratio of its pair's student row; only the pair's teacher row has a loss.
-        other = group_mean(ratio, batch.extras["pair"], batch.valid & (batch.source == STUDENT))
-        preferred = batch.source == TEACHER
+        pair, own = batch.extras["pair"], batch.valid & (batch.source == STUDENT)
+        other = group_mean(ratio, pair, own)
+        # Both rows of a pair, or none: the student's may have been dropped because it was too old.
+        preferred = (batch.source == TEACHER) & (group_mean(jnp.ones_like(other), pair, own) > 0.0)
         return {
             "preference": Term(paired(ratio, other, beta), 1.0, preferred, token_mean),
             "margin": Term(beta * (ratio - other), 1.0, preferred, token_mean, coef=0.0),

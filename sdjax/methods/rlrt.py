@@ -13,7 +13,7 @@ from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.kernels.weights import likelihood_ratio
+from sdjax.kernels.weights import likelihood_ratio, mean_one
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
@@ -38,6 +38,7 @@ def rlrt(
     mix: float = 0.5,
     ratio_eps: float = 1.0,
     mix_decay: int = 0,
+    mean_one_weights: bool = False,
     success: float = 0.5,
     rows: Literal["correct", "all"] = "correct",
     toward: bool = False,
@@ -56,6 +57,8 @@ def rlrt(
       mix: share of the ratio in the credit; 0 is GRPO.
       ratio_eps: width of the ratio's clip around 1 (paper: 1 base, 0.5 instruct, 0.2 thinking models).
       mix_decay: batches in which `mix` falls linearly to 0; 0: it stays (paper: 30 for instruct and thinking models).
+      mean_one_weights: rescale every row's credit to mean 1, so that only its placement differs from GRPO; not in the
+        paper, which compares without.
       success: least reward of a correct answer.
       rows: whose credit is weighted, where there is a lesson.
       toward: weigh by the teacher over the student instead, RLSD's direction: with `rows` "all", `ratio_eps` 0.2 and a
@@ -87,6 +90,8 @@ def rlrt(
         above, below = (informed, old) if toward else (old, informed)
         ratio = likelihood_ratio(above, below, eps=ratio_eps, sign=jnp.sign(advantage))
         credit = jnp.where(batch.extras["credited"][:, None], 1.0 - share + share * ratio, 1.0)
+        if mean_one_weights:
+            credit = mean_one(credit, batch.mask & batch.valid[:, None], axis=-1)
         behavior, importance = batch.behavior_logprobs, 1.0
         if tis_cap is not None:
             behavior, importance = old, importance_weight(old, behavior, cap=tis_cap)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sdjax.collect.contexts import question, with_feedback, without_thinking
-from sdjax.collect.rollouts import attempts, solved_peer
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.collect.lessons import peer_or_feedback
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema, frozen
+from sdjax.errors import MethodError
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, interpolate, logprob, top_k_renormalised, top_k_with_rest
-from sdjax.kernels.divergences import jsd
+from sdjax.kernels.divergences import advantage_clipped_reverse_kl, jsd
 from sdjax.kernels.estimators import sampled_jsd
 from sdjax.kernels.policy_gradient import importance_weight, reinforce
 from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
@@ -24,33 +28,36 @@ CARD = Card(
     teacher="question + a peer's success, else feedback on the attempt; parameters: EMA of the student",
     reduction="token mean over rows with a lesson",
     differences=(
-        "a success is not shown to itself (released configurations); the paper's Table 2 shows it",
+        "a success is not shown to itself (released configurations); the paper's Table 2 shows it (shown_itself)",
         "the code's token mean over micro-batches of one sequence is sequence_mean_of(all rows), not the default",
-        "the mixture with GRPO (Eq. 3, rl_weight) is in the paper and not in the code",
+        "the mixture with GRPO (Eq. 3, rl_weight) is in the paper and not in the code; both parts then count all rows",
+        "one weight min(p/b, cap) for the code's min(p/p_old, 2) min(p_old/b, 2): the same in the first update on a batch",
+        "test-time training clips advantages (advantage_clip=5) in the paper only; whose is read as every entry's",
         "alpha near 0 or 1 shrinks the loss to nothing (0.999: under 0.001 of the KL); only 0 and 1 are the two KLs",
     ),
 )
 
 
-def peer_or_feedback(
-    *, success: float = 0.5, use_feedback: bool = True, feedback_beside_solution: bool = False, thinking: bool = False
-) -> Callable[[Rollout, list[Rollout]], Messages | None]:
-    """SDPO's lesson: the first other success of the group; feedback only where there is none, unless `..._beside_...`.
+TEST_TIME = {"group_size": 16, "alpha": 1.0, "top_k": 20, "ema_rate": 0.01, "advantage_clip": 5.0}
+"""Test-time training on one question per batch (section 5; Table 12), `sdpo(**TEST_TIME)`: feedback until it is solved."""
 
-    Neither: `None`, the row is not trained.  A success is never shown itself (the released configurations; the paper's
-    Table 2 says otherwise).  `thinking=False` strips the peer's thinking.
-    """
 
-    def lesson(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
-        peer = solved_peer(rollout, rollouts, success)
-        solution = None if peer is None else (peer.text if thinking else without_thinking(peer.text))
-        heard = use_feedback and rollout.reward < success and (peer is None or feedback_beside_solution)
-        feedback = rollout.feedback if heard else None
-        if solution is None and not feedback:
-            return None
-        return with_feedback(question(rollout.example), solution=solution, feedback=feedback)
+def divergence(alpha: float, top_k: int | None, rest: bool, sampled_token: bool, most: float | None) -> Callable:
+    """`(student, teacher [..., V], token [...]) -> [...]`: what one token costs; the arguments are `sdpo`'s."""
 
-    return lesson
+    def measure(student: Array, teacher: Array, token: Array) -> Array:
+        if sampled_token:
+            said, graded = logprob(student, token), logprob(teacher, token)
+            unbounded = most is None
+            return (
+                sampled_jsd(said, graded, alpha) if unbounded else reinforce(said, jnp.clip(graded - said, -most, most))
+            )
+        if top_k is not None:
+            narrow = top_k_with_rest if rest else top_k_renormalised
+            student, teacher = narrow(student, teacher, by=student, k=top_k)
+        return jsd(student, teacher, alpha) if most is None else advantage_clipped_reverse_kl(student, teacher, most)
+
+    return measure
 
 
 def sdpo(
@@ -65,6 +72,9 @@ def sdpo(
     trust: float | None = None,
     is_cap: float | None = 2.0,
     rl_weight: float = 0.0,
+    advantage_clip: float | None = None,
+    success: float = 0.5,
+    shown_itself: bool = False,
     temperature: float = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
@@ -85,25 +95,26 @@ def sdpo(
       sequence_level: instead, every sampled token's advantage is its row's mean of `log q/p` (the paper's ablation).
       ema_rate: the teacher's parameters follow the student's: 0 is frozen, 1 is live (paper: 0.05, 0.01 with feedback).
       trust: instead, the teacher is the geometric mixture `initial^(1-trust) * live^trust`, both reading the lesson.
-      is_cap: cap of the importance weight `w` (no effect in the first update on a batch); `None`: no weight.
-      rl_weight: lambda of Eq. 3: `lambda * policy gradient + (1 - lambda) * distillation`; not in the released code.
+      is_cap: cap of the importance weight `w = p/b` (no effect in the first update on a batch); `None`: no weight.
+      rl_weight: lambda of Eq. 3: `lambda * policy gradient + (1 - lambda) * distillation`, both averaged over the tokens
+        of all rows, a row without a lesson having no distillation; not in the released code.
+      advantage_clip: bound of every entry's advantage `log q - log p`, or the sampled token's; for `alpha` 1 (5 in
+        test-time training); `None`: no bound.
+      success: the least reward of a success, for the default lesson.
+      shown_itself: a success reads itself instead of a peer's, in the default lesson (Table 2).
       temperature: of sampling; all distributions are taken at temperature 1.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default `peer_or_feedback()`.
       reduce: how tokens are averaged.
     """
-    lesson = lesson or peer_or_feedback()
+    if advantage_clip is not None and alpha != 1.0:
+        raise MethodError(f"advantage_clip={advantage_clip:g} needs alpha=1, the reverse KL; alpha is {alpha:g}")
+    lesson = lesson or peer_or_feedback(success=success, shown_itself=shown_itself)
+    most = jnp.inf if advantage_clip is None else advantage_clip
+    measure = divergence(alpha, top_k, rest, sampled_token, advantage_clip)
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
         return [r.read_by(teacher=(told := lesson(r, rollouts)), initial=told) for r in rollouts], memory
-
-    def divergence(student, teacher, token):
-        if sampled_token:
-            return sampled_jsd(logprob(student, token), logprob(teacher, token), alpha)
-        if top_k is not None:
-            narrow = top_k_with_rest if rest else top_k_renormalised
-            student, teacher = narrow(student, teacher, by=student, k=top_k)
-        return jsd(student, teacher, alpha)
 
     def signals(dist, token):
         student, teacher = dist["student"], dist["teacher"]
@@ -112,19 +123,21 @@ def sdpo(
         found = {"logprobs": logprob(student, token), "entropy": entropy(student)}
         if sequence_level:
             return {**found, "log_ratio": logprob(teacher, token) - found["logprobs"]}
-        return {**found, "divergence": divergence(student, teacher, token)}
+        return {**found, "divergence": measure(student, teacher, token)}
 
     def distillation(batch, sig):
         if not sequence_level:
             return sig["divergence"]
         advantage = masked_mean(sig["log_ratio"], batch.mask & batch.valid[:, None], axis=-1)[:, None]
-        return reinforce(sig["logprobs"], advantage)
+        return reinforce(sig["logprobs"], jnp.clip(advantage, -most, most))
 
     def terms(batch, sig, step):
         taught = batch.contexts["teacher"].valid
         importance = 1.0 if is_cap is None else importance_weight(sig["logprobs"], batch.behavior_logprobs, cap=is_cap)
+        # Eq. 3 mixes advantages: both parts are one mean over all rows.
+        value = jnp.where(taught[:, None], distillation(batch, sig), 0.0)
         found = {
-            "divergence": Term(distillation(batch, sig), 1.0, taught, reduce, 1.0 - rl_weight, importance),
+            "divergence": Term(value, 1.0, None if rl_weight else taught, reduce, 1.0 - rl_weight, importance),
             "entropy": Term(sig["entropy"], coef=0.0),
         }
         if rl_weight:

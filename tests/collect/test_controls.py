@@ -14,6 +14,7 @@ from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.instruments import with_instruments
 from sdjax.engine import train
 from sdjax.kernels.distributions import normalise
+from sdjax.kernels.reductions import token_sum
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opsa import opsa
 from sdjax.methods.sdpo import sdpo
@@ -175,16 +176,18 @@ def test_instruments_measure_without_changing_loss_or_gradient():
 def test_instruments_tell_outcomes_and_markers_apart():
     """Against the functions of whole sets: AUROC, the table of agreement and outcome; and signs on marker tokens."""
     own = with_instruments(sdpo(group_size=2, top_k=None, ema_rate=0.0))
-    rewards, taught = [1.0, 0.0, 0.0, 1.0, 0.0], np.asarray([True, True, True, True, False])
+    rewards, taught = [1.0, 1.0, 0.0, 1.0, 0.0], np.asarray([True, True, True, True, False])
     mask = jnp.asarray([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]], bool)
     marker = jnp.asarray([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
     repeats = jnp.asarray([False, True, False, False, True])
     extras = {"diagnostic_marker": marker, "diagnostic_repeats": repeats}
-    batch = tiny.batch(jnp.arange(15).reshape(5, 3), reward=rewards, taught=taught, mask=mask, **extras)
+    prompts = np.asarray([0, 0, 1, 1, 1])
+    batch = tiny.batch(jnp.arange(15).reshape(5, 3), reward=rewards, taught=taught, mask=mask, group=prompts, **extras)
     logits = jax.random.normal(jax.random.key(2), (2, 5, 3, 40))
 
-    def measured(batch):
-        terms = tiny.loss(own.objectives[0], batch, student=normalise(logits[0]), teacher=normalise(logits[1]))[1]
+    def measured(batch, **how):
+        dists = {"student": normalise(logits[0]), "teacher": normalise(logits[1])}
+        terms = tiny.loss(own.objectives[0], batch, **how, **dists)[1]
         return {n.removeprefix("diagnostic/"): float(v) for n, v in terms.items() if n.startswith("diagnostic/")}
 
     found, dist = measured(batch), np.asarray(normalise(logits))
@@ -192,7 +195,11 @@ def test_instruments_tell_outcomes_and_markers_apart():
     over = np.asarray(mask) & taught[:, None]
     correct = np.asarray(rewards) > 0.5
     reward = np.asarray(diagnostics.sequence_reward(jnp.asarray(ratio), jnp.asarray(over)))
-    assert found["auroc"] == pytest.approx(diagnostics.auroc(reward[taught], correct[taught]))
+    # Rows of one prompt are compared: how hard the prompts are does not enter.
+    by_prompt = diagnostics.auroc_by_prompt(reward[taught], correct[taught], prompts[taught])
+    assert found["auroc"] == pytest.approx(by_prompt) != diagnostics.auroc(reward[taught], correct[taught])
+    # Means, whatever the experiment averages its losses by.
+    assert measured(batch, reduce=token_sum) == found
     table = diagnostics.agreement_by_outcome(ratio, over, correct)
     names = (("agree_correct", "agree_wrong"), ("disagree_correct", "disagree_wrong"))
     np.testing.assert_allclose([[found[n] for n in row] for row in names], table, atol=1e-6)

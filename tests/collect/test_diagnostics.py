@@ -192,17 +192,6 @@ def test_informativeness_and_auroc():
         assert np.isnan(undefined([1.0, 2.0], [True, True])) and np.isnan(undefined([1.0, 2.0], [False, False]))
 
 
-def test_win_share_is_auroc_inside_a_program():
-    rng = np.random.default_rng(1)
-    reward, correct, over = rng.integers(0, 5, 60), rng.random(60) < 0.4, rng.random(60) < 0.7
-    share = np.asarray(
-        jax.jit(diagnostics.win_share)(jnp.asarray(reward, float), jnp.asarray(correct), jnp.asarray(over))
-    )
-    assert share[over & correct].mean() == pytest.approx(diagnostics.auroc(reward[over], correct[over]), abs=1e-6)
-    everything_right = diagnostics.win_share(jnp.arange(3.0), jnp.ones(3, bool), jnp.ones(3, bool))
-    np.testing.assert_array_equal(everything_right, 0.5)
-
-
 def test_auroc_equals_counting_pairs():
     rng = np.random.default_rng(0)
     reward, correct = rng.integers(0, 5, 60), rng.random(60) < 0.4

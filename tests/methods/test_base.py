@@ -28,7 +28,7 @@ from sdjax.methods.gspo import gspo
 from sdjax.methods.opd import opd
 from sdjax.methods.opsd import opsd, opsd_v1
 from sdjax.methods.sdft import sdft
-from sdjax.methods.sdpo import peer_or_feedback, sdpo
+from sdjax.methods.sdpo import TEST_TIME, peer_or_feedback, sdpo
 from sdjax.methods.sft import sft
 from sdjax.run.prompts import Prompts
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout, Verdict, View
@@ -975,3 +975,38 @@ def test_a_live_teacher_gets_no_gradient():
     student, teacher = jax.jit(jax.grad(of(apart), (0, 1)))(params, params)
     assert largest(jax.tree.map(jnp.subtract, stopped, student)) < 1e-6
     assert largest(teacher) > 1e-4
+
+
+# ---- options that the papers' ablations need --------------------------------------------------------------------------
+
+
+def test_sdpo_mixture_counts_all_rows():
+    """Eq. 3 mixes advantages: with one taught row of four the distillation has a quarter of its weight, not all."""
+    batch = speaks_to(tiny.batch([[0, 1], [2, 0], [1, 1], [2, 2]], reward=[1.0, 0.0, 0.0, 1.0]), [1, 0, 0, 0])
+    alone = taught_gradient(sdpo(), batch)[0][0]
+    reward = taught_gradient(grpo(normalised=False, reduce=token_mean), batch)[0][0]
+    close(taught_gradient(sdpo(rl_weight=0.9), batch)[0][0], 0.9 * reward + 0.1 * alone / 4)
+
+
+def test_sdpo_advantage_clip():
+    """No entry's advantage exceeds the bound; a bound that nothing reaches is the reverse KL."""
+    student, teacher = tiny.log(0.6, 0.3, 0.1), tiny.log(0.001, 0.299, 0.7)
+    of = lambda **how: gradient(sdpo(alpha=1.0, top_k=None, **how), student, teacher=teacher)
+    close(of(advantage_clip=50.0), of())
+    p, gap = np.exp(np.asarray(student)), np.clip(np.asarray(teacher - student), -2.0, 2.0)
+    close(of(advantage_clip=2.0), -p * (gap - p @ gap))
+    assert np.abs(of(advantage_clip=2.0) - of()).max() > 0.1
+    row = lambda **how: expected_gradient(sdpo(alpha=1.0, sampled_token=True, **how), student, teacher)
+    close(row(advantage_clip=2.0), of(advantage_clip=2.0), atol=1e-5)
+    with pytest.raises(ValueError, match="advantage_clip=5 needs alpha=1"):
+        sdpo(advantage_clip=5.0)
+    assert sdpo(**TEST_TIME).objectives[0].views["teacher"].told
+
+
+def test_a_success_may_be_shown_itself():
+    right, peer, wrong = row("red", 1.0), row("blue", 1.0), row("green", 0.0)
+    shown = lambda lesson, r: lesson(r, [right, peer, wrong])[-1]["content"]
+    assert "red" in shown(peer_or_feedback(shown_itself=True), right)
+    assert "blue" in shown(peer_or_feedback(shown_itself=True), peer)
+    assert "red" in shown(peer_or_feedback(shown_itself=True), wrong)
+    assert "blue" in shown(peer_or_feedback(), right) and "red" in shown(peer_or_feedback(), peer)

@@ -529,9 +529,9 @@ def test_lessons_make_one_model_enough():
     for factory in (vopd, iw_opd, topd, power_opd, stable_opd):
         assert factory().objectives[0].views["teacher"].policy == "teacher"
         method = factory(lesson=told)
-        assert method.objectives[0].views["teacher"] == ("initial", False, True, True) and set(method.snapshots) == {
-            "initial"
-        }
+        view = method.objectives[0].views["teacher"]
+        assert (view.policy, view.trainable, view.per_rollout, view.told) == ("initial", False, True, True)
+        assert set(method.snapshots) == {"initial"}
     for factory in OPTIONS:
         method = factory() if factory is trace else factory(lesson=told)
         policies_read = {v.policy for v in method.objectives[0].views.values()}
@@ -612,3 +612,16 @@ def test_same_reader_scores_exactly_zero(factory):
             np.testing.assert_array_equal(row.extras["log_ratio"], 0.0)
         else:
             np.testing.assert_array_equal(row.extras["old_teacher"], row.extras["old_logprobs"])
+
+
+def test_pbsd_needs_both_rows_of_a_pair():
+    """A student's row that staleness dropped takes its partner with it."""
+    sig = {"logprobs": -jnp.ones((4, 2)), "teacher_logprobs": -jnp.full((4, 2), 2.0), "entropy": jnp.zeros((4, 2))}
+    batch = tiny.batch(jnp.zeros((4, 2)), pair=jnp.asarray([0, 1, 0, 1]), group=[0, 1, 0, 1])
+    batch = batch.replace(source=jnp.asarray([TEACHER, TEACHER, STUDENT, STUDENT]))
+    whole, _ = tiny.reduced(pbsd().objectives[0], batch, sig)
+    close(whole, np.log(2.0))  # equal ratios
+    alone, _ = tiny.reduced(pbsd().objectives[0], batch.replace(valid=jnp.asarray([True, True, True, False])), sig)
+    close(alone, np.log(2.0))
+    nothing, _ = tiny.reduced(pbsd().objectives[0], batch.replace(valid=jnp.asarray([True, True, False, False])), sig)
+    assert float(nothing) == 0.0

@@ -24,9 +24,11 @@ from sdjax.collect.annotators import Span, ablated
 from sdjax.collect.lessons import private_note
 from sdjax.collect.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
 from sdjax.kernels import credit
+from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.divergences import jsd, reverse_kl
 from sdjax.kernels.estimators import score_coefficient
+from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import entropy_gate, likelihood_ratio, window_minimum
 from sdjax.methods.antisd import antisd
@@ -1059,3 +1061,84 @@ def test_no_gradient_reaches_what_is_frozen(name):
     # Divergences do depend on the teacher, which the engine stops; everything made of log-ratios is a constant.
     if name not in ("pw_opsd", "dash", "msd", "trace", "trace both"):
         np.testing.assert_array_equal(found, 0.0)
+
+
+# ---- options that the papers' ablations need --------------------------------------------------------------------------
+
+
+def test_rlrt_weights_of_mean_one():
+    """Per row: what is left is the placement.  Rows without credit stay as they are."""
+    batch, _, _ = fixture(on_policy=False)
+    old = batch.behavior_logprobs
+    informed = old + jnp.linspace(-1.0, 1.0, 20).reshape(4, 5)
+    extras = {"old_logprobs": old, "old_teacher": informed, "credited": jnp.asarray([True, False, False, True])}
+    batch = batch.replace(extras=extras)
+    term = lambda m: m.objectives[0].terms(batch, {"logprobs": old, "entropy": jnp.zeros_like(old)}, 0)["pg"]
+    plain, rescaled = term(rlrt(tis_cap=None)), term(rlrt(tis_cap=None, mean_one_weights=True))
+    over = np.asarray(batch.mask)
+    for row, kept in enumerate(over):
+        weight = np.asarray(plain.weight)[row][kept]
+        close(np.asarray(rescaled.weight)[row][kept], weight / weight.mean())
+    assert abs(np.asarray(plain.weight)[0][over[0]].mean() - 1.0) > 0.05
+    np.testing.assert_array_equal(plain.value, rescaled.value)
+
+
+def test_antisd_centred():
+    """The teacher's part has mean 0 over the tokens that hear it, and nothing else changes."""
+    batch, _, _ = fixture(on_policy=False)
+    gap = jnp.sin(jnp.arange(20.0)).reshape(4, 5)
+    batch = batch.replace(extras={"log_ratio": gap, "gate": jnp.asarray([1.0, 1.0, 0.0, 1.0])})
+    sig = {"logprobs": batch.behavior_logprobs, "entropy": jnp.zeros_like(gap)}
+    found = lambda m: np.asarray(m.objectives[0].terms(batch, sig, 0)["bonus"].value)
+    heard = np.asarray(batch.mask) & np.asarray([[True], [True], [False], [True]])
+    plain, centred = found(antisd()), found(antisd(centred=True))
+    assert abs(centred[heard].mean()) < 1e-6 < abs(plain[heard].mean())
+    close((plain - centred)[heard], plain[heard].mean())
+
+
+def test_antisd_and_dasd_are_their_surrogates():
+    """Both parts together are the clipped surrogate of the whole advantage, whatever the ratio and the sign."""
+    batch, _, _ = fixture(on_policy=False)
+    gap, gate = 3.0 * jnp.sin(jnp.arange(20.0)).reshape(4, 5), jnp.asarray([1.0, 1.0, 0.0, 1.0])
+    batch = batch.replace(extras={"log_ratio": gap, "gate": gate})
+    logprobs = batch.behavior_logprobs + jnp.cos(jnp.arange(20.0)).reshape(4, 5)
+    reward = group_advantage(batch.reward, batch.group, batch.valid)[:, None]
+    bonus = score_coefficient(gap, 0.5)
+    whole = reward + 2.0 * gate[:, None] * bonus
+
+    def loss(x):
+        return tiny.reduced(antisd(coef=2.0).objectives[0], batch, {"logprobs": x, "entropy": jnp.zeros_like(x)})[0]
+
+    direct = lambda x: token_mean(clipped_surrogate(x, batch.behavior_logprobs, whole, (0.2, 0.2)), batch.mask)
+    assert bool(((whole > 0) != (reward > 0)).any())
+    close(loss(logprobs), direct(logprobs))
+    close(jax.grad(loss)(logprobs), jax.grad(direct)(logprobs))
+
+
+@pytest.mark.parametrize(("about", "unit"), [("mean", "deviation"), ("threshold", "magnitude")])
+def test_dasd_other_readings(about, unit):
+    """Per row against NumPy: the spread about the quantile, the gap in standard deviations."""
+    batch, _, _ = fixture(on_policy=False)
+    said, heard, spread = (jnp.sin(jnp.arange(20.0) * k).reshape(4, 5) for k in (1.0, 2.0, 3.0))
+    sig = {"logprobs": said, "teacher_logprobs": heard, "entropy": 1.0 + spread}
+    found = dasd(about=about, unit=unit).objectives[0].terms(batch, sig, 0)
+    taught = np.asarray(batch.contexts["teacher"].valid)
+    for row in np.flatnonzero(taught):
+        kept = np.asarray(batch.mask)[row]
+        entropy, gap = np.asarray(sig["entropy"])[row][kept], np.asarray(heard - said)[row][kept]
+        level = np.quantile(entropy, 0.8)
+        centre = entropy.mean() if about == "mean" else level
+        scale = np.abs(gap).mean() if unit == "magnitude" else gap.std()
+        wanted = np.tanh((level - entropy) / (np.abs(entropy - centre).mean() + 1e-6))
+        close(np.asarray(found["direction"].value)[row][kept], wanted, atol=1e-5)
+        d = gap / (scale + 1e-6)
+        close(np.asarray(found["bonus"].value)[row][kept], wanted * d / (1 + np.exp(1 - np.abs(d))), atol=1e-5)
+
+
+def test_egrsd_teachers():
+    assert egrsd().snapshots["teacher"](1.0, 0.0, 20) == 0.0  # frozen
+    assert egrsd(ema_rate=0.01).snapshots["teacher"](1.0, 0.0, 20) == pytest.approx(0.01)
+    copies = egrsd(copy_every=20).snapshots["teacher"]
+    assert [float(copies(1.0, 0.0, jnp.int32(step))) for step in (19, 20, 21, 40)] == [0.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="two teachers"):
+        egrsd(copy_every=20, ema_rate=0.01)
