@@ -59,14 +59,14 @@ class Teachers:
             local = [model for model in self.models.values() if not is_address(model)]
             if local:
                 raise TeacherError(
-                    f"teachers: {local[0]} is a model and others are servers: all must be one or the other"
+                    f"--teachers: {local[0]} is a model and others are servers: all must be one or the other"
                 )
             for model in self.models.values():
                 check_url(model)
         own = sorted({"live", "initial", "student", TEACHER} & {*self.models}) if self.field else []
         if own:
             raise TeacherError(
-                f"teachers: {own[0]!r} is the name of a policy of the methods: name this teacher otherwise"
+                f"--teachers: {own[0]!r} is the name of a policy of the methods: name this teacher otherwise"
             )
 
 
@@ -78,16 +78,17 @@ def is_address(model: str) -> bool:
 def chosen(teacher: str, teachers: str, field: str, **server: Any) -> Teachers:
     """The teachers of the options `--teacher`, `--teachers` and `--teacher-field`.  Raises `TeacherError`."""
     if teacher and (teachers or field):
-        raise TeacherError("teacher is the only one, teachers are several with a teacher-field: give one or the other")
-    if bool(teachers) != bool(field):
-        missing = "teacher-field: the field of an example that names its teacher" if teachers else "teachers"
-        raise TeacherError(f"{'teachers need' if teachers else 'teacher-field needs'} {missing}")
+        raise TeacherError("--teacher names one model, --teachers several with --teacher-field: give one or the other")
+    if teachers and not field:
+        raise TeacherError("--teachers needs --teacher-field: the field of a problem that names its teacher")
+    if field and not teachers:
+        raise TeacherError("--teacher-field needs --teachers: the models that it names")
     if not teachers:
         return Teachers({TEACHER: teacher} if teacher else {}, **server)
     pairs = [pair.partition("=")[::2] for pair in teachers.split(",")]
     names = [name.strip() for name, _ in pairs]
     if len(pairs) < 2 or len({*names}) < len(names) or not all(name.strip() and model.strip() for name, model in pairs):
-        raise TeacherError(f"teachers={teachers}: expected at least two different names, as math=MODEL,code=MODEL")
+        raise TeacherError(f"--teachers {teachers}: expected at least two different names, as math=MODEL,code=MODEL")
     return Teachers({name.strip(): model.strip() for name, model in pairs}, field, **server)
 
 
