@@ -302,7 +302,7 @@ def test_smoke_exports_a_model_that_evaluate_reads(tmp_path, capfd, monkeypatch,
     said = capfd.readouterr().out
     assert "step 2/2" in said and f"model written to {run / 'model'}" in said
     assert re.search(r"after +│ +\d+\.\d %", said)
-    _, params, _ = pretrained.load(run / "model")
+    _, params, *_ = pretrained.load(run / "model")
     final, _ = whole_runs.saved(run, 2)
     name = next(n for n in final if "params" in n and "embed" in n)
     leaf = {f"['params']{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_flatten_with_path(params)[0]}[name]
