@@ -227,7 +227,7 @@ def test_an_objective_before_and_after_a_schedule(tmp_path, capsys, monkeypatch)
 
     def counted(objective, *rest):
         update = make(objective, *rest)
-        return lambda *arguments: calls[objective[3:]].append(steps[-1]) or update(*arguments)
+        return lambda *arguments: calls[objective[3:6]].append(steps[-1]) or update(*arguments)
 
     monkeypatch.setattr(train, "make_update", counted)
     monkeypatch.setattr(loop.Run, "train_on", lambda run, step, batch: steps.append(step) or train_on(run, step, batch))
