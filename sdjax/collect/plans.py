@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
 from jax import Array
 
 from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.rollouts import references
 from sdjax.collect.synthesis import ask
-from sdjax.engine.policies import Environment
-from sdjax.types import Example, Messages
+from sdjax.engine.policies import Environment, grouped
+from sdjax.types import Example, Messages, Rollout
 
 BLANK = "..."
 """Stands for the answer in a plan."""
@@ -38,6 +40,16 @@ def written_plans(environment: Environment, examples: Sequence[Example], key: Ar
     """Plans by the live policy, which sees the redacted solution; where the answer comes up again, it is taken out."""
     said = ask(environment.live, [plan_request(e) for e in examples], key, slots=slots)
     return [redacted(without_thinking(s.text), e.answer) for s, e in zip(said, examples, strict=True)]
+
+
+def repairs(
+    environment: Environment, rollouts: Sequence[Rollout], examples: Sequence[Example], success: float
+) -> list[Rollout]:
+    """The solutions of the examples whose attempts all fail, as rows of their groups; none of those without a solution."""
+    lost = [g for g, rows in grouped(rollouts).items() if all(r.reward < success for r in rows)]
+    lost = [g for g in lost if examples[g].solution is not None]
+    rows = references(environment, [examples[g] for g in lost])
+    return [dataclasses.replace(r, group=lost[r.group]) for r in rows]
 
 
 def with_plan(messages: Messages, plan: str) -> Messages:

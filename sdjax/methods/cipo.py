@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -19,7 +20,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
-from sdjax.types import Card, Method, Objective, Term, View
+from sdjax.types import Card, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Ren et al. 2026, Correction-Oriented Policy Optimization",
@@ -35,6 +36,19 @@ CARD = Card(
     ),
     status="reconstruction",
 )
+
+
+def compared(
+    rollouts: Sequence[Rollout], pools: Sequence[int], returns: Sequence[float], fix: bool, normalised: bool
+) -> list[Rollout]:
+    """The rollouts with their advantages among those of the same pool, and whether they are corrections.
+
+    Taken here and not from the batch, because a problem's corrections lie in several of its groups.
+    """
+    arrays = jnp.asarray(returns, jnp.float32), jnp.asarray(pools), jnp.ones(len(rollouts), bool)
+    found = np.asarray(group_advantage(*arrays, normalised=normalised))
+    rows = [r.with_extras(advantage=a, correction=fix) for r, a in zip(rollouts, found, strict=True)]
+    return [r.read_by(reference=question(r.example)) for r in rows]
 
 
 def cipo(
@@ -92,20 +106,13 @@ def cipo(
         # Groups of a batch share a context: one per attempt, after those of the prompts.
         fixes = [dataclasses.replace(r, group=len(examples) + r.group) for r in fixes]
         memory = replayed(memory, retention, target, gains, share[1:])
-        return answers(base) + compared(fixes, pools, shaped, True), memory
+        return answers(base) + compared(fixes, pools, shaped, True, normalised), memory
 
     def corrected(prompts):
         return min(int(replay * prompts), group_size * prompts)
 
     def answers(rollouts):
-        return compared(rollouts, [r.group for r in rollouts], [r.returns for r in rollouts], False)
-
-    def compared(rollouts, pools, rewards, fix):
-        """Advantages are taken here, because a problem's corrections lie in several groups of the batch."""
-        arrays = jnp.asarray(rewards, jnp.float32), jnp.asarray(pools), jnp.ones(len(rollouts), bool)
-        found = np.asarray(group_advantage(*arrays, normalised=normalised))
-        rows = [r.with_extras(advantage=a, correction=fix) for r, a in zip(rollouts, found, strict=True)]
-        return [r.read_by(reference=question(r.example)) for r in rows]
+        return compared(rollouts, [r.group for r in rollouts], [r.returns for r in rollouts], False, normalised)
 
     def signals(dist, token):
         found = {"logprobs": logprob(dist["student"], token), "entropy": entropy(dist["student"])}

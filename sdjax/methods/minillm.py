@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+from jax import Array
 
 from sdjax.collect.contexts import question
 from sdjax.collect.lessons import before_writing
 from sdjax.collect.rollouts import judge, written
 from sdjax.collect.synthesis import together
 from sdjax.engine.generate import mixture
-from sdjax.engine.policies import frozen, score, teacher_name
+from sdjax.engine.policies import Environment, frozen, score, teacher_name
 from sdjax.kernels.advantages import reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.tasks.jsonl import read_jsonl
-from sdjax.types import REFERENCE, Card, Messages, Method, Objective, Rollout, Term, View
+from sdjax.types import REFERENCE, Card, Example, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Gu et al. 2024, MiniLLM: Knowledge Distillation of Large Language Models",
@@ -35,6 +36,24 @@ CARD = Card(
     ),
     status="reconstruction",
 )
+
+
+def read_beside(environment: Environment, documents: Sequence[Example], start: int, first: int, count: int):
+    """`count` texts of a corpus from number `start` on, round and round, as rows of groups from `first` on.
+
+    No teacher speaks about them.
+    """
+    some = [documents[(start + i) % len(documents)] for i in range(count)]
+    texts = [(e, e.solution or e.answer) for e in some]
+    rows = [written(e, t, environment.live, group=first + i, source=REFERENCE) for i, (e, t) in enumerate(texts)]
+    return [r.read_by(student=question(r.example), teacher=None) for r in rows]
+
+
+def later_returns(gap: Array, over: Array, discount: float, length_normalised: bool) -> Array:
+    """Every token's return without the token itself, whose share the single step has counted: `[B, T] -> [B, T]`."""
+    later = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    total = reward_to_go(later(gap), later(over), discount, normalised=length_normalised)
+    return total if length_normalised and discount else discount * total
 
 
 def minillm(
@@ -87,13 +106,8 @@ def minillm(
         rollouts = [mixed(r) for r in score(environment, rollouts, writers, drawn_from)] if mix else rollouts
         if not documents:
             return rollouts, memory
-        rows = [document(environment, memory + i, len(examples) + i) for i in range(len(examples))]
+        rows = read_beside(environment, documents, memory, len(examples), len(examples))
         return [*rollouts, *rows], memory + len(rows)
-
-    def document(environment, number, group):
-        some = documents[number % len(documents)]
-        row = written(some, some.solution or some.answer, environment.live, group=group, source=REFERENCE)
-        return row.read_by(student=question(some), teacher=None)
 
     def drawn_from(dist, token):
         student, teacher = logprob(dist["student"], token), logprob(dist["teacher"], token)
@@ -109,12 +123,9 @@ def minillm(
         return {**found, "reverse_kl": reverse_kl(student, teacher), "entropy": entropy(student)}
 
     def returns(gap, over):
-        """Of every token, without the token itself where the single step has it."""
-        if not single_step or count_present:
-            return reward_to_go(gap, over, discount, normalised=length_normalised)
-        later = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
-        total = reward_to_go(later(gap), later(over), discount, normalised=length_normalised)
-        return total if length_normalised and discount else discount * total
+        if single_step and not count_present:
+            return later_returns(gap, over, discount, length_normalised)
+        return reward_to_go(gap, over, discount, normalised=length_normalised)
 
     def terms(batch, sig, step):
         taught, behavior = batch.contexts["teacher"].valid, batch.behavior_logprobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -16,7 +17,7 @@ from sdjax.kernels.divergences import clamp_around, jsd
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import success_balance
-from sdjax.types import Card, Method, Objective, Term, View
+from sdjax.types import Card, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Zhang et al. 2026, Learning with Rare Success but Rich Feedback via Reflection-Enhanced Self-Distillation",
@@ -33,6 +34,12 @@ CARD = Card(
         "texts the policy wrote are cut where the context would not hold them",
     ),
 )
+
+
+def successes(rollouts: Sequence[Rollout], success: float) -> dict[str, str]:
+    """The first success of each example, by its id, without its thinking; none that is then empty."""
+    right = [(r.example.id, without_thinking(r.text)) for r in reversed(rollouts) if r.reward >= success]
+    return {id: text for id, text in right if text}
 
 
 def resd(
@@ -89,8 +96,7 @@ def resd(
         sampling = Sampling(temperature=temperature, top_p=top_p)
         rollouts = attempts(environment, examples, own, n=group_size, sampling=sampling)
         reflections, lessons = book.updated(environment, rollouts, told, memory["playbook"], rules, write)
-        right = [(r.example.id, without_thinking(r.text)) for r in reversed(rollouts) if r.reward >= success]
-        solved = {id: text for id, text in right if text}
+        solved = successes(rollouts, success)
         known = {**memory["solved"], **solved} if buffer else solved
         shown = book.render_text(lessons) if playbook else ""
         read = [(r, reflections.get(i), known.get(r.example.id)) for i, r in enumerate(rollouts)]

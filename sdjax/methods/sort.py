@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -11,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.collect.contexts import question
-from sdjax.collect.plans import redacted, with_plan, written_plans
-from sdjax.collect.rollouts import attempts, references
+from sdjax.collect.plans import redacted, repairs, with_plan, written_plans
+from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
-from sdjax.engine.policies import Environment, grouped
+from sdjax.engine.policies import Environment
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
@@ -73,13 +72,10 @@ def sort(
         sampling, planning = jax.random.split(key)
         how = {"n": group_size, "sampling": Sampling(temperature=temperature)}
         rollouts = attempts(environment, examples, sampling, **how)
-        lost = [g for g, rows in grouped(rollouts).items() if all(r.reward < success for r in rows)]
-        lost = [g for g in lost if examples[g].solution is not None]
-        new = [examples[g] for g in lost if examples[g].id not in memory]
+        rows = repairs(environment, rollouts, examples, success)
+        new = [r.example for r in rows if r.example.id not in memory]
         said = make(environment, new, planning, len(examples)) if new else []
         memory = {**memory, **{e.id: redacted(text, e.answer) for e, text in zip(new, said, strict=True)}}
-        rows = references(environment, [examples[g] for g in lost])
-        rows = [dataclasses.replace(r, group=lost[r.group]) for r in rows]
         read = lambda r: r.read_by(plan=with_plan(question(r.example), memory[r.example.id]))
         return [*rollouts, *map(read, rows)], memory
 
