@@ -173,6 +173,27 @@ def test_same_context_and_same_policy_give_exactly_zero(rows, tokens):
         assert not value.any(), name
 
 
+@pytest.mark.parametrize("tokens", [None, 1, 4])
+def test_equal_models_in_bfloat16_give_exactly_zero_for_every_chunk_size(tokens):
+    networks, params = models("mixed", "plain")
+    narrow = {name: model.clone(dtype=jnp.bfloat16) for name, model in networks.items()}
+    read = jax.jit(lambda p, b: token_signals(TWINS, differences, narrow, p, b, rows=2, tokens=tokens))
+    for name, value in read(params, twins()).items():
+        assert value.dtype == jnp.float32 and not value.any(), name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_rows_that_share_a_context_may_be_read_apart(rows):
+    """Fewer rows at a time than share a context: each chunk has a copy of it, and no number changes."""
+    units, chunks = score.row_units([ROWS // 2, ROWS], ROWS, rows)
+    assert ROWS % units == 0 and units % chunks == 0 and ROWS // chunks <= max(rows, 1) and chunks > 1
+    told = context(SHARED, 9, ROWS)
+    copied = score.repeated(told, units)
+    np.testing.assert_array_equal(
+        np.repeat(copied.tokens, ROWS // len(copied.tokens), 0), np.repeat(told.tokens, ROWS // len(told.tokens), 0)
+    )
+
+
 def test_another_policy_does_not():
     views = TWINS | {"teacher": View("teacher")}
     found = reader("mixed", "plain", differences, None, None, tuple(views.items()))(
