@@ -126,7 +126,8 @@ def sized(
     def read(name: str, context: Context) -> Context:
         count = total if name in own else max(1, total * len(context.tokens) // few)
         tokens = jax.ShapeDtypeStruct((count, contexts[name]), jnp.int32)
-        return Context(tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), grown(context.valid))
+        mask, rest = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_), (context.valid, context.member, context.scores)
+        return Context(tokens, mask, *jax.tree.map(grown, rest))
 
     plain = {f: jax.tree.map(grown, getattr(batch, f)) for f in batch.__dataclass_fields__ if f != "contexts"}
     return Batch(contexts={name: read(name, c) for name, c in batch.contexts.items()}, **plain)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from networks import VOCABULARY, batch, context, full_logits, network, prompts, unoptimised
 
-from sdjax.engine import score
+from sdjax.engine import score, sketch
 from sdjax.engine.policies import reading
 from sdjax.engine.score import over_members, policies_of, spread, token_signals
 from sdjax.engine.tokens import FieldError, collate
@@ -211,6 +211,15 @@ def test_scores_stand_for_the_network_that_gave_them(sizes):
 def whole_distribution(params, some):
     """`[B, T, V]` of the teacher `code`."""
     return token_signals({"teacher": View("code")}, lambda dist, token: dist, MODELS, params, some)["teacher"]
+
+
+def test_a_sketch_of_a_batch_keeps_who_reads_and_what_was_scored():
+    some = data((0, 1, 1, 0))
+    scored = some.contexts["teacher"].replace(scores=answered(jnp.zeros((ROWS, LENGTH, 40)), some.completion % 40, 4))
+    some = some.replace(contexts={**some.contexts, "teacher": scored})
+    found = sketch.sized(some, 5, 2, 64, {"student": 16, "teacher": 24}).contexts
+    assert found["teacher"].member.shape == (10,) and found["teacher"].scores.tokens.shape == (10, 64, 5)
+    assert found["student"].member is None and found["student"].scores is None
 
 
 def test_scores_of_rollouts_go_into_the_batch():
