@@ -6,7 +6,7 @@ Sizes: `B` rows, `C` contexts (`C` divides `B`), `P` context tokens, `T` complet
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -29,16 +29,28 @@ SHAPING = "shaping"
 class Example:
     """One problem.  `prompt` is a chat that ends with a user turn; `answer` is what the verifier compares with.
 
+    Where several answers are right, `answer` is all of them; `answers` always is, and `main_answer` is the first.
+
     `solution` is a worked reference, `feedback` a fixed remark for wrong answers; both are privileged: the student
     never reads them.  `meta` is whatever the task's verifier needs.
     """
 
     id: str
     prompt: Messages
-    answer: str = ""
+    answer: str | Sequence[str] = ""
     solution: str | None = None
     feedback: str | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.answer,) if isinstance(self.answer, str) else tuple(self.answer)
+
+    @property
+    def main_answer(self) -> str:
+        """The first right answer, for texts that name one; empty without any."""
+        return next(iter(self.answers), "")
 
 
 class Verdict(NamedTuple):

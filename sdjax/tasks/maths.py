@@ -1,4 +1,4 @@
-"""Verifier of mathematical answers by math-verify: `1/2`, `0.5` and `\\frac12` are the same."""
+"""Verifier of mathematical answers: `1/2`, `0.5` and `\\frac12` are the same, by exact numbers and math-verify."""
 
 from __future__ import annotations
 
@@ -6,78 +6,106 @@ import functools
 import importlib.util
 import re
 
-from sdjax.tasks import answers
-from sdjax.tasks.bounded import Judge
+from sdjax.tasks import answers, bounded, equivalence, extraction
 from sdjax.tasks.errors import TaskError
+from sdjax.tasks.judging import from_threads
+from sdjax.tasks.numbers import exact, same_value
 from sdjax.types import Example, Verdict
 
 _LONGEST = 500
 _DEEPEST = 25
-# What may take for ever: large factorials, products and sums, large exponents, powers of powers of numbers.
+# What may take for ever: sums, products, integrals, limits, large factorials, large exponents, powers of powers of numbers.
 _COSTLY = re.compile(
-    r"\d{3,}\s*!|!\s*!|\\(?:prod|sum|int|iint|lim)\b|(?:\^|\*\*)[\s{(]*[-+]?\d{4,}"
+    r"\d{3,}\s*!|!\s*!|\\(?:prod|sum|i*int|oint|lim|bigcup|bigcap|coprod)(?![a-zA-Z])|(?:\^|\*\*)[\s{(]*[-+]?\d{4,}"
     r"|\d[\s)}]*(?:\^|\*\*)[\s{(]*[-+]?\d+[\s)}]*(?:\^|\*\*)"
 )
+_CHARACTERS = re.compile(r"\\.|[(\[{)\]}]", re.DOTALL)
 
 
+@from_threads
 def verify(
     example: Example, text: str, *, reveal_answer: bool = False, remark: answers.Remark = answers.direction
 ) -> Verdict:
-    r"""1 where the answer of `text` equals `example.answer` mathematically, by math-verify.
+    r"""1 where the answer of `text` equals `example.answer`, or one of them, mathematically.
 
-    The answer is the last `\boxed{}` or `<answer>`; without one, the last number if `example.answer` is a number, else
-    what follows "The answer is", else the last line.  A wrong answer's feedback is `example.feedback` if there is one,
-    else `remark`, and names the correct answer only with `reveal_answer`.  Never raises on any text, may be called
-    from any thread, and sets no signals; an answer that takes longer than `bounded.LIMIT_S` to compare counts as wrong.
+    What counts as the answer stands after the thinking: the last `\boxed{}` or `<answer>`; without one, what the text
+    states ("The answer is 18.", "#### 18"); as a last resort the last number, or the last line where the correct answer
+    is no number.  A last box that is empty or broken, or thinking that does not end, is no answer.  A wrong answer's
+    feedback is `example.feedback` if there is one, else `remark`, and names the correct answer only with `reveal_answer`.
+
+    Never raises on any text, may be called from any thread, and sets no signals; an answer that takes longer than
+    `bounded.LIMIT_S` to compare counts as wrong, and is counted (`bounded.out_of_time`).
 
     Raises: `TaskError` if math-verify is not installed.
     """
-    gold = unwrapped(example.answer)
-    answer = extract(text, gold)
-    if answer is not None and equal(gold, answer):
+    golds = [unwrapped(each) for each in example.answers]
+    found = [extract(text, gold) for gold in golds]
+    if any(each is not None and equal(gold, each) for gold, each in zip(golds, found, strict=True)):
         return Verdict(1.0)
+    gold, answer = (golds[0], found[0]) if golds else ("", None)
     feedback = answers.remark_on(answer, gold, fixed=example.feedback, remark=remark, reveal_answer=reveal_answer)
     return Verdict(0.0, feedback)
 
 
 def extract(text: str, gold: str) -> str | None:
     """The answer in a completion, given what kind of answer is wanted; `None` where there is none."""
-    marked = answers.last_boxed(text) or answers.last_tagged(text)
-    if marked:
-        return unwrapped(marked)
-    if answers.parse_number(gold) is not None:
-        return answers.last_number(text)
-    stated = answers.stated_answer(text)
-    return None if stated is None else unwrapped(stated.removesuffix("."))
+    answer = extraction.taken(text, unwrapped(gold)).answer
+    return None if answer is None else unwrapped(answer)
 
 
 def unwrapped(answer: str) -> str:
-    r"""An answer without `\boxed{}`, dollar signs and spaces around it."""
-    return (answers.last_boxed(answer) or answer).strip().strip("$").strip()
+    r"""An answer without `\boxed{}`, dollar signs and spaces around it, and without a worked solution before "####"."""
+    answer = (answers.last_boxed(answer) or answer).strip()
+    answer = answer.rsplit("####", 1)[-1].strip() or answer
+    return answer.strip("$").strip() if answer.count("$") == 2 or not answer.startswith("$") else answer
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether two answers are the same.  A comparison that takes too long is `False`, and counted."""
+    same = _equal(gold, answer)
+    if same is None:
+        bounded.note_out_of_time()
+    return bool(same)
 
 
 @functools.lru_cache(maxsize=65536)
-def equal(gold: str, answer: str) -> bool:
-    """Whether two answers are the same; plain integers and equal texts are compared here, all else by math-verify."""
-    if not gold or not answer:
+def _equal(gold: str, answer: str) -> bool | None:
+    if not gold or not answer or len(answer) > 4 * _LONGEST:
+        return gold == answer != ""
+    late: list[bool] = []
+
+    def library(one: str, other: str) -> bool:
+        score = _by_library(one, other)
+        late.extend([True] if score is None else [])
+        return score == 1.0
+
+    try:
+        return equivalence.same(gold, answer, library) or (None if late else False)
+    except RecursionError:
         return False
-    if gold == answer:
-        return True
-    numbers = answers.parse_number(gold), answers.parse_number(answer)
-    if None not in numbers and (numbers[0] == numbers[1] or all(n.denominator == 1 for n in numbers)):
-        return numbers[0] == numbers[1]
+
+
+@functools.lru_cache(maxsize=65536)
+def _by_library(gold: str, answer: str) -> float | None:
+    numbers = exact(gold), exact(answer)
+    if None not in numbers:
+        return float(same_value(*numbers))
     if costly(gold) or costly(answer):
-        return False
+        return 0.0
     if importlib.util.find_spec("math_verify") is None:
         raise TaskError("Comparing mathematical answers needs math-verify; install it: pip install math-verify.")
-    return _judge.score(gold, answer) == 1.0
+    return _judge.score(gold, answer)
 
 
 def costly(answer: str) -> bool:
     """Whether comparing this answer may take for ever, judged by its looks: the same verdict on every machine."""
-    if len(answer) > _LONGEST or max(answer.count(opening) for opening in "({[") > _DEEPEST:
+    if len(answer) > _LONGEST:
         return True
-    return bool(_COSTLY.search(answer))
+    depth = deepest = 0
+    for sign in _CHARACTERS.findall(answer):
+        depth += (sign in "([{" or sign == r"\{") - (sign in ")]}" or sign == r"\}")
+        deepest = max(deepest, depth)
+    return deepest > _DEEPEST or bool(_COSTLY.search(answer))
 
 
-_judge = Judge("same_maths", ["1", "1"])
+_judge = bounded.Judge("same_maths", ["(x+1)^2", "x^2+2x+1"])

@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdjax.tasks import answers, maths
-from sdjax.tasks.bounded import Judge
+from sdjax.tasks.bounded import Judge, note_out_of_time
+from sdjax.tasks.completions import split
 from sdjax.tasks.errors import TaskError
+from sdjax.tasks.judging import from_threads
 from sdjax.tasks.splits import question_key
 from sdjax.types import Example, Messages, Task, Verdict
 
@@ -62,7 +64,7 @@ def reasoning_gym(
 
     The reward is the family's own `score_answer` of the extracted answer: 1 where that is 1, else 0, or the score
     itself with `partial_credit` (families give crumbs: 0.01 for any text, 0.5 for "10" where "0" is right).  `extract`
-    takes a completion and returns the answer or `None`; by default `answers.numeric_answer` where the correct answer is
+    takes a completion without its thinking and returns the answer or `None`; by default `answers.numeric_answer` where the correct answer is
     a number, else `answers.stated_answer`.  `remark` words the feedback of a wrong answer; the correct answer is named
     only with `reveal_answer`.  The test problems depend on the seed and `test_size`, not on `size` (acre excepted).
 
@@ -90,6 +92,8 @@ def reasoning_gym(
         )
         return Verdict(score if partial_credit else 0.0, feedback)
 
+    if family in READ_AS_FORMULAS:
+        verify = from_threads(verify)
     return Task(family, tuple(examples[test_size:]), tuple(examples[:test_size]), verify)
 
 
@@ -239,6 +243,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _extracted(text: str, correct: str, extract: answers.Extract | None) -> str | None:
+    text = split(text).answer
     if extract is not None:
         return extract(text)
     if answers.parse_number(correct) is not None:
@@ -261,6 +266,9 @@ def _family_score(
 ) -> float:
     if family in READ_AS_FORMULAS:
         score = _judge(family).score(*json.loads(json.dumps([family, options, answer, entry], default=str)))
+        if score is None:
+            note_out_of_time()
+            return 0.0
     else:
         score = 0.0
         with contextlib.suppress(Exception):  # several families raise on answers of an unexpected form

@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sdjax.tasks import answers
+from sdjax.tasks.completions import split
 from sdjax.tasks.errors import TaskError
+from sdjax.tasks.judging import reads_unfinished
 from sdjax.types import Example, Task, Verdict
 
 HEDGES = ("wait", "hmm", "maybe", "check")
@@ -234,9 +236,10 @@ _ANSWER = re.compile(r"\banswer((?: \d)+)")
 _RESULT = re.compile(r"= ((?:\d ?)+)(?:[a-z]+ [^;]*?so ((?:\d ?)+))?;")
 
 
+@reads_unfinished
 def verify(example: Example, text: str) -> Verdict:
     """1 where the digits after the last `answer` are the answer's; else 0 and the first step that is wrong, if found."""
-    stated = _ANSWER.findall(text)
+    stated = _ANSWER.findall(split(text).answer)
     if stated and stated[-1].strip() == example.answer:
         return Verdict(1.0)
     return Verdict(0.0, remark(first_error(example, text)) if stated else answers.NO_ANSWER)
@@ -249,8 +252,8 @@ def remark(step: int | None) -> str:
 
 def first_error(example: Example, text: str) -> int | None:
     """The number, from 0, of the first step of the trace whose final result is not the reference's; `None` without."""
-    thought = text.split("</think>")[0]
-    said = [(again or once).strip() for once, again in _RESULT.findall(thought)]
+    thought, answer, _ = split(text)
+    said = [(again or once).strip() for once, again in _RESULT.findall(thought or answer)]
     correct = [spelled(v, example.meta["digits"]) for v in example.meta["results"]]
     pairs = zip(said, correct, strict=False)
     return next((i for i, (got, want) in enumerate(pairs) if got != want), None)

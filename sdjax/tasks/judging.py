@@ -1,0 +1,67 @@
+"""Verdicts on many completions: what was cut off earns nothing, and verifiers that wait for others work side by side."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from sdjax.tasks import answers, bounded
+from sdjax.tasks.completions import split
+from sdjax.types import Example, Verdict
+
+Verify = Callable[[Example, str], Verdict]
+Marked = TypeVar("Marked", bound=Verify)
+
+CUT_OFF = "Your response was cut off before it reached a final answer."
+
+
+class Case(NamedTuple):
+    """A completion to be judged; `finished` is False where the length limit cut it off."""
+
+    example: Example
+    text: str
+    finished: bool = True
+
+
+def from_threads(verify: Marked) -> Marked:
+    """Marks a verifier that may be called from several threads at once: it waits for processes that do the work."""
+    verify.from_threads = True
+    return verify
+
+
+def reads_unfinished(verify: Marked) -> Marked:
+    """Marks a verifier whose verdict does not depend on how the text ends: completions that were cut off reach it."""
+    verify.reads_unfinished = True
+    return verify
+
+
+def verdicts(verify: Verify, cases: Sequence[Case]) -> list[Verdict]:
+    r"""The verdict on each case, in order.
+
+    A completion that was cut off has a complete, marked answer (`\boxed{}`, `<answer>`) after its thinking, or its reward
+    is 0, whatever the verifier would say; only one that `reads_unfinished` is asked all the same.
+    """
+
+    def verdict(case: Case) -> Verdict:
+        if not case.finished and not _is(verify, "reads_unfinished") and not has_marked_answer(case.text):
+            return Verdict(0.0, CUT_OFF if case.example.feedback is None else case.example.feedback)
+        return verify(case.example, case.text)
+
+    if not _is(verify, "from_threads") or len(cases) < 2:
+        return [verdict(case) for case in cases]
+    with ThreadPoolExecutor(bounded.cores()) as pool:
+        return list(pool.map(verdict, cases))
+
+
+def has_marked_answer(text: str) -> bool:
+    """Whether the last mark of the answer, after the thinking, is complete."""
+    mark = answers.marked(split(text).answer)
+    return mark is not None and mark.answer is not None
+
+
+def _is(verify: Verify, mark: str) -> bool:
+    while isinstance(verify, functools.partial):
+        verify = verify.func
+    return getattr(verify, mark, False)
