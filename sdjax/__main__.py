@@ -24,6 +24,8 @@ COMMANDS = """usage: sdjax COMMAND ...
                       run an experiment file; --help after it lists every option
   evaluate MODEL --data FILE.jsonl
                       greedy accuracy of a model on a file of problems
+  verify FILE.jsonl --data FILE.jsonl
+                      rewards of given texts, with what was taken for the answer of each
   report RUN [RUN ...] [--out FILE.html] [--microscope]
                       one page of curves, tables and rollouts token by token, and its figures as SVG and PNG
   methods [NAME] [--json | --markdown]
@@ -175,6 +177,15 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def verify(arguments: list[str]) -> int:
+    """`sdjax verify FILE --data FILE ...`"""
+    from sdjax.cli.rewards import rewards
+
+    options.check_names(arguments, list(inspect.signature(rewards).parameters))
+    print(tyro.cli(rewards, args=arguments, prog="sdjax verify"))
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     """`sdjax report RUN [RUN ...]`"""
     from sdjax.report.report import report
@@ -268,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {
         "train": train,
         "evaluate": evaluate,
+        "verify": verify,
         "report": report,
         "methods": methods,
         "bench": bench,

@@ -67,7 +67,9 @@ class Verdict(NamedTuple):
 class Task(NamedTuple):
     """Problems and how to judge answers to them.
 
-    `train` and `test` are disjoint; `verify(example, text)` is deterministic and safe on any text.
+    `train` and `test` are disjoint; `verify(example, text)` is deterministic and safe on any text, thinking included.
+    `sdjax.tasks.judging` has two marks for it: `reads_answers` (a text that was cut off earns nothing without a marked
+    answer) and `from_threads` (many verdicts are worked out at once).
     """
 
     name: str

@@ -135,7 +135,7 @@ def written_batch(step: Step, examples: list[Example], n: int) -> Batch:
     rollouts = [
         Rollout(example, tuple(written.tokens[row].tolist()), tuple(written.logprobs[row].tolist()), "", g).read_by(
             student=question(example),
-            teacher=with_feedback(question(example), feedback=f"The answer is {example.answer}."),
+            teacher=with_feedback(question(example), feedback=f"The answer is {example.main_answer}."),
         )
         for g, example in enumerate(examples)
         for row in range(g * n, (g + 1) * n)

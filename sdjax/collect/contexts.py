@@ -6,8 +6,7 @@ privileged part of a turn is also kept under its key `privileged`, so that a cha
 
 from __future__ import annotations
 
-import re
-
+from sdjax.tasks.completions import split
 from sdjax.types import Example, Messages
 
 
@@ -100,7 +99,10 @@ def with_suffix(messages: Messages, suffix: str) -> Messages:
 
 
 def without_thinking(text: str) -> str:
-    """A response without its `<think>...</think>`.  An opening tag may stand in the prompt: then everything up to the
-    closing tag goes."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    return text.split("</think>")[-1].strip()
+    """A response without its thinking, by `sdjax.tasks.completions.split`; empty where the thinking does not end."""
+    return split(text).answer
+
+
+def attempt_text(text: str) -> str:
+    """An attempt as others are shown it: without its thinking, and saying so where no answer was reached."""
+    return without_thinking(text) or "(no answer was reached)"

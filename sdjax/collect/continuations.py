@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ from sdjax.collect.rollouts import judge
 from sdjax.devices.sharding import place_rows, rows_multiple, to_host
 from sdjax.engine.generate import Completions, Sampling, generate
 from sdjax.engine.policies import Environment, Policy, Sample, one_sample, row_keys
-from sdjax.engine.tokens import decode_text, encode_context, left_pad
+from sdjax.engine.tokens import decode_text, encode_context, left_pad, thinking_opened
 from sdjax.types import Messages, Rollout
 
 GAIN = "continuation_gain"
@@ -91,15 +90,16 @@ def with_continuation_gains(
             slots=len(rollouts),
             sampling=sampling or Sampling(),
         )
-        written = [joined(r, depth, s, environment.live.tokenizer) for r, s in zip(long, said, strict=True)]
+        written = [joined(r, depth, s, policy) for r, s in zip(long, said, strict=True)]
         for own, other in zip(long, judge(environment, written), strict=True):
             gains[id(own), depth] = float(other.reward >= success) - float(own.reward >= success)
     of = lambda r: {f"{GAIN}/{depth}": gains.get((id(r), depth), 0.0) for depth in depths}
     return [r.with_extras(**of(r)) for r in rollouts]
 
 
-def joined(rollout: Rollout, depth: int, new: Sample, tokenizer: Any) -> Rollout:
-    """The first `depth` tokens of a rollout and what was written after them, not judged yet."""
+def joined(rollout: Rollout, depth: int, new: Sample, policy: Policy) -> Rollout:
+    """The first `depth` tokens of a rollout and what the teacher wrote after them, not judged yet."""
     tokens = (*rollout.tokens[:depth], *new.tokens)
-    text = decode_text(tokenizer, tokens)
+    read = encode_context(policy.tokenizer, rollout.contexts["teacher"], policy.shapes)
+    text = decode_text(policy.tokenizer, tokens, thinking_opened(policy.tokenizer, read))
     return Rollout(rollout.example, tokens, (0.0,) * len(tokens), text, rollout.group, finished=new.finished)

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from jax import Array
 
-from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import attempt_text, question, rewrite_last
 from sdjax.engine.policies import grouped
 from sdjax.types import Messages, Rollout
 
 
 def correction(rollout: Rollout) -> Messages:
     """The question and an attempt at it, of which is only said that it may be wrong."""
-    messages, attempt = question(rollout.example), without_thinking(rollout.text)
+    messages, attempt = question(rollout.example), attempt_text(rollout.text)
     content = (
         f"{messages[-1]['content']}\n\nAn earlier attempt, which may be wrong:\n{attempt}\n\n"
         "Name its error if there is one, then give a correct solution and answer."

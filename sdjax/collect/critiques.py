@@ -20,7 +20,7 @@ def critique_request(rollout: Rollout) -> Messages:
     example = rollout.example
     content = (
         f"{question(example)[-1]['content']}\n\nA wrong attempt:\n{rollout.text}\n\nThe correct answer is "
-        f"{example.answer}. In two or three sentences, say what the mistake and the misconception behind it are, "
+        f"{example.main_answer}. In two or three sentences, say what the mistake and the misconception behind it are, "
         "specifically and so that it can be acted upon, without merely stating the answer."
     )
     return rewrite_last(question(example), content, rollout.text)

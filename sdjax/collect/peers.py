@@ -66,6 +66,8 @@ def peers(
     many peers' summaries instead.  Chance comes from the attempt itself, so that replays agree.
     """
 
+    clean = lambda r: r.text if thinking and without_thinking(r.text) else without_thinking(r.text)
+
     def summed_up(others: Sequence[Rollout]) -> Picks:
         wanted = {"successes": (True,), "failures": (False,), "all": (True, False)}[summarised]
         some = [r for r in others if (r.reward >= success) in wanted][:summaries]
@@ -81,6 +83,7 @@ def peers(
             groups = grouped(rollouts)
             following = [*groups, *groups][list(groups).index(rollout.group) + 1]
             others = groups[following] if following != rollout.group else []
+        others = [r for r in others if clean(r)]  # what never reached an answer has nothing to show
         if summaries:
             return summed_up(others)
         picks = by_outcome(others, chance, success, 2 if another else 1, failure)
@@ -88,7 +91,6 @@ def peers(
 
     def lesson(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
         picks = picked(rollout, rollouts)
-        clean = lambda r: r.text if thinking else without_thinking(r.text)
         said = lambda r: summary(clean(r)) if summaries else clean(r)
         blocks = [f"{title}\n\n{said(r)}" for title, r in picks]
         heard = use_feedback and rollout.reward < success and rollout.feedback

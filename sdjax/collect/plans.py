@@ -18,17 +18,18 @@ BLANK = "..."
 """Stands for the answer in a plan."""
 
 
-def redacted(text: str, answer: str) -> str:
-    """The text without the answer, wherever it stands by itself: not inside a word, nor as a part of a number."""
-    if not answer.strip():
-        return text
-    alone = rf"(?<![\w.]){re.escape(answer.strip())}(?!\w|\.\d)"
-    return re.sub(alone, BLANK, text, flags=re.IGNORECASE)
+def redacted(text: str, answer: str | Sequence[str]) -> str:
+    """The text without the answers, wherever they stand by themselves: not inside a word, nor as a part of a number."""
+    for each in (answer,) if isinstance(answer, str) else answer:
+        if each.strip():
+            alone = rf"(?<![\w.]){re.escape(each.strip())}(?!\w|\.\d)"
+            text = re.sub(alone, BLANK, text, flags=re.IGNORECASE)
+    return text
 
 
 def plan_request(example: Example) -> Messages:
     """The question, its solution without the answer, and the request for a plan."""
-    shown = redacted(example.solution or "", example.answer)
+    shown = redacted(example.solution or "", example.answers)
     content = (
         f"{question(example)[-1]['content']}\n\nA solution without its answer:\n{shown}\n\n"
         "Write down the steps of this solution as a short numbered plan: what to do, no results."
@@ -39,7 +40,7 @@ def plan_request(example: Example) -> Messages:
 def written_plans(environment: Environment, examples: Sequence[Example], key: Array, slots: int) -> list[str]:
     """Plans by the live policy, which sees the redacted solution; where the answer comes up again, it is taken out."""
     said = ask(environment.live, [plan_request(e) for e in examples], key, slots=slots)
-    return [redacted(without_thinking(s.text), e.answer) for s, e in zip(said, examples, strict=True)]
+    return [redacted(without_thinking(s.text), e.answers) for s, e in zip(said, examples, strict=True)]
 
 
 def repairs(

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax import Array
 
-from sdjax.collect.contexts import question, rewrite_last, without_thinking
+from sdjax.collect.contexts import attempt_text, question, rewrite_last, without_thinking
 from sdjax.collect.synthesis import ask
 from sdjax.engine.chats import render
 from sdjax.engine.policies import Environment
@@ -222,7 +222,7 @@ def updated(
 
 
 def _asked(environment: Environment, r: Rollout, shown: str, instruction: str, reflection: str | None) -> Messages:
-    attempt = without_thinking(r.text)
+    attempt = attempt_text(r.text)
     parts = {"Playbook:": shown, "Attempt:": attempt, "Feedback:": r.feedback, "Reflection:": reflection}
     chat = asking(question(r.example), parts, instruction)
     return fitted(chat, [shown, attempt, reflection, r.feedback], environment)
@@ -235,7 +235,7 @@ def teacher_context(
     feedback = r.feedback if solution is None and r.reward < 1.0 else None
     if not (solution or feedback or reflection):
         return None
-    attempt = without_thinking(r.text)
+    attempt = attempt_text(r.text)
     parts = {
         "Playbook of earlier lessons:": shown,
         "Your previous attempt:": attempt,

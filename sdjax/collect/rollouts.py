@@ -11,12 +11,16 @@ import jax
 from jax import Array
 
 from sdjax.collect.contexts import question
-from sdjax.devices.processes import divided
+from sdjax.devices.processes import divided_parts
 from sdjax.engine import policies
 from sdjax.engine.chats import encode_text
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment, Policy, grouped
+from sdjax.engine.tokens import encode_context, thinking_opened
 from sdjax.errors import InputError
+from sdjax.tasks import judging
+from sdjax.tasks.completions import split
+from sdjax.tasks.judging import Case
 from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout, Verdict
 
 
@@ -46,14 +50,25 @@ def sample(
 
 
 def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with all that the verifier says, and with what a control adds for advantages (`Rollout.shaped`)."""
-    # Text by text: only one of several processes judges a rollout.
-    verdicts = divided(lambda r: environment.verify(r.example, r.text), rollouts)
-    said = [{**Verdict(*verdict)._asdict(), "reward": float(verdict[0])} for verdict in verdicts]
+    r"""The rollouts with all that the verifier says, and with what a control adds for advantages (`Rollout.shaped`).
+
+    With a verifier that reads answers, a completion that was cut off earns nothing without a complete, marked answer
+    (`\boxed{}`, `<answer>`) after its thinking; verdicts that other processes work out are asked for side by side (see
+    `sdjax.tasks.judging`).
+    """
+    said = [
+        {**verdict._asdict(), "reward": float(verdict.reward)} for verdict in verdicts(environment.verify, rollouts)
+    ]
     judged = [dataclasses.replace(rollout, **verdict) for rollout, verdict in zip(rollouts, said, strict=True)]
     if environment.shape is None:
         return judged
     return [r.shaped(environment.shape(r)) for r in judged]
+
+
+def verdicts(verify: Callable[[Example, str], Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
+    """The verdict on each rollout, by `sdjax.tasks.judging`; each is given by one of several processes."""
+    cases = [Case(r.example, r.text, r.finished) for r in rollouts]
+    return [Verdict(*said) for said in divided_parts(lambda some: judging.verdicts(verify, some), cases)]
 
 
 def attempts(
@@ -65,8 +80,12 @@ def attempts(
 
 
 def solved_peer(rollout: Rollout, rollouts: Sequence[Rollout], success: float = 0.5) -> Rollout | None:
-    """The first *other* rollout of the same group with a reward of at least `success`, or `None`."""
-    return next((r for r in rollouts if r.group == rollout.group and r is not rollout and r.reward >= success), None)
+    """The first *other* rollout of the same group with a reward of at least `success` and an answer, or `None`.
+
+    One that is all thinking has nothing to show, whatever it earned.
+    """
+    others = (r for r in rollouts if r.group == rollout.group and r is not rollout and r.reward >= success)
+    return next((r for r in others if split(r.text).answer or not r.text.strip()), None)
 
 
 def written(example: Example, text: str, policy: Policy, *, group: int, source: int, finished: bool = True) -> Rollout:
@@ -74,7 +93,9 @@ def written(example: Example, text: str, policy: Policy, *, group: int, source: 
 
     What exceeds the completion limit is cut off, and such a row is not `finished`.
     """
-    tokens = encode_text(policy.tokenizer, text)
+    opened = thinking_opened(policy.tokenizer, encode_context(policy.tokenizer, question(example), policy.shapes))
+    said = text.removeprefix(opened).removeprefix("\n") if opened else text  # the prompt holds the tag already
+    tokens = encode_text(policy.tokenizer, said)
     if finished and policy.tokenizer.eos_token_id is not None:
         tokens = [*tokens, policy.tokenizer.eos_token_id]
     finished = finished and len(tokens) <= policy.shapes.completion
@@ -139,7 +160,7 @@ def to_file(path: str | Path, rollouts: Sequence[Rollout]) -> None:
             row = {
                 "id": r.example.id if number == 1 else f"{r.example.id}#{number}",
                 "messages": [{"role": m["role"], "content": m["content"]} for m in r.example.prompt],
-                "answer": r.example.answer,
+                "answer": r.example.answer if isinstance(r.example.answer, str) else [*r.example.answer],
                 "solution": r.text or None,
                 "reward": r.reward,
             }

@@ -164,7 +164,7 @@ def measured(
     if target == "gold":
         for i, (rollout, found) in enumerate(zip(rollouts, split, strict=True)):
             if found is not None:
-                gold = policy.tokenizer.encode(f" {rollout.example.answer}", add_special_tokens=False)
+                gold = policy.tokenizer.encode(f" {rollout.example.main_answer}", add_special_tokens=False)
                 tokens[i] = (tokens[i][: found[1]] + gold)[: policy.shapes.completion]
                 split[i] = (*found[:2], len(tokens[i])) if len(tokens[i]) > found[1] else None
     length = max(2, policy.shapes.completion)

@@ -94,7 +94,7 @@ def selected(
     examples = [r.example for r in own]
     written = grouped(judge(environment, candidates_of(teacher, examples, told, keys[0], rule)))
     lost = [g for g, rows in written.items() if all(r.reward < rule.success for r in rows)] if rule.retry else []
-    chats = [with_key(told[g], examples[g].answer) for g in lost]
+    chats = [with_key(told[g], examples[g].main_answer) for g in lost]
     said = ask(teacher, chats, keys[1], slots=len(examples), sampling=rule.sampling)
     again = [
         Rollout(examples[g], s.tokens, s.logprobs, s.text, g, TEACHER, finished=s.finished)

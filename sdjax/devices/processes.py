@@ -164,11 +164,16 @@ def divided(function: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]
 
     Process `p` of `n` takes the `p`-th n-th of the items, as its devices have the `p`-th n-th of a batch's rows.
     """
+    return divided_parts(lambda some: [function(item) for item in some], items)
+
+
+def divided_parts(function: Callable[[Sequence[Item]], Sequence[Any]], items: Sequence[Item]) -> list[Any]:
+    """`function(items)`, a result for each, as `divided`: each process gives the function its part of the items."""
     if not many():
-        return [function(item) for item in items]
+        return list(function(items))
     bounds = [p * len(items) // jax.process_count() for p in range(jax.process_count() + 1)]
     start, end = bounds[jax.process_index() : jax.process_index() + 2]
-    return [result for part in by_each(lambda: [function(item) for item in items[start:end]]) for result in part]
+    return [result for part in by_each(lambda: list(function(items[start:end]))) for result in part]
 
 
 # ---- ending together ------------------------------------------------------------------------------------------------

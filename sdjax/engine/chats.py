@@ -7,7 +7,6 @@ tokens are left out again: nothing else changes, and a text without control toke
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +15,7 @@ from tokenizers.models import WordLevel
 
 from sdjax.errors import InputError
 from sdjax.models.templates import MARK, own_options, written
-
-THINKING = re.compile(r"[<\[]/?(think|thinking|thought|reasoning)[>\]]|<\|(begin|end)_of_thought\|>", re.IGNORECASE)
-"""Tags that a model writes itself, around its thinking: in a text they stay what they are."""
+from sdjax.tasks.completions import is_tag
 
 BREAKS = "\ue0b5\uf1c3\ue6d9\uf0a7"
 """Private characters that may break a control token."""
@@ -123,7 +120,7 @@ def control_tokens(tokenizer: Any, template: str) -> tuple[str, ...]:
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     turning = lambda t: t.special or (len(t.content) > 1 and t.content in template)
-    found = {t.content for t in added if turning(t) and t.content.strip() and not THINKING.fullmatch(t.content)}
+    found = {t.content for t in added if turning(t) and t.content.strip() and not is_tag(t.content.strip())}
     return tuple(sorted(found, key=lambda t: (-len(t), t)))
 
 

@@ -17,7 +17,7 @@ from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, t
 from sdjax.engine import lengths
 from sdjax.engine.generate import Completions, Sampling, first, generate
 from sdjax.engine.score import divisor_at_least, policies_of, token_signals
-from sdjax.engine.tokens import ROWS, Shapes, collate, decode_text, left_pad
+from sdjax.engine.tokens import ROWS, Shapes, collate, decode_text, left_pad, thinking_opened
 from sdjax.engine.vocabulary import limited
 from sdjax.models.pretrained import UNKNOWN, Origin
 from sdjax.models.templates import stop_tokens
@@ -132,6 +132,7 @@ def generated(
     shapes, tokenizer = together[0].shapes, together[0].tokenizer
     rows_at_a_time = shapes.rows or ROWS
     per_call, calls = max(1, rows_at_a_time // n), divisor_at_least(n, math.ceil(n / rows_at_a_time))
+    openings = [thinking_opened(tokenizer, row) for row in encoded[0]]
     results: list[list[Sample]] = []
     for start in range(0, len(encoded[0]), per_call):
         count = len(encoded[0][start : start + per_call])
@@ -156,7 +157,7 @@ def generated(
             )
             done = Completions(*to_host(tuple(done)))
             for i, own in enumerate(written):
-                own += [one_sample(done, i * len(part) + j, tokenizer) for j in range(len(part))]
+                own += [one_sample(done, i * len(part) + j, tokenizer, openings[start + i]) for j in range(len(part))]
         results += written
     return results
 
@@ -168,12 +169,12 @@ def row_keys(key: Array, rows: Array, n: int) -> Array:
     return jax.vmap(of_row)(rows).reshape(-1)
 
 
-def one_sample(done: Completions, row: int, tokenizer: Any) -> Sample:
-    """Row `row` of completions that lie on the host."""
+def one_sample(done: Completions, row: int, tokenizer: Any, opening: str = "") -> Sample:
+    """Row `row` of completions that lie on the host; `opening` is as in `decode_text`."""
     length = int(done.present[row].sum())
     tokens = tuple(int(t) for t in done.tokens[row, :length])
     logprobs = tuple(float(x) for x in done.logprobs[row, :length])
-    return Sample(tokens, logprobs, decode_text(tokenizer, tokens), bool(done.finished[row]))
+    return Sample(tokens, logprobs, decode_text(tokenizer, tokens, opening), bool(done.finished[row]))
 
 
 def score(

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdjax.engine.chats import render
 from sdjax.errors import InputError
+from sdjax.tasks.completions import ANSWER, CLOSING, OPENING, opens_thinking
 from sdjax.types import UNUSED, Batch, ByField, Context, Example, Messages, Rollout, Scored, Scores, View
 
 ROWS = 64
@@ -143,9 +144,33 @@ def left_pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.
     return tokens, mask
 
 
-def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of completion tokens, without special tokens."""
-    return tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+def decode_text(tokenizer: Any, tokens: Sequence[int], opening: str = "") -> str:
+    """The text of completion tokens, without special tokens but for the tags of `sdjax.tasks.completions`.
+
+    `opening` is the tag with which the prompt has opened the thinking (see `thinking_opened`): it comes first, so that
+    the text can be split by itself.
+    """
+    kept, pieces, run = special_tags(tokenizer), [], []
+    decode = lambda some: tokenizer.decode(some, skip_special_tokens=True)
+    for token in map(int, tokens):
+        if token in kept:
+            pieces += [decode(run), kept[token]]
+            run = []
+        else:
+            run.append(token)
+    text = "".join([*pieces, decode(run)]).strip()
+    return f"{opening}\n{text}" if opening else text
+
+
+def special_tags(tokenizer: Any) -> dict[int, str]:
+    """The tags of thinking and answers that are special tokens, by id."""
+    tags, known = {*OPENING, *CLOSING, *ANSWER}, getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token.content for i, token in known.items() if token.special and token.content.strip() in tags}
+
+
+def thinking_opened(tokenizer: Any, context: Sequence[int]) -> str:
+    """The tag with which a rendered chat opens the thinking; empty where its end opens none."""
+    return opens_thinking(tokenizer.decode(list(context[-16:]), skip_special_tokens=False))
 
 
 def collate(

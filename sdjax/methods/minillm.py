@@ -44,7 +44,7 @@ def read_beside(environment: Environment, documents: Sequence[Example], start: i
     No teacher speaks about them.
     """
     some = [documents[(start + i) % len(documents)] for i in range(count)]
-    texts = [(e, e.solution or e.answer) for e in some]
+    texts = [(e, e.solution or e.main_answer) for e in some]
     rows = [written(e, t, environment.live, group=first + i, source=REFERENCE) for i, (e, t) in enumerate(texts)]
     return [r.read_by(student=question(r.example), teacher=None) for r in rows]
 

@@ -75,7 +75,7 @@ def sort(
         rows = repairs(environment, rollouts, examples, success)
         new = [r.example for r in rows if r.example.id not in memory]
         said = make(environment, new, planning, len(examples)) if new else []
-        memory = {**memory, **{e.id: redacted(text, e.answer) for e, text in zip(new, said, strict=True)}}
+        memory = {**memory, **{e.id: redacted(text, e.answers) for e, text in zip(new, said, strict=True)}}
         read = lambda r: r.read_by(plan=with_plan(question(r.example), memory[r.example.id]))
         return [*rollouts, *map(read, rows)], memory
 
@@ -83,7 +83,7 @@ def sort(
         if plan is not None:
             return plan(environment, examples, key)
         if plans == "redacted":
-            return [redacted(e.solution, e.answer) for e in examples]
+            return [redacted(e.solution, e.answers) for e in examples]
         return written_plans(environment, examples, key, slots)
 
     def signals(dist, token):

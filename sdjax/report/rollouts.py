@@ -10,6 +10,7 @@ import numpy as np
 
 from sdjax.collect.diagnostics import EPISTEMIC
 from sdjax.report.microscope import Scored
+from sdjax.tasks.completions import split
 
 ABOUT = {
     "log_ratio": (
@@ -93,7 +94,7 @@ def entry(run: int, line: Mapping[str, Any], scored: Scored | None, tokenizer: A
         "rewards": rewards,
         "finished": line["finished"],
         "feedback": line.get("feedback"),
-        "facts": {n: v for n, v in line["extras"].items() if not isinstance(v, list)},
+        "facts": answered(line["text"]) | {n: v for n, v in line["extras"].items() if not isinstance(v, list)},
         "ids": line["tokens"],
         "pieces": line["pieces"],
         "skipped": [i for i, trained in enumerate(line.get("trained") or []) if not trained],
@@ -103,6 +104,14 @@ def entry(run: int, line: Mapping[str, Any], scored: Scored | None, tokenizer: A
         "signals": {name: [rounded(x) for x in values] for name, values in signals.items()},
         "alternatives": named(scored, line["tokens"], tokenizer, words) if scored else None,
     }
+
+
+def answered(text: str) -> dict[str, str]:
+    """What the answer after the thinking is; nothing where there is no thinking."""
+    thinking, answer, is_open = split(text)
+    if not thinking:
+        return {}
+    return {"answer": "none: the thinking does not end" if is_open else answer or "none after the thinking"}
 
 
 def per_token(line: Mapping[str, Any], length: int) -> Iterable[tuple[str, list]]:

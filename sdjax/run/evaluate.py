@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.collect.contexts import question
-from sdjax.collect.rollouts import sample
-from sdjax.devices.processes import divided
+from sdjax.collect.rollouts import sample, verdicts
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Policy
 from sdjax.types import Example, Messages, Rollout, Verdict
@@ -53,10 +52,10 @@ def accuracy(
 ) -> Accuracy:
     """The share of examples whose greedy answer earns a reward of at least `success`.
 
-    `context` is what the policy reads: give a teacher's context to measure the teacher.  `limit` caps the completion.
+    An answer that was cut off counts as `sdjax.tasks.judging` says.  `context` is what the policy reads: give a teacher's context to measure the teacher.  `limit` caps the completion.
     """
     rollouts = sample(policy, examples, jax.random.key(0), context=context, sampling=GREEDY, limit=limit)
-    right = divided(lambda r: bool(verify(r.example, r.text).reward >= success), rollouts)
+    right = [verdict.reward >= success for verdict in verdicts(verify, rollouts)]
     good, total = sum(right), len(rollouts)
     return Accuracy(good / max(total, 1), *wilson(good, total), total, tuple(rollouts), tuple(right))
 
@@ -88,6 +87,6 @@ def pass_at_k(
     Unbiased for `k <= n`; larger `k` are left out.  Source: Chen et al. 2021, arXiv:2107.03374, Eq. 1.
     """
     rollouts = sample(policy, examples, key, n=n, sampling=sampling)
-    right = np.asarray([verify(r.example, r.text).reward >= success for r in rollouts]).reshape(-1, n).sum(1)
+    right = np.asarray([verdict.reward >= success for verdict in verdicts(verify, rollouts)]).reshape(-1, n).sum(1)
     miss = lambda c, k: math.comb(n - int(c), k) / math.comb(n, k)
     return {k: float(np.mean([1.0 - miss(c, k) for c in right])) for k in ks if k <= n}

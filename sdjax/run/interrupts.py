@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from sdjax.devices.processes import everyone
@@ -72,6 +73,16 @@ class Interrupts:
         """Raises `Interrupted` if a signal has been waiting."""
         if self.asked is not None:
             raise Interrupted(self.asked)
+
+    def noticed_by(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which checks first: for signals whose exception was lost in a callback of the collector's."""
+
+        @functools.wraps(function)  # its attributes, too
+        def checked(*arguments: Any) -> Any:
+            self.check()
+            return function(*arguments)
+
+        return checked
 
     def agree(self) -> None:
         """A place where all processes of a run are; with one there is nothing to agree on."""

@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
 from sdjax.run import records
+from sdjax.tasks.completions import split
 from sdjax.types import Rollout, View
 
 SHOWN = {
@@ -95,7 +96,10 @@ class RunLog:
                 for view, chat in sorted(r.contexts.items()):
                     said = "(nothing)" if chat is None else "\n".join(f"[{m['role']}] {m['content']}" for m in chat)
                     file.write(f"-- {view} reads\n{said}\n")
-                file.write(f"-- completion\n{r.text}\n")
+                thinking, answer, open_ = split(r.text)
+                if thinking:
+                    file.write(f"-- thinking{' (does not end)' if open_ else ''}\n{thinking}\n")
+                file.write(f"-- {'answer' if thinking else 'completion'}\n{answer}\n")
                 if r.feedback:
                     file.write(f"-- feedback\n{r.feedback}\n")
 

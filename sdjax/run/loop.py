@@ -30,7 +30,8 @@ from sdjax.run.interrupts import Interrupted, Interrupts
 from sdjax.run.log import NoLog, RunLog, replace_text
 from sdjax.run.numbers import describe, mean_of
 from sdjax.run.prompts import Prompts
-from sdjax.types import Batch, Example, Rollout, Verdict
+from sdjax.tasks import bounded
+from sdjax.types import Batch, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Run:
         started = time.perf_counter()
         key = jax.random.fold_in(sharding.own_key(self.state.key), step)
         method = self.experiment.method
+        late = bounded.out_of_time()
         rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
         # Through JSON in every step: what a method remembers is then the same in a run that was never interrupted.
         self.memory = as_json(memory, "the method's memory")
@@ -173,12 +175,21 @@ class Run:
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
         values |= records.hedging(rollouts) | records.measured(rollouts) | (self.lengths if rollouts else {})
+        values |= self.late_verdicts(step + 1, late)
         self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
         if not rollouts:
             self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
         if step % 10 == 0 or step + 1 == self.experiment.steps:
             self.log.rollouts(step + 1, rollouts)
             self.log.tokens(step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(method))
+
+    def late_verdicts(self, step: int, before: int) -> dict[str, float]:
+        """How many verdicts since `before` were given because the time was over, of all processes; says so if any were."""
+        late = sum(processes.everyone(bounded.out_of_time() - before))
+        if late:
+            many = "verdict counts" if late == 1 else "verdicts count"
+            self.log.say(f"step {step}: {late} {many} as wrong because judging took more than {bounded.LIMIT_S:g} s")
+        return {"late_verdicts": float(late)}
 
     def batch(self, rollouts: Sequence[Rollout], step: int = 0) -> Batch:
         """The padded batch of a step: what does not fit is cut or left out, counted and said."""
@@ -263,18 +274,15 @@ class Run:
         examples = self.experiment.task.test[: self.experiment.evaluation]
         if not examples:
             return None
-        found = accuracy(self.environment().live, examples, self.verify)
+        late = bounded.out_of_time()
+        found = accuracy(self.environment().live, examples, self.interrupts.noticed_by(self.experiment.task.verify))
         self.interrupts.agree()
         self.interrupts.check()
         caps = by_cap([len(r.tokens) for r in found.rollouts], found.right, self.experiment.shapes.completion)
-        self.log.evaluation(step, {"accuracy": found.solved, "low": found.low, "high": found.high, **caps})
+        values = {"accuracy": found.solved, "low": found.low, "high": found.high, **caps}
+        self.log.evaluation(step, values | self.late_verdicts(step, late))
         self.log.say(f"held-out accuracy after {step} steps: {found}")
         return found
-
-    def verify(self, example: Example, text: str) -> Verdict:
-        """The task's verdict.  Notices signals whose exception was lost, as it is in a callback of the collector's."""
-        self.interrupts.check()
-        return self.experiment.task.verify(example, text)
 
     def close(self, after: Accuracy | None) -> None:
         """Writes `result.json` and `model/`, and prints the closing table."""

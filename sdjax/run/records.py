@@ -12,6 +12,7 @@ import numpy as np
 
 from sdjax.collect.diagnostics import epistemic_count, per_thousand
 from sdjax.engine.policies import grouped
+from sdjax.tasks.completions import split
 from sdjax.types import STUDENT, ByField, Rollout, Scored, View
 
 ROLLOUTS = "rollouts.jsonl"
@@ -106,6 +107,7 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 def hedging(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Epistemic words per completion and per 1,000 tokens of the student's own rollouts; nothing without tokens.
 
+    Where a text has thinking, `epistemic_in_answer` counts those after it: doubts that the reader of the answer meets.
     Source: Kim et al. 2026, arXiv:2603.24472, `E(y)`.
     """
     own = [r for r in rollouts if r.source == STUDENT]
@@ -113,7 +115,11 @@ def hedging(rollouts: Sequence[Rollout]) -> dict[str, float]:
     if not tokens:
         return {}
     count = sum(epistemic_count(r.text) for r in own)
-    return {"epistemic": count / len(own), "epistemic_per_thousand": per_thousand(count, tokens)}
+    found = {"epistemic": count / len(own), "epistemic_per_thousand": per_thousand(count, tokens)}
+    parts = [split(r.text) for r in own]
+    if not any(part.thinking for part in parts):
+        return found
+    return found | {"epistemic_in_answer": sum(epistemic_count(part.answer) for part in parts) / len(own)}
 
 
 def measured(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from jax import Array
 from sdjax.devices.sharding import constrain_parameters
 from sdjax.engine.generate import Completions, Sampling, draw
 from sdjax.engine.policies import Policy, Sample, one_sample, row_keys
-from sdjax.engine.tokens import ROWS, bucket, left_pad
+from sdjax.engine.tokens import ROWS, bucket, left_pad, thinking_opened
 from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.samplers.servers import Writer
 
@@ -47,7 +47,9 @@ def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int 
         found = refill(
             policy.model, policy.params, contexts, keys, chosen, lengths, size, swap or max(1, size // 8), buckets
         ).completions
-        return [[one_sample(found, i * n + j, policy.tokenizer) for j in range(n)] for i in range(len(contexts))]
+        openings = [thinking_opened(policy.tokenizer, row) for row in contexts]
+        one = lambda i, j: one_sample(found, i * n + j, policy.tokenizer, openings[i])
+        return [[one(i, j) for j in range(n)] for i in range(len(contexts))]
 
     return write
 

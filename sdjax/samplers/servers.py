@@ -30,7 +30,7 @@ from sdjax.devices import processes
 from sdjax.devices.sharding import to_host
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy, Sample
-from sdjax.engine.tokens import decode_text
+from sdjax.engine.tokens import decode_text, thinking_opened
 from sdjax.engine.vocabulary import is_token
 from sdjax.errors import InputError
 from sdjax.models import adapters, pretrained
@@ -153,7 +153,11 @@ def completions_server(
                 return list(pool.map(one, bodies))
 
         answers = processes.by_first(together)  # all processes need the same rollouts
-        return [[read(target, choice, policy, limit) for choice in some] for some in answers]
+        openings = [thinking_opened(policy.tokenizer, c) for c in contexts]
+        return [
+            [read(target, choice, policy, limit, opening) for choice in some]
+            for some, opening in zip(answers, openings, strict=True)
+        ]
 
     return write
 
@@ -247,7 +251,7 @@ def choices(url: str, answer: Any, n: int) -> list[Mapping[str, Any]]:
     return sorted(found, key=lambda choice: choice.get("index", 0))
 
 
-def read(url: str, choice: Mapping[str, Any], policy: Policy, limit: int) -> Sample:
+def read(url: str, choice: Mapping[str, Any], policy: Policy, limit: int, opening: str = "") -> Sample:
     """One completion of an answer, checked: what does not fit would train the model on something it did not write."""
     about = choice.get("logprobs") or {}
     logprobs = about.get("token_logprobs")
@@ -274,7 +278,7 @@ def read(url: str, choice: Mapping[str, Any], policy: Policy, limit: int) -> Sam
             f"{url} ended a completion at token {tokens[-1]}, which is none of the tokenizer's stop tokens "
             f"{list(policy.stop)}: let it return the stop token and stop at these only"
         )
-    return Sample(tuple(tokens), tuple(map(float, logprobs)), decode_text(policy.tokenizer, tokens), stopped)
+    return Sample(tuple(tokens), tuple(map(float, logprobs)), decode_text(policy.tokenizer, tokens, opening), stopped)
 
 
 def from_names(names: Sequence[str]) -> list[int]:

@@ -26,14 +26,14 @@ _LONGEST_NUMBER = 400
 
 _DENIED = r"(?!\W*(?:not|wrong|incorrect|correct|right|clear|simple|obvious|as follows|below|unknown)\b)"
 _STATED = re.compile(
-    r"\b(?:the|my|our|your|final|correct)\s+(?:(?:final|correct|right|overall|exact|simplified|numerical)\s+)*answer"
+    r"\b(?:the|my|our|your|final|correct)\s+(?:(?:final|correct|right|overall|exact|simplified|numerical)\s+)*answers?"
     r"(?:\s+(?:to|for|of)\s[^.:\n]{1,80}?)?[\s*_]*(?:\b(?:is|are|equals|would be|should be|must be|will be|comes out to"
     r"|turns out to be|becomes)\b|=)(?:\s+(?:thus|therefore|then|simply|just|indeed|given by))?[\s*_]*:?"
     + _DENIED
-    + r"|^[^\w\n]*(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?(?:answer|final result|final solution)[\s*_]*(?:\([^()\n]*\))?"
+    + r"|^[^\w\n]*(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?(?:answers?|final result|final solution)[\s*_]*(?:\([^()\n]*\))?"
     r"[\s*_]*(?::|=|-|\u2014|\u2013|\n)[\s*_]*"
     + _DENIED
-    + r"|####(?!#)[ \t]*(?!(?:step|part|case|method|solution|final|answer|approach)\b)"
+    + r"|####(?![# \t]*(?:#|(?:step|part|case|method|solution|final|answer|approach)\b))[ \t]*"
     r"|\bla (?:respuesta|soluci[o\u00f3]n)(?: final| correcta)? es\b:?|\brespuesta(?: final)?\s*\**:"
     r"|\bla r\u00e9ponse(?: finale| correcte)? est\b:?|\br\u00e9ponse(?: finale)?\s*\**:"
     r"|\bdie (?:endg\u00fcltige |richtige )?antwort (?:ist|lautet)\b:?|\bantwort\s*\**:"
@@ -78,10 +78,13 @@ def boxes(text: str) -> tuple[list[tuple[int, int, str]], int]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, braces balanced; `None` without one or when it is empty or broken.
+    r"""The content of the last `\boxed{...}`, braces balanced; `None` without one or when it is empty or broken."""
+    found, broken = boxes(text)
+    return found[-1][2].strip() or None if found and broken < found[-1][0] else None
 
-    Boxes that only a comma, "and" or "or" stands between are one answer: `\boxed{1}` or `\boxed{2}` is `1, 2`.
-    """
+
+def last_boxes(text: str) -> str | None:
+    r"""As `last_boxed`, but `\boxed{1}` or `\boxed{2}`, with only a comma, "and" or "or" between, is `1, 2`."""
     found, broken = boxes(text)
     if not found or broken > found[-1][0]:
         return None
@@ -154,10 +157,8 @@ def stated_answer(text: str, lines: int = 1) -> str | None:
 
 
 def _last_tag(text: str) -> tuple[int, int] | None:
-    place = None
-    for place in _OPEN_TAG.finditer(text):
-        pass
-    return place.span() if place else None
+    places = [found.span() for found in _OPEN_TAG.finditer(text)]
+    return places[-1] if places else None
 
 
 def parse_number(text: str) -> Fraction | None:

@@ -19,7 +19,8 @@ CLOSING = ("</think>", "</thinking>", "</thought>", "</reasoning>", "[/THINK]", 
 ANSWER = ("<answer>", "</answer>")
 """The tags around an answer."""
 
-_spaced = lambda tags: "|".join(re.escape(tag).replace("<", r"<\s*").replace(">", r"\s*>") for tag in tags)
+_loose = lambda tag: re.escape(tag).replace("<", r"<\s*").replace("/", r"/\s*").replace(">", r"\s*>")
+_spaced = lambda tags: "|".join(map(_loose, tags))
 _TAG = re.compile(rf"(?P<opening>{_spaced(OPENING)})|(?P<closing>{_spaced(CLOSING)})", re.IGNORECASE)
 _OPEN_AT_END = re.compile(rf"(?:{_spaced(OPENING)})\s*\Z", re.IGNORECASE)
 
@@ -60,6 +61,11 @@ def opens_thinking(prompt: str) -> str:
     """The opening tag that a rendered prompt ends in; empty where it ends in none."""
     found = _OPEN_AT_END.search(prompt)
     return found[0].strip() if found else ""
+
+
+def is_tag(text: str) -> bool:
+    """Whether a text is a tag around thinking."""
+    return _TAG.fullmatch(text) is not None
 
 
 def _joined(pieces: list[str]) -> str:

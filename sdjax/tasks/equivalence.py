@@ -20,7 +20,9 @@ _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|\s]*\})?(.*)\\en
 _NAME = r"(?:\\?[a-zA-Z]+(?:_(?:\{[^{}]*\}|\w))?'*(?:\([a-zA-Z](?:,\s*[a-zA-Z])*\))?)"
 _ASSIGNMENT = re.compile(rf"\s*({_NAME}|[^=<>\d]{{1,40}})\s*(?:=|\\in(?![a-z])|\\equiv)\s*(?![=<>])(.+)", re.DOTALL)
 _RELATION = re.compile(r"\\(?:le|ge|lt|gt|ne)(?![a-zA-Z])|<=|>=|<|>")
-_CONNECTIVE = re.compile(r"\s*(?:,|;|\\\\)?\s*(?<![a-zA-Z\\])(?:and|or|\\text\{ *(?:and|or) *\}|\\vee|\\lor)(?![a-zA-Z])\s*")
+_CONNECTIVE = re.compile(
+    r"\s*(?:,|;|\\\\)?\s*(?<![a-zA-Z\\])(?:and|or|\\text\{ *(?:and|or) *\}|\\vee|\\lor)(?![a-zA-Z])\s*"
+)
 _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\lt": "<", r"\gt": ">", "<": "<", ">": ">", "<=": "<=", ">=": ">="}
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _DECIMAL_COMMA = re.compile(r"\A-?(?:\d+,(?:\d{1,2}|\d{4,})|\d{1,3}(?:\.\d{3})+,\d+)(?=\s*[^\d\s,]*\Z)")
@@ -53,6 +55,8 @@ def same(gold: str, answer: str, library: Library, depth: int = 0) -> bool:
         return list(map(len, rows)) == list(map(len, found)) and all(
             again(a, b) for one, other in zip(rows, found, strict=True) for a, b in zip(one, other, strict=True)
         )
+    if rows is not None and 1 in (len(rows), len(rows[0])) and (found := members(answer)) is not None:
+        return same_members(("tuple", [cell for row in rows for cell in row]), answer, again)
     if (collection := members(gold)) is not None:
         return same_members(collection, answer, again)
     if text_answers.is_prose(gold):
@@ -70,7 +74,11 @@ def same_number(gold: str, answer: str, library: Library) -> bool:
 
 def squeezed(text: str) -> str:
     """A text without the spaces that mean nothing."""
-    return re.sub(r"\s+(?![a-zA-Z])|(?<![a-zA-Z])\s+", "", text).replace("\\cdot", "*").replace("\\times", "*")
+    return (
+        re.sub(r"\s+(?![a-zA-Z\d])|(?<![a-zA-Z\d])\s+|(?<=\d)\s+(?=[a-zA-Z])", "", text)
+        .replace("\\cdot", "*")
+        .replace("\\times", "*")
+    )
 
 
 def elided(text: str) -> bool:
@@ -171,7 +179,9 @@ def same_members(gold: tuple[str, list[str]], answer: str, again: Callable[[str,
 def _value(text: str) -> str:
     """What stands after `x =` or `x \\in`."""
     assigned = _ASSIGNMENT.fullmatch(text)
-    return assigned[2].strip() if assigned and not _RELATION.search(assigned[1]) and text.count("=") <= 1 else text.strip()
+    return (
+        assigned[2].strip() if assigned and not _RELATION.search(assigned[1]) and text.count("=") <= 1 else text.strip()
+    )
 
 
 def _closes_at_end(text: str) -> bool:
@@ -204,6 +214,8 @@ Interval = tuple[str, str, str, str]
 def intervals(text: str) -> list[Interval] | None:
     """An interval, a union of intervals in increasing order as written, or inequalities of one letter as such."""
     text = re.sub(rf"^\s*{_NAME}\s*\\in(?![a-z])\s*", "", text)
+    if squeezed(text) == "\\mathbb{R}":
+        return [("(", "-\\infty", "\\infty", ")")]
     pieces = re.split(r"\\cup(?![a-z])|(?<=[)\]])\s*[uU]\s*(?=[(\[])", text)
     if len(pieces) == 1:
         pieces = _CONNECTIVE.split(text)
@@ -226,7 +238,11 @@ def _bounded_both_ways(pieces: list[str]) -> list[Interval] | None:
 
 def _interval(text: str) -> Interval | None:
     """One interval, or one inequality."""
-    if text[:1] in ("(", "[", "]") and text[-1:] in (")", "]", "[") and len(found := parts(text[1:-1].replace(";", ","))) == 2:
+    if (
+        text[:1] in ("(", "[", "]")
+        and text[-1:] in (")", "]", "[")
+        and len(found := parts(text[1:-1].replace(";", ","))) == 2
+    ):
         opening = {"(": "(", "[": "[", "]": "("}[text[0]]
         closing = {")": ")", "]": "]", "[": ")"}[text[-1]]
         low, high = (squeezed(bound).replace("+\\infty", "\\infty") for bound in found)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from sdjax.tasks import answers
 from sdjax.tasks.completions import split
+from sdjax.tasks.judging import reads_answers
 from sdjax.types import Example, Verdict
 
 
+@reads_answers
 def verify(example: Example, text: str, *, reveal_answer: bool = False) -> Verdict:
     """1 where the stated answer is `example.answer`, or one of them, up to spacing and a final full stop; capitals count.
 

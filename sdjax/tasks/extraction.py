@@ -10,7 +10,9 @@ from sdjax.tasks.completions import split
 from sdjax.tasks.notation import ascii_signs, plain
 from sdjax.tasks.quantities import EXPRESSION, QUANTITY, quantity
 
-_MATHS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)", re.DOTALL)
+_MATHS = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)", re.DOTALL
+)
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*|__([^_\n]{1,80})__|\\textbf\{([^{}\n]{1,80})\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)(?<!\b[a-z]\.)|[;\n\u3002]|\\n")
 _REMARK = re.compile(
@@ -19,8 +21,13 @@ _REMARK = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _CONCLUDES = re.compile(r"=|\b(?:total|altogether|so|thus|hence|therefore|in all|sum|finally)\b", re.IGNORECASE)
-_ANOTHER = re.compile(rf"\s*[^\W\d]{{0,12}}\s*(?:,\s*(?:and|or)?|\band\b|\bor\b|\bto\b|\\pm)\s*(?={QUANTITY.pattern})", re.IGNORECASE)
-_LONE_LETTER = re.compile(r"\(([A-J])\)|\*\*\(?([A-J])[).:]?\*?\*?|\b(?:option|choice|answer)\s+\(?([A-J])\b|(?<![\w'])([B-H])(?![\w'])|\b(A)[).:]", re.ASCII)
+_ANOTHER = re.compile(
+    rf"\s*[^\W\d]{{0,12}}\s*(?:,\s*(?:and|or)?|\band\b|\bor\b|\bto\b|\\pm)\s*(?={QUANTITY.pattern})", re.IGNORECASE
+)
+_LONE_LETTER = re.compile(
+    r"\(([A-J])\)|\*\*\(?([A-J])[).:]?\*?\*?|\b(?:option|choice|answer)\s+\(?([A-J])\b|(?<![\w'])([B-H])(?![\w'])|\b(A)[).:]",
+    re.ASCII,
+)
 
 
 class Taken(NamedTuple):
@@ -45,7 +52,14 @@ def taken(text: str, gold: str) -> Taken:
     if mark is not None and mark.answer is None:
         return Taken(None, f"the last {_NAMES[mark.by]} is empty or broken")
     if mark is not None:
-        content = mark.answer if mark.by == "box" else _in_prose(mark.answer, gold, whole=True)
+        inner = answers.statement(plain(mark.answer)) if mark.by == "box" else None
+        content = (
+            inner
+            if inner is not None
+            else answers.last_boxes(said.answer)
+            if mark.by == "box"
+            else _in_prose(mark.answer, gold, whole=True)
+        )
         return Taken(content, f"the last {_NAMES[mark.by]}")
     stated = answers.statement(said.answer)
     if stated is not None:
@@ -79,7 +93,12 @@ def _in_prose(text: str, gold: str, whole: bool = False) -> str | None:
 def _dedented(text: str) -> str:
     """Without ornaments and blank lines before it; displayed formulas on one line."""
     text = re.sub(r"\A[\s*_:#>`-]*(?=[\s*_:#>`]*\n|\*)", "", text).lstrip(" *:\n")
-    return re.sub(r"(\\\[|\$\$)\s*\n?\s*(.+?)\s*\n?\s*(\\\]|\$\$)", lambda m: f"{m[1]}{' '.join(m[2].split())}{m[3]}", text, flags=re.DOTALL)
+    return re.sub(
+        r"(\\\[|\$\$)\s*\n?\s*(.+?)\s*\n?\s*(\\\]|\$\$)",
+        lambda m: f"{m[1]}{' '.join(m[2].split())}{m[3]}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def _clause(text: str) -> str:
@@ -92,7 +111,11 @@ def _stated_quantity(text: str, whole: bool = False) -> str | None:
     """The number that a clause states: all of it, its end after "=", or its first number with what belongs to it."""
     maths = _MATHS.match(text)
     clause = _clause(text)
-    if maths and quantity(plain(next(filter(None, maths.groups())))) is not None and not _lists_another(text[maths.end() :]):
+    if (
+        maths
+        and quantity(plain(next(filter(None, maths.groups())))) is not None
+        and not _lists_another(text[maths.end() :])
+    ):
         return next(filter(None, maths.groups())).strip()
     clear = plain(clause)
     if quantity(clear) is not None or (whole and not EXPRESSION.search(clear)):
@@ -100,7 +123,11 @@ def _stated_quantity(text: str, whole: bool = False) -> str | None:
     if "=" in clear and re.match(r"[^,]{0,60}=", clear):
         parts = re.split(r"\\approx", clear)
         right = parts[0].rsplit("=", 1)[1].strip()
-        return (right if len(parts) == 1 else f"{right} \\approx {parts[1]}") if quantity(right) else _first(right) or clause
+        return (
+            (right if len(parts) == 1 else f"{right} \\approx {parts[1]}")
+            if quantity(right)
+            else _first(right) or clause
+        )
     return _first(clear)
 
 
@@ -113,7 +140,9 @@ def _first(clear: str) -> str | None:
         return None
     if _lists_another(clear[found.end() :]):
         return clear
-    tail = re.match(r"\s*(?:\\?%|percent\b|(?:hundred|thousand|million|billion|trillion|dozen)\b)", clear[found.end() :])
+    tail = re.match(
+        r"\s*(?:\\?%|percent\b|(?:hundred|thousand|million|billion|trillion|dozen)\b)", clear[found.end() :]
+    )
     before = clear[: found.start()]
     letters = re.match(r"[a-zA-Z](?![a-zA-Z])|\\(?:pi|sqrt)", clear[found.end() :])
     if letters or re.search(r"(?:\\[a-zA-Z]+|[_^{(\[])\s*$", before):
@@ -154,7 +183,9 @@ def _unmarked_quantity(text: str) -> str | None:
     found = list(QUANTITY.finditer(_loose(said)))
     if not found:
         return None
-    after = re.match(r"\s*(?:\\?%|percent\b|(?:thousand|million|billion|trillion|dozen)\b)", _loose(said)[found[-1].end() :])
+    after = re.match(
+        r"\s*(?:\\?%|percent\b|(?:thousand|million|billion|trillion|dozen)\b)", _loose(said)[found[-1].end() :]
+    )
     return found[-1][0] + (after[0] if after else "")
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sdjax.tasks import maths
@@ -36,7 +36,7 @@ def jsonl(
     """A task from a file of problems, and another file or a fraction of the questions (default 0.1) to test on.
 
     A line is an object with `prompt` (a text) or `messages` (turns with role and content, the last one the user's),
-    `answer`, and optionally `solution`, `feedback` and `id`; other fields go to `Example.meta`.  The split is by
+    `answer` (a text, a number, or a list of them where several are right), and optionally `solution`, `feedback` and `id`; other fields go to `Example.meta`.  The split is by
     question text and depends on texts, fraction and `seed` only.  With `skip_bad_rows` bad rows are left out with one
     warning (`read_jsonl` lists them), and so are train rows whose question is in the test file.  `read` takes rows of
     another form.
@@ -86,6 +86,14 @@ def read_jsonl(
     return tuple(examples), bad
 
 
+def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line that is not blank stands, and the object or the text in it.  Raises `TaskError`."""
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _parsed(line, where, texts=True)
+
+
 def _lines(path: Path) -> list[bytes]:
     try:
         return pathlib.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -95,7 +103,7 @@ def _lines(path: Path) -> list[bytes]:
         raise TaskError(f"{path} cannot be read ({error.strerror}); give the path of a readable file.") from None
 
 
-def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
+def _parsed(line: bytes, where: str, texts: bool = False) -> Any:
     try:
         row = json.loads(
             line.decode("utf-8"), object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite
@@ -103,10 +111,12 @@ def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
         raise TaskError(f"{where}: {reason}, or skip bad rows.") from None
+    except TaskError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise TaskError(f"{where}: this is not JSON ({reason}); each line must be one JSON object.") from None
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) and not (texts and isinstance(row, str)):
         raise TaskError(f"{where}: expected a JSON object with `prompt` and `answer`, found {_kind(row)}.")
     return row
 
@@ -135,14 +145,24 @@ def example_of(row: Mapping[str, Any], where: str, default_id: str) -> Example:
     optional = {name: _text(row, name, where) for name in ("solution", "feedback") if row.get(name) is not None}
     return Example(
         id=_text(row, "id", where, numbers=True) if row.get("id") is not None else default_id,
-        prompt=_prompt(row, where),
-        answer=_text(row, "answer", where, numbers=True),
+        prompt=prompt_of(row, where),
+        answer=_answer(row, where),
         meta={name: value for name, value in row.items() if name not in FIELDS},
         **optional,
     )
 
 
-def _prompt(row: Mapping[str, Any], where: str) -> Messages:
+def _answer(row: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
+    """The right answer, or all of them where the field is a list."""
+    answer = row.get("answer")
+    if not isinstance(answer, list) or not answer:
+        return _text(row, "answer", where, numbers=True)
+    named = {f"answer, number {i}": each for i, each in enumerate(answer, start=1)}
+    return tuple(_text(named, name, where, numbers=True) for name in named)
+
+
+def prompt_of(row: Mapping[str, Any], where: str) -> Messages:
+    """The chat of a row.  Raises `TaskError`."""
     if ("prompt" in row) == ("messages" in row):
         found = "both are there" if "prompt" in row else f"found only {', '.join(sorted(row)) or 'an empty object'}"
         raise _bad(where, "prompt", f"or `messages` must be given, one of the two; {found}")
@@ -170,6 +190,8 @@ def _text(row: Mapping[str, Any], name: str, where: str, numbers: bool = False) 
         raise _bad(where, name, f"is missing; found {', '.join(sorted(row)) or 'an empty object'}")
     value = row[name]
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise _bad(where, name, f"is {value}, which is no number that a verifier can compare; give it as a text")
         return str(value)
     if not isinstance(value, str):
         raise _bad(where, name, f"must be a text{' or a number' if numbers else ''}; found {_kind(value)}")

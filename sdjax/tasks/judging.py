@@ -31,21 +31,21 @@ def from_threads(verify: Marked) -> Marked:
     return verify
 
 
-def reads_unfinished(verify: Marked) -> Marked:
-    """Marks a verifier whose verdict does not depend on how the text ends: completions that were cut off reach it."""
-    verify.reads_unfinished = True
+def reads_answers(verify: Marked) -> Marked:
+    """Marks a verifier that looks for the answer in a text: one that was cut off may show it an intermediate value."""
+    verify.reads_answers = True
     return verify
 
 
 def verdicts(verify: Verify, cases: Sequence[Case]) -> list[Verdict]:
     r"""The verdict on each case, in order.
 
-    A completion that was cut off has a complete, marked answer (`\boxed{}`, `<answer>`) after its thinking, or its reward
-    is 0, whatever the verifier would say; only one that `reads_unfinished` is asked all the same.
+    With a verifier that `reads_answers`, a completion that was cut off has a complete, marked answer (`\boxed{}`,
+    `<answer>`) after its thinking, or its reward is 0.  Other verifiers are asked all the same.
     """
 
     def verdict(case: Case) -> Verdict:
-        if not case.finished and not _is(verify, "reads_unfinished") and not has_marked_answer(case.text):
+        if not case.finished and _is(verify, "reads_answers") and not has_marked_answer(case.text):
             return Verdict(0.0, CUT_OFF if case.example.feedback is None else case.example.feedback)
         return verify(case.example, case.text)
 

@@ -8,7 +8,7 @@ import re
 
 from sdjax.tasks import answers, bounded, equivalence, extraction
 from sdjax.tasks.errors import TaskError
-from sdjax.tasks.judging import from_threads
+from sdjax.tasks.judging import from_threads, reads_answers
 from sdjax.tasks.numbers import exact, same_value
 from sdjax.types import Example, Verdict
 
@@ -23,6 +23,7 @@ _CHARACTERS = re.compile(r"\\.|[(\[{)\]}]", re.DOTALL)
 
 
 @from_threads
+@reads_answers
 def verify(
     example: Example, text: str, *, reveal_answer: bool = False, remark: answers.Remark = answers.direction
 ) -> Verdict:

@@ -12,27 +12,53 @@ _SYMBOLS = {
     **dict.fromkeys("\u00f7\u2215\u2044\u2236", "/"),
     **dict.fromkeys("\u2018\u2019\u2032\u02bc", "'"),
     **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"'),
-    **{"\u221e": r"\infty ", "\u221a": r"\sqrt ", "\u00b1": r"\pm ", "\u2208": r"\in ", "\u2205": r"\emptyset "},
-    **{"\u2264": r"\le ", "\u2a7d": r"\le ", "\u2265": r"\ge ", "\u2a7e": r"\ge ", "\u2260": r"\ne "},
-    **{"\u2248": r"\approx ", "\u2243": r"\approx ", "\u2245": r"\approx ", "\u222a": r"\cup ", "\u2229": r"\cap "},
-    **{"\u2211": r"\sum ", "\u220f": r"\prod ", "\u222b": r"\int ", "\u2192": r"\to ", "\u00b0": r"^\circ "},
-    **{"\u27e8": r"\langle ", "\u27e9": r"\rangle ", "\u2026": "...", "\u2102": r"\mathbb{C}", "\u211d": r"\mathbb{R}"},
-    **{"\u2115": r"\mathbb{N}", "\u2124": r"\mathbb{Z}", "\u211a": r"\mathbb{Q}", "\u066b": ".", "\u066c": ","},
-    **{"\u3001": ",", "\uff0c": ",", "\u3002": ".", "\uff0e": ".", "\uff1a": ":", "\uff1d": "=", "\u2223": "|"},
+    "\u221e": r"\infty ",
+    "\u221a": r"\sqrt ",
+    "\u00b1": r"\pm ",
+    "\u2208": r"\in ",
+    "\u2205": r"\emptyset ",
+    "\u2264": r"\le ",
+    "\u2a7d": r"\le ",
+    "\u2265": r"\ge ",
+    "\u2a7e": r"\ge ",
+    "\u2260": r"\ne ",
+    "\u2248": r"\approx ",
+    "\u2243": r"\approx ",
+    "\u2245": r"\approx ",
+    "\u222a": r"\cup ",
+    "\u2229": r"\cap ",
+    "\u2211": r"\sum ",
+    "\u220f": r"\prod ",
+    "\u222b": r"\int ",
+    "\u2192": r"\to ",
+    "\u00b0": r"^\circ ",
+    "\u27e8": r"\langle ",
+    "\u27e9": r"\rangle ",
+    "\u2026": "...",
+    "\u2102": r"\mathbb{C}",
+    "\u211d": r"\mathbb{R}",
+    "\u2115": r"\mathbb{N}",
+    "\u2124": r"\mathbb{Z}",
+    "\u211a": r"\mathbb{Q}",
+    "\u066b": ".",
+    "\u066c": ",",
+    "\u3001": ",",
+    "\uff0c": ",",
+    "\u3002": ".",
+    "\uff0e": ".",
+    "\uff1a": ":",
+    "\uff1d": "=",
+    "\u2223": "|",
 }
-_GREEK = {
-    chr(code): f"\\{name} "
-    for code, name in zip(
-        (*range(0x3B1, 0x3BF), 0x3C0, 0x3C1, *range(0x3C3, 0x3CA)),
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-        "omega".split(),
-        strict=True,
-    )
-}
+_LETTERS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
+_CODES = (*range(0x3B1, 0x3BF), 0x3C0, 0x3C1, *range(0x3C3, 0x3CA))
+_GREEK = {chr(code): f"\\{name} " for code, name in zip(_CODES, _LETTERS.split(), strict=True)}
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _RUNS = re.compile(f"([{''.join(_RAISED)}]+)|([{''.join(_LOWERED)}]+)")
-_SPACES = dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " ")
+_SPACES = dict.fromkeys(
+    "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
+)
 _UNSEEN = dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u200e\u200f\u00ad", "")
 
 _THIN = "\u2009\u202f\u00a0\u2007"
@@ -52,7 +78,9 @@ _WRAPPED = re.compile(
     r"|bm|boxed|fbox|textcolor\{[a-z]*\}|color\{[a-z]*\}|mathop|mathord)\s*\{([^{}]*)\}"
 )
 _FRACTION = re.compile(r"\\(?:[dtc]frac|sfrac|nicefrac|tfrac|cfrac)(?![a-zA-Z])")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\d|[a-zA-Z]|\\[a-zA-Z]+)\s*(\{|\d|[a-zA-Z]|\\[a-zA-Z]+)")
+_SHORT_FRACTION = re.compile(
+    r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\d|[a-zA-Z]|\\[a-zA-Z]+)\s*(\{|\d|[a-zA-Z]|\\[a-zA-Z]+)"
+)
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\[[^\]]*\])?\s*(\d+(?!\d)|[a-zA-Z](?![a-zA-Z])|\\[a-zA-Z]+)")
 _COMMANDS = (
     (re.compile(r"\\(?:geq?slant|geq)(?![a-zA-Z])"), r"\\ge"),
@@ -68,7 +96,10 @@ _COMMANDS = (
     (re.compile(r"\\(?:varnothing)(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"\\(?:degree|textdegree)(?![a-zA-Z])(?:\{\})?|\^\s*\{?\s*\\circ\s*\}?"), r"^\\circ "),
     (re.compile(r"\\(?:dots[cbmio]?|[lc]dots|hdots)(?![a-zA-Z])"), "..."),
-    (re.compile(r"\\(?:quad|qquad|enspace|hspace\{[^{}]*\}|hskip|space|newline|medskip|,|;|:|!|>| )(?![a-zA-Z])|~"), " "),
+    (
+        re.compile(r"\\(?:quad|qquad|enspace|hspace\{[^{}]*\}|hskip|space|newline|medskip|,|;|:|!|>| )(?![a-zA-Z])|~"),
+        " ",
+    ),
     (re.compile(r"\\[,;:!> ]|\\q?quad(?![a-zA-Z])"), " "),
     (re.compile(r"\\([%#&_])"), r"\1"),
     (re.compile(r"\\\$|\\textdollar(?![a-zA-Z])"), ""),
@@ -76,10 +107,14 @@ _COMMANDS = (
 )
 _WORDED = (
     (re.compile(r"(?<![a-zA-Z\\])(?:infinity|oo)(?![a-zA-Z])", re.IGNORECASE), r"\\infty"),
+    (
+        re.compile(r"(?<![a-zA-Z\\])all real numbers\.?\Z|\\mathbb\s*R(?![a-zA-Z])|\\R(?![a-zA-Z])", re.IGNORECASE),
+        r"\\mathbb{R}",
+    ),
     (re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi"),
     (re.compile(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
 )
-_ORNAMENTS = "*_`\"\u201c\u201d "
+_ORNAMENTS = '*_`"\u201c\u201d '
 LONGEST = 4000
 """Characters; longer texts are returned as they are: no answer is so long."""
 

@@ -18,7 +18,7 @@ MOST_BITS = 1 << 14
 """Of an integer that is evaluated; larger ones stay powers."""
 
 
-class NotExact(ValueError):  # noqa: N818  (never reaches a user)
+class NotExact(ValueError):
     """This text is no number, or not one whose exact value is found here."""
 
 

@@ -40,7 +40,15 @@ _NO_UNITS = frozenset({"and", "or", "pi", "sqrt", "log", "ln", "sin", "cos", "ta
 _NO_UNITS_LETTERS = frozenset("ie")
 
 _DIMENSIONS = {
-    "length": {"mm": "1/1000", "cm": "1/100", "m": 1, "km": 1000, "in": "127/5000", "ft": "381/1250", "mi": "201168/125"},
+    "length": {
+        "mm": "1/1000",
+        "cm": "1/100",
+        "m": 1,
+        "km": 1000,
+        "in": "127/5000",
+        "ft": "381/1250",
+        "mi": "201168/125",
+    },
     "mass": {"mg": "1/1000000", "g": "1/1000", "kg": 1, "t": 1000},
     "time": {"ms": "1/1000", "s": 1, "min": 60, "h": 3600, "day": 86400, "week": 604800},
     "volume": {"ml": "1/1000", "l": 1},
@@ -48,19 +56,48 @@ _DIMENSIONS = {
     "angle": {"degree": 1},
 }
 _NAMES = {
-    **{"millimeter": "mm", "centimeter": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km"},
-    **{"centimetre": "cm", "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "mile": "mi"},
-    **{"milligram": "mg", "gram": "g", "kilogram": "kg", "ton": "t", "tonne": "t", "second": "s", "sec": "s"},
-    **{"minute": "min", "hour": "h", "hr": "h", "milliliter": "ml", "millilitre": "ml", "liter": "l", "litre": "l"},
-    **{"mL": "ml", "L": "l", "^\\circ": "degree", "deg": "degree", "d": "day"},
+    "millimeter": "mm",
+    "centimeter": "cm",
+    "meter": "m",
+    "metre": "m",
+    "kilometer": "km",
+    "kilometre": "km",
+    "centimetre": "cm",
+    "millimetre": "mm",
+    "inch": "in",
+    "inche": "in",
+    "foot": "ft",
+    "feet": "ft",
+    "mile": "mi",
+    "milligram": "mg",
+    "gram": "g",
+    "kilogram": "kg",
+    "ton": "t",
+    "tonne": "t",
+    "second": "s",
+    "sec": "s",
+    "minute": "min",
+    "hour": "h",
+    "hr": "h",
+    "milliliter": "ml",
+    "millilitre": "ml",
+    "liter": "l",
+    "litre": "l",
+    "mL": "ml",
+    "L": "l",
+    "^\\circ": "degree",
+    "deg": "degree",
+    "d": "day",
 }
 _UNITS = {name: (kind, Fraction(size)) for kind, sizes in _DIMENSIONS.items() for name, size in sizes.items()}
 
-_SMALL = (
+_BELOW_TWENTY = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
+)
+_SMALL = _BELOW_TWENTY.split()
+_ROUND = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = dict(zip(_ROUND.split(), range(20, 100, 10), strict=True))
 _PARTS = {"half": "1/2", "one half": "1/2", "one third": "1/3", "two thirds": "2/3", "one quarter": "1/4"}
 _PARTS |= {"three quarters": "3/4", "one fourth": "1/4", "three fourths": "3/4", "one fifth": "1/5"}
 

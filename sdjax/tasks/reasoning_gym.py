@@ -18,7 +18,7 @@ from sdjax.tasks import answers, maths
 from sdjax.tasks.bounded import Judge, note_out_of_time
 from sdjax.tasks.completions import split
 from sdjax.tasks.errors import TaskError
-from sdjax.tasks.judging import from_threads
+from sdjax.tasks.judging import from_threads, reads_answers
 from sdjax.tasks.splits import question_key
 from sdjax.types import Example, Messages, Task, Verdict
 
@@ -79,6 +79,7 @@ def reasoning_gym(
     examples = [_example(entry, family, seed) for entry in entries]
     known = {(example.id, example.answer): entry for example, entry in zip(examples, entries, strict=True)}
 
+    @reads_answers
     def verify(example: Example, text: str) -> Verdict:
         entry = known.get((example.id, example.answer))
         if entry is None:

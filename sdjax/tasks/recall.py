@@ -10,7 +10,6 @@ import random
 
 from sdjax.tasks import answers
 from sdjax.tasks.errors import TaskError
-from sdjax.tasks.judging import reads_unfinished
 from sdjax.types import Example, Task, Verdict
 
 WORDS = ("red", "green", "blue", "black", "white", "pink", "gold", "grey")
@@ -39,7 +38,6 @@ def recall(*, keys: int = 16, seed: int = 0) -> Task:
     return Task("recall", tuple(train), tuple(test), verify)
 
 
-@reads_unfinished
 def verify(example: Example, text: str) -> Verdict:
     """1 where the first word of the text is the answer; what follows it does not matter."""
     first = next(iter(text.split()), None)

@@ -24,7 +24,6 @@ from typing import NamedTuple
 from sdjax.tasks import answers
 from sdjax.tasks.completions import split
 from sdjax.tasks.errors import TaskError
-from sdjax.tasks.judging import reads_unfinished
 from sdjax.types import Example, Task, Verdict
 
 HEDGES = ("wait", "hmm", "maybe", "check")
@@ -236,7 +235,6 @@ _ANSWER = re.compile(r"\banswer((?: \d)+)")
 _RESULT = re.compile(r"= ((?:\d ?)+)(?:[a-z]+ [^;]*?so ((?:\d ?)+))?;")
 
 
-@reads_unfinished
 def verify(example: Example, text: str) -> Verdict:
     """1 where the digits after the last `answer` are the answer's; else 0 and the first step that is wrong, if found."""
     stated = _ANSWER.findall(split(text).answer)

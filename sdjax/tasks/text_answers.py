@@ -14,19 +14,25 @@ _LETTER = re.compile(
 _CASE_LETTER = re.compile(r"[\[(]?\s*([A-Ja-j])\s*[)\].]?\Z")
 _ARTICLES = re.compile(r"^(?:the|a|an)\s+", re.IGNORECASE)
 _AFTER = re.compile(r"\s*(?:[,;:.(]|-\s|because\b|since\b|as\b|which\b|where\b|who\b|that is\b|$)", re.IGNORECASE)
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt frac pi infty cdot times pm le ge ne cup "
-    "cap in to mod pmod gcd lcm max min det dim deg arg ker circ alpha beta gamma delta epsilon zeta eta theta iota kappa "
-    "lambda mu nu xi rho sigma tau upsilon phi chi psi omega emptyset mathbb mathcal overline binom begin end matrix "
-    "pmatrix bmatrix vmatrix array cases lfloor rfloor lceil rceil langle rangle infinity vec hat bar neg land lor forall "
-    "exists setminus subset subseteq equiv approx sim mid angle triangle perp parallel and or if for all".split()
+_KNOWN = """
+sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt frac pi infty cdot times pm le ge ne cup
+cap in to mod pmod gcd lcm max min det dim deg arg ker circ alpha beta gamma delta epsilon zeta eta theta iota kappa
+lambda mu nu xi rho sigma tau upsilon phi chi psi omega emptyset mathbb mathcal overline binom begin end matrix
+pmatrix bmatrix vmatrix array cases lfloor rfloor lceil rceil langle rangle infinity vec hat bar neg land lor forall
+exists setminus subset subseteq equiv approx sim mid angle triangle perp parallel and or if for all
+"""
+_FUNCTIONS = frozenset(_KNOWN.split())
+_VARIABLES = re.compile(
+    r"[abc]{1,3}|[xyz]{1,3}|[mn]{1,2}|[pqr]{1,3}|[uvw]{1,3}|[rst]{1,2}|[hk]{1,2}|dx|dy|d[xyt]|a[xy]|b[xy]"
 )
-_VARIABLES = re.compile(r"[abc]{1,3}|[xyz]{1,3}|[mn]{1,2}|[pqr]{1,3}|[uvw]{1,3}|[rst]{1,2}|[hk]{1,2}|dx|dy|d[xyt]|a[xy]|b[xy]")
-_MONTHS = "january february march april may june july august september october november december".split()
+_YEAR = "january february march april may june july august september october november december"
+_MONTHS = _YEAR.split()
 _MONTH = rf"({'|'.join(f'{month[:3]}(?:{month[3:]})?' if month != 'may' else 'may' for month in _MONTHS)}|sept)\.?"
 _DATES = (
     re.compile(rf"{_MONTH}\s+(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(?P<year>\d{{4}}))?", re.IGNORECASE),
-    re.compile(rf"(?:the\s+)?(?P<day>\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH}(?:,?\s+(?P<year>\d{{4}}))?", re.IGNORECASE),
+    re.compile(
+        rf"(?:the\s+)?(?P<day>\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH}(?:,?\s+(?P<year>\d{{4}}))?", re.IGNORECASE
+    ),
 )
 _ISO = re.compile(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})\s*(?:([ap])\.?\s*m\.?)?|(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)

@@ -59,7 +59,8 @@ def test_last_number(text, number):
     "text, answer",
     [
         (r"so \boxed{\frac{1}{2}} or \boxed{x_{1}}.", "x_{1}"),
-        (r"\boxed{a \{ b} and \boxed{cut", r"a \{ b"),
+        (r"\boxed{a \{ b}", r"a \{ b"),
+        (r"\boxed{a} and \boxed{cut", None),
         (r"The answer is 3. \boxed{4}", "4"),
         ("<answer> blue\n</answer> bye", "blue"),
         ("The answer is red. No, the final answer is: **blue**\nbye", "blue"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from sdjax.tasks.completions import split
+
 PYTHON = ("", "python", "python3", "py", "python2", "pycon")
 """What may stand behind the opening fence of a program; blocks of other languages are passed over."""
 
@@ -16,7 +18,7 @@ def program_in(text: str) -> str | None:
     A block ends at a fence of the same kind that is at least as long, or where the text ends.
     """
     found, opened, lines = None, "", []
-    for line in [*answer_of(text).split("\n"), None]:
+    for line in [*split(text).answer.split("\n"), None]:
         fence = None if line is None else _FENCE.match(line.rstrip("\r"))
         if not opened and fence:
             opened, language, lines = fence[1], fence[2].split(" ")[0].lower(), []
@@ -26,9 +28,3 @@ def program_in(text: str) -> str | None:
         elif opened:
             lines.append(line)
     return found
-
-
-def answer_of(text: str) -> str:
-    """What a completion says after its thinking; empty where it never stops thinking."""
-    answer = text.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
