@@ -10,13 +10,15 @@ from sdjax.tasks.completions import split
 from sdjax.tasks.notation import ascii_signs, plain
 from sdjax.tasks.quantities import EXPRESSION, QUANTITY, quantity
 
+_LONGEST_PROSE, _LONGEST_STATEMENT = 6000, 1500
+_PADDING = re.compile(r"\n\s+\n|[ \t]{3,}")
 _MATHS = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\d)", re.DOTALL
 )
 _BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*|__([^_\n]{1,80})__|\\textbf\{([^{}\n]{1,80})\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)(?<!\b[a-z]\.)|[;\n\u3002]|\\n")
 _REMARK = re.compile(
-    r"\([^()]*\)|(?<=[.\n])\s*\W*(?:check|verification|to verify|verify|note|n\.b\.|p\.?s\.?|remark|i checked|i verified|let me know"
+    r"\([^()]*\)|(?<=[.\n])\W{0,8}(?:check|verification|to verify|verify|note|n\.b\.|p\.?s\.?|remark|i checked|i verified|let me know"
     r"|i hope|hope this)\b.*\Z",
     re.IGNORECASE | re.DOTALL,
 )
@@ -58,14 +60,15 @@ def taken(text: str, gold: str) -> Taken:
             if inner is not None
             else answers.last_boxes(said.answer)
             if mark.by == "box"
-            else _in_prose(mark.answer, gold, whole=True)
+            else _in_prose(_PADDING.sub(lambda m: m[0][:2], mark.answer[-_LONGEST_STATEMENT:]), gold, whole=True)
         )
         return Taken(content, f"the last {_NAMES[mark.by]}")
-    stated = answers.statement(said.answer)
+    prose = _PADDING.sub(lambda m: m[0][:2], said.answer[-_LONGEST_PROSE:])
+    stated = answers.statement(prose)
     if stated is not None:
-        content = _in_prose(stated, gold)
+        content = _in_prose(stated[:_LONGEST_STATEMENT], gold)
         return Taken(content, "stated as the answer" if content else "an answer is announced, and nothing follows")
-    return _last_resort(said.answer, gold)
+    return _last_resort(prose, gold)
 
 
 _NAMES = {"box": r"\boxed{}", "tag": "<answer>"}
@@ -94,7 +97,7 @@ def _dedented(text: str) -> str:
     """Without ornaments and blank lines before it; displayed formulas on one line."""
     text = re.sub(r"\A[\s*_:#>`-]*(?=[\s*_:#>`]*\n|\*)", "", text).lstrip(" *:\n")
     return re.sub(
-        r"(\\\[|\$\$)\s*\n?\s*(.+?)\s*\n?\s*(\\\]|\$\$)",
+        r"(\\\[|\$\$)(.+?)(\\\]|\$\$)",
         lambda m: f"{m[1]}{' '.join(m[2].split())}{m[3]}",
         text,
         flags=re.DOTALL,
