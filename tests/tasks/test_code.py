@@ -51,7 +51,7 @@ def fenced(program, language="python") -> str:
         ("opened in the prompt ```python\nwrong\n```\n</think>\n```python\nright\n```", "right"),
         ("<think>\n```python\nnever answered\n```", None),
         ("```python\nx\n```\n<think>\n```python\ny\n```", None),
-        ("```python\nx\n```\n<think>\n```python\ny\n```</think>none", None),
+        ("```python\nx\n```\n<think>\n```python\ny\n```</think>none", "x"),
         ("```python\n\n```", None),
         ("print(1)", None),
         ("", None),

@@ -55,7 +55,7 @@ def test_a_completion_is_split(text, thinking, answer, is_open):
 @pytest.fixture(scope="module")
 def tagged():
     """The tiny tokenizer with its own copy of the tags as special tokens, and a template that opens the thinking."""
-    from sdjax.study.pretrain import CHAT, word_tokenizer
+    from sdjax.tasks.words import CHAT, word_tokenizer
 
     made = word_tokenizer(("ask", "key", "secret", "plan", "The", "answer", "is", "4"))
     made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
@@ -168,10 +168,10 @@ def test_several_answers_are_right(tmp_path):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ('{"prompt": "q", "answer": NaN}', "line 1: `answer` is nan, which is no number"),
-        ('{"prompt": "q", "answer": 1e400}', "line 1: `answer` is inf, which is no number"),
-        ('{"prompt": "q", "answer": ["1", -Infinity]}', "line 1: `answer, number 2` is -inf"),
-        ('{"prompt": "q", "answer": "1", "answer": "2"}', "line 1: `answer` is given twice"),
+        ('{"prompt": "q", "answer": NaN}', "line 1: this is not JSON (NaN is not a number"),
+        ('{"prompt": "q", "answer": 1e400}', "line 1: this is not JSON (1e400 exceeds every number"),
+        ('{"prompt": "q", "answer": ["1", -Infinity]}', "line 1: this is not JSON (-Infinity is not a number"),
+        ('{"prompt": "q", "answer": "1", "answer": "2"}', "the key 'answer' stands twice"),
         ('{"prompt": "q", "answer": []}', "`answer` must be a text or a number; found an empty list"),
         ('{"prompt": "q", "answer": ["1", ""]}', "`answer, number 2` is empty"),
         ('{"prompt": "q", "answer": ["1", ["2"]]}', "`answer, number 2` must be a text or a number; found a list"),

@@ -11,6 +11,7 @@ from sdjax.tasks import scratchpad
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.scratchpad import ALONE, FAMILIES, HEDGES, IN_DOMAIN, Author, Problem, applied, with_care
 from sdjax.tasks.words import word_tokenizer
+from sdjax.types import Verdict
 
 NEVER = Author(0.0, 0.0, 0.0)
 PROBLEM = Problem(37, (("*", 4), ("+", 58)), 2)
@@ -105,20 +106,20 @@ def test_slips_and_hedges_occur_at_their_known_rates():
 
 def test_verdicts_and_the_first_error():
     judged = lambda text: scratchpad.verify(EXAMPLE, text)
-    assert judged(EXAMPLE.solution) == (1.0, None)
-    assert judged(REPAIRED) == (1.0, None)
-    assert judged(SLIPPED) == (0.0, "The answer is wrong: step 1 is the first error.")
+    assert judged(EXAMPLE.solution) == Verdict(1.0, None)
+    assert judged(REPAIRED) == Verdict(1.0, None)
+    assert judged(SLIPPED) == Verdict(0.0, "The answer is wrong: step 1 is the first error.")
     late = REPAIRED.replace("= 0 6 ;", "= 0 7 ;").replace("answer 0 6", "answer 0 7")
-    assert judged(late) == (0.0, "The answer is wrong: step 2 is the first error.")
+    assert judged(late) == Verdict(0.0, "The answer is wrong: step 2 is the first error.")
     miscopied = EXAMPLE.solution.replace("answer 0 6", "answer 0 5")
-    assert judged(miscopied) == (0.0, "The answer is wrong.")
+    assert judged(miscopied) == Verdict(0.0, "The answer is wrong.")
     assert judged("answer 0 7 answer 0 6").reward == 1.0
     assert judged("answer 0 6 1").reward == 0.0
 
 
 @pytest.mark.parametrize("text", ["", "answer", "= = ; so ;" * 50, "0 6", "<think> 3 7 ; a * 4 = wait so ;"])
 def test_garbage_is_no_answer(text):
-    assert scratchpad.verify(EXAMPLE, text) == (0.0, "No answer was found in your response.")
+    assert scratchpad.verify(EXAMPLE, text) == Verdict(0.0, "No answer was found in your response.")
 
 
 # ---- splits and vocabulary ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from sdjax.tasks import answers, bounded, exact, jsonl, maths, recall
 from sdjax.tasks import reasoning_gym as gym
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import question_key, split_by_question
-from sdjax.types import Example, Task
+from sdjax.types import Example, Task, Verdict
 
 NASTY = (
     *("", " \n ", "\0", "\ud800", "\\boxed{", "\\boxed{}}", "<answer></answer>", "[[", "{", "None", "nan", "1e999"),
@@ -131,7 +131,7 @@ def test_extraction_is_linear_on_any_text():
     ],
 )
 def test_maths_accepts(correct, text):
-    assert maths.verify(example(correct), text) == (1.0, None)
+    assert maths.verify(example(correct), text) == Verdict(1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_maths_works_in_threads():
 def test_exact():
     assert exact.verify(example("blue sky"), "I see.\nThe answer is  blue  sky.").reward == 1.0
     assert exact.verify(example("blue"), "Blue").reward == 0.0
-    assert exact.verify(example("blue"), "red") == (0.0, "Your answer red is wrong.")
+    assert exact.verify(example("blue"), "red") == Verdict(0.0, "Your answer red is wrong.")
     assert exact.verify(example("1 2\n3 4"), "1 2\n3 4").reward == 1.0
     assert all(exact.verify(example("blue"), text).reward == 0.0 for text in NASTY)
 
@@ -205,7 +205,7 @@ def test_solutions_are_right_and_verify(sums):
         steps, last = each.solution.split("\n")
         left, right = steps.split(" = ")
         assert eval(left) == int(right) == int(each.answer) and last == f"The answer is {right}."
-        assert sums.verify(each, each.solution) == (1.0, None)
+        assert sums.verify(each, each.solution) == Verdict(1.0, None)
     assert gym.chain_sum_solution("4 - 1 - 7") == "4 - 1 = 3\n3 - 7 = -4\nThe answer is -4."
 
 
