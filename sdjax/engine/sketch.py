@@ -20,6 +20,7 @@ from sdjax.engine.train import all_views
 from sdjax.errors import InputError
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer, initialise
+from sdjax.tasks.completions import CLOSING
 from sdjax.tasks.recall import recall, vocabulary
 from sdjax.tasks.words import word_tokenizer
 from sdjax.types import Batch, Context, Example, Method, Rollout, Verdict
@@ -34,8 +35,8 @@ class SketchError(InputError, ValueError):
 
 @functools.cache
 def policy() -> Policy:
-    """A random model that knows the recall task's words."""
-    return little(word_tokenizer(vocabulary(keys=KEYS)), SHAPES)
+    """A random model that knows the recall task's words, and how thinking ends."""
+    return little(word_tokenizer([CLOSING[0], *vocabulary(keys=KEYS)]), SHAPES)
 
 
 def little(tokenizer: Any, shapes: Shapes) -> Policy:
@@ -54,12 +55,18 @@ def little(tokenizer: Any, shapes: Shapes) -> Policy:
 
 
 def random_words(policy: Policy, chats: Sequence[Sequence[int]], key: Array, *, n: int, limit: int, **_: Any) -> Any:
-    """What the sampler would write, without compiling one: a few words and the end, `[len(chats)][n]` samples."""
+    """What the sampler would write, without compiling one: a few words and the end, `[len(chats)][n]` samples.
+
+    Where there is room the words are thinking and an answer: some methods keep no text without the two.
+    """
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    closing = policy.tokenizer.encode(CLOSING[0], add_special_tokens=False)
 
     def one() -> Sample:
         words = rng.integers(len(policy.tokenizer) // 2, len(policy.tokenizer), rng.integers(1, max(2, limit)))
-        tokens = (*map(int, words), policy.tokenizer.eos_token_id)[:limit]
+        room = len(words) + len(closing) < limit
+        tokens = (*map(int, words[:-1]), *(closing if room else ()), int(words[-1]), policy.tokenizer.eos_token_id)
+        tokens = tokens[:limit]
         finished = tokens[-1] == policy.tokenizer.eos_token_id
         return Sample(tokens, (-1.0,) * len(tokens), decode_text(policy.tokenizer, tokens), finished)
 

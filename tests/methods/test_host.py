@@ -516,8 +516,8 @@ def test_resd_balances_by_powers():
     for powers in ((1.0, 1.0), (2.0, 0.5), (0.0, 1.0)):
         term = resd(is_cap=None, balance_powers=powers).objectives[0].terms(batch, sig, 0)["divergence"]
         raw = np.asarray([0.75 ** powers[0], *[0.25 ** powers[1]] * 3])
-        near(np.asarray(term.weight)[:, 0], raw / raw.mean())
-    near(resd(is_cap=None).objectives[0].terms(batch, sig, 0)["divergence"].weight[:, 0], [2.0, *[2 / 3] * 3])
+        near(np.asarray(term.weight), raw / raw.mean())
+    near(resd(is_cap=None).objectives[0].terms(batch, sig, 0)["divergence"].weight, [2.0, *[2 / 3] * 3])
 
 
 def test_resd_rows_without_a_lesson():
@@ -1073,7 +1073,7 @@ def test_brts_perturbs_half_of_the_candidates():
         texts = lambda rows: [r.tokens for r in rows[group : group + 4]]  # noqa: B023
         assert texts(plain)[:2] == texts(perturbed)[:2] and texts(plain)[2:] != texts(perturbed)[2:]
     suffixed = [with_suffix(chat, selection.PERTURBATION) for chat in told]
-    alone = sample(policy, suffixed, jax.random.fold_in(jax.random.key(0), 1), n=2, sampling=rule.sampling)
+    alone = sample(policy, suffixed, jax.random.fold_in(jax.random.key(0), len(examples)), n=2, sampling=rule.sampling)
     assert [s.tokens for some in alone for s in some] == [r.tokens for i in (2, 6) for r in perturbed[i : i + 2]]
     # Only the writer reads it: the chosen text is scored after the plain question.
     assert all(r.contexts["teacher"] == r.example.prompt for r in brts_rows([0.0, 0.0, 1.0], perturb=True))

@@ -188,7 +188,7 @@ def test_all_hosts_of_a_new_slice_train_together(cloud):
     assert "run folder" in first and "run folder" not in second  # one of them speaks
     for host in (0, 1):
         copied = folder / str(host) / "sdjax"
-        assert (copied / "sdjax/fit.py").exists() and not (copied / ".git").exists()
+        assert (copied / "sdjax/run/fit.py").exists() and not (copied / ".git").exists()
 
 
 @pytest.mark.slow
