@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sdjax.cli.options import OptionError
 from sdjax.collect.contexts import question, with_feedback
 from sdjax.devices import memory
 from sdjax.devices.memory import MemoryShortage
@@ -158,6 +159,13 @@ def learner(step: Step, batch: Batch) -> Callable[[int], Any]:
     return learn
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises `OptionError` for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise OptionError(f"--{name.replace('_', '-')} {size}: expected at least 1")
+
+
 def bench(
     *,
     model: str = "smollm2",
@@ -175,14 +183,19 @@ def bench(
 
     Args:
       model: a hub name, a folder, or "smollm2".
-      prompts: distinct prompts; `group` completions of exactly `completion` tokens each are sampled and trained on.
+      prompts: distinct prompts.
+      group: completions of each prompt, sampled and trained on.
+      completion: tokens of each completion, exactly.
       rollout_rows: also times sampling this many rows of one prompt each, nothing shared.
       repeats: timed calls after the first; medians are reported.
       tokens_per_chunk: positions whose logits are held at once.
       rows_per_chunk: rows whose activations are held at once, for one more forward pass of the student.
       bf16: compute in bfloat16.
       remat: recompute blocks in the backward pass, which keeps one block's activations instead of all.
+
+    Raises: `OptionError` for a number below 1.
     """
+    check_sizes(prompts=prompts, group=group, completion=completion, rollout_rows=rollout_rows, repeats=repeats)
     dtype = jnp.bfloat16 if bf16 else jnp.float32
     shapes = Shapes(256, completion, prompts * group, rows_per_chunk, tokens_per_chunk)
     there = memory.room()

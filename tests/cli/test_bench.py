@@ -1,10 +1,12 @@
 """`sdjax bench`: the FLOP it counts, and that it measures what it says."""
 
 import jax
+import pytest
 import tiny
 
 from sdjax.__main__ import main
 from sdjax.cli import bench
+from sdjax.cli.options import OptionError
 from sdjax.engine.train import make_update
 from sdjax.models import pretrained
 from sdjax.planning.flops import product_flops
@@ -40,3 +42,9 @@ def test_sampling_is_timed_at_full_length(tmp_path):
     step = bench.a_step(str(tmp_path), 2, 2, tiny.SHAPES, "float32", False)
     written = bench.writer(step, step.examples, 3)(0)
     assert jax.device_get(written.present).all() and written.tokens.shape == (6, tiny.SHAPES.completion)
+
+
+@pytest.mark.parametrize("option", ["prompts", "group", "completion", "rollout_rows", "repeats"])
+def test_a_size_of_nothing_is_refused(option):
+    with pytest.raises(OptionError, match=f"--{option.replace('_', '-')} 0: expected at least 1"):
+        bench.bench(**{option: 0})
