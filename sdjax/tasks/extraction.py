@@ -60,10 +60,10 @@ def taken(text: str, gold: str) -> Taken:
             if inner is not None
             else answers.last_boxes(said.answer)
             if mark.by == "box"
-            else _in_prose(_PADDING.sub(lambda m: m[0][:2], mark.answer[-_LONGEST_STATEMENT:]), gold, whole=True)
+            else _in_prose(_PADDING.sub(_unpadded, mark.answer[-_LONGEST_STATEMENT:]), gold, whole=True)
         )
         return Taken(content, f"the last {_NAMES[mark.by]}")
-    prose = _PADDING.sub(lambda m: m[0][:2], said.answer[-_LONGEST_PROSE:])
+    prose = _PADDING.sub(_unpadded, said.answer[-_LONGEST_PROSE:])
     stated = answers.statement(prose)
     if stated is not None:
         content = _in_prose(stated[:_LONGEST_STATEMENT], gold)
@@ -102,6 +102,11 @@ def _dedented(text: str) -> str:
         text,
         flags=re.DOTALL,
     )
+
+
+def _unpadded(padding: re.Match[str]) -> str:
+    """A blank line stays one, with spaces in it or without; of many spaces two stay."""
+    return "\n\n" if padding[0][0] == "\n" else "  "
 
 
 def _clause(text: str) -> str:

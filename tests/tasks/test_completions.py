@@ -15,7 +15,7 @@ from sdjax.engine.policies import Environment
 from sdjax.engine.tokens import decode_text, thinking_opened
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.run import log, records
-from sdjax.tasks import bounded, exact, jsonl, judging, maths, numbers
+from sdjax.tasks import bounded, exact, extraction, jsonl, judging, maths, numbers
 from sdjax.tasks.completions import Completion, split
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Rollout, Verdict
@@ -255,6 +255,49 @@ def test_the_limit_is_processor_time(monkeypatch):
     assert judge.score("x+1", "1+x") == 1.0
     started = time.monotonic()
     assert judge.score("x+42", ENDLESS[len(r"\boxed{") : -1]) is None and time.monotonic() - started < 100
+
+
+HOSTILE = (
+    *(
+        "\n" * 50_000 + "x",
+        "a" + "\n" * 50_000 + "x",
+        "$$" * 20_000,
+        "The answer is $$" + "\n" * 20_000 + "5x",
+        "\\(" * 9_000,
+    ),
+    *(
+        "1 " * 20_000 + "x",
+        "\\frac{" * 5_000,
+        "\\boxed{" + "{" * 20_000,
+        ". check" * 10_000,
+        "answer " * 9_000,
+        "**" * 20_000,
+    ),
+    *(
+        "\\boxed{" + "x<" * 1_000 + "}",
+        "\\boxed{" + "\\sqrt" * 1_000 + "}",
+        "\\boxed{" + "a=" * 1_500 + "}",
+        "<think>" * 9_000,
+    ),
+    *(
+        "\\boxed{" + "2^" * 500 + "2}",
+        "\\boxed{1" + "0" * 390 + "^{" + "9" * 15 + "}}",
+        "\\boxed{" + "(1," * 300 + "1}",
+    ),
+)
+
+
+def test_verdicts_on_hostile_texts_are_quick():
+    started = time.monotonic()
+    for text in HOSTILE:
+        for gold in ("42", r"\sqrt{2}", "(1,2)", "Paris", "[0,1)", "1, 2, 3", "2^{2024}"):
+            assert maths.verify(example(gold), text).reward == 0.0, text[:30]
+    assert time.monotonic() - started < 20
+
+
+def test_a_blank_line_with_spaces_in_it_ends_a_paragraph():
+    text = "First $x=1$.\n   \nSo the root is less than 2"
+    assert extraction.taken(text, r"\sqrt{2}").answer == "So the root is less than 2"  # not the formula before it
 
 
 # ---- the command
