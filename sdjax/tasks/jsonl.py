@@ -111,8 +111,6 @@ def _parsed(line: bytes, where: str, texts: bool = False) -> Any:
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
         raise TaskError(f"{where}: {reason}, or skip bad rows.") from None
-    except TaskError:
-        raise
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise TaskError(f"{where}: this is not JSON ({reason}); each line must be one JSON object.") from None
