@@ -874,6 +874,23 @@ def test_dapo_penalises_long_answers(small):
     assert not batch.mask[~np.asarray(batch.finished)].any()
 
 
+def test_dapo_counts_no_token_of_a_row_that_it_filters():
+    """Such a row changes neither sum nor divisor: of 3 and 8 tokens, weighed +A and -A, a mean over the first 3 is left."""
+    method, example = dapo(group_size=2, overlong=0.0, overlong_filter=True), tiny.TASK.train[0]
+    logits = np.log(np.random.default_rng(0).dirichlet(np.ones(len(tiny.tokenizer())), (2, 8)))
+
+    def loss(trained):
+        rows = []
+        for place, (tokens, filtered) in enumerate((((7, 8, 9), None), ((9,) * 8, trained))):
+            sampled = tuple(float(logits[place, time, token]) for time, token in enumerate(tokens))
+            contexts, reward = {"student": example.prompt}, float(place == 0)
+            rows.append(Rollout(example, tokens, sampled, "", 0, reward=reward, contexts=contexts, trained=filtered))
+        return float(tiny.loss(method.objectives[0], tiny.collected(method, rows), student=logits)[0])
+
+    close(loss((False,) * 8), loss(None) * 11 / (3 - 8), rtol=1e-5)
+    assert loss(None) > 0.1  # both rows: (3 - 8) A over 11 tokens
+
+
 def test_written_rows_say_when_they_were_cut(small):
     example = tiny.TASK.train[0]
     make = lambda text: host.written(example, text, small.live, group=0, source=REFERENCE)

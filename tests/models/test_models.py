@@ -486,6 +486,9 @@ def test_missing_and_damaged_weight_files(llama, tmp_path):
         refused("list of shards", index.name)
     index.write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
     refused("model-1.safetensors, model-2.safetensors", index.name)
+    index.unlink()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "0123")  # an interrupted download's
+    refused("model.safetensors")
 
 
 def test_parameters_that_do_not_fit_are_not_written(llama, tmp_path):

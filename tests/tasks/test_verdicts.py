@@ -1,5 +1,7 @@
 """One table of texts with the reward that a careful person would give."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from sdjax.tasks import maths
@@ -348,3 +350,12 @@ def test_a_text_earns_what_a_careful_person_would_give(gold, text, reward):
 
 def test_no_row_of_the_table_is_there_twice():
     assert len({row[:2] for row in TABLE}) == len(TABLE) > 300
+
+
+def test_verdicts_are_asked_from_any_thread():
+    """Nothing rests on signals, which reach the main thread only."""
+    example = Example("q", ({"role": "user", "content": "q"},), r"x^2 - 1")
+    texts = [r"\boxed{(x - 1)(x + 1)}", r"\boxed{9^{9^{9}}}", r"\boxed{x^2 + 1}"] * 6
+    with ThreadPoolExecutor(8) as threads:
+        rewards = list(threads.map(lambda text: maths.verify(example, text).reward, texts))
+    assert rewards == [1.0, 0.0, 0.0] * 6
