@@ -34,8 +34,14 @@ def token_ratio(logprobs: Array, behavior_logprobs: Array) -> Array:
     """
     chex.assert_equal_shape([logprobs, behavior_logprobs])
     difference = logprobs - jax.lax.stop_gradient(behavior_logprobs)
-    known = jnp.isfinite(difference) & (difference < LOG_RATIO_LIMIT)
-    return jnp.where(known, jnp.exp(jnp.where(known, difference, 0.0)), 0.0)
+    ignored = ignored_ratio(logprobs, behavior_logprobs)
+    return jnp.where(ignored, 0.0, jnp.exp(jnp.where(ignored, 0.0, difference)))
+
+
+def ignored_ratio(logprobs: Array, behavior_logprobs: Array) -> Array:
+    """True where `token_ratio` counts a token for nothing: `[B, T] x2 -> [B, T]` bool.  More than a few tell of an error."""
+    difference = logprobs - behavior_logprobs
+    return ~(jnp.isfinite(difference) & (difference < LOG_RATIO_LIMIT))
 
 
 def sequence_ratio(logprobs: Array, behavior_logprobs: Array, over: Array) -> Array:

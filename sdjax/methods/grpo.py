@@ -17,6 +17,7 @@ from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import (
     clipped_surrogate,
     icepop,
+    ignored_ratio,
     importance_weight,
     informative_groups,
     sequence_importance_weight,
@@ -136,6 +137,7 @@ def grpo(
         found = {"pg": Term(value, reduce=reduce, importance=importance), "entropy": Term(sig["entropy"], coef=0.0)}
         informative = informative_groups(batch.reward, batch.group, batch.valid)
         found["informative"] = Term(informative.astype(jnp.float32), coef=0.0)
+        found["ignored_ratios"] = Term(ignored_ratio(sig["logprobs"], old).astype(jnp.float32), coef=0.0)
         if kl_coef:
             penalty = sampled_kl(sig["logprobs"], sig["reference_logprobs"], "k3")
             found["reference_kl"] = Term(penalty, reduce=reduce, coef=kl_coef)

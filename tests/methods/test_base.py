@@ -642,6 +642,15 @@ def test_informative_groups_are_counted():
     assert float(terms["informative"]) == 0.5
 
 
+def test_ratios_that_count_for_nothing_are_counted():
+    batch = tiny.batch(jnp.zeros((2, 4)), behavior=[[-9.0, -1.0, np.nan, -np.inf], [-1.0, -6.0, -8.0, 0.0]])
+    batch = batch.replace(mask=batch.mask.at[1, 2].set(False))
+    sig = {"logprobs": jnp.full((2, 4), -0.5), "entropy": jnp.zeros((2, 4))}
+    loss, terms = tiny.reduced(grpo().objectives[0], batch, sig)
+    assert np.isfinite(loss)
+    close(terms["ignored_ratios"], 3 / 7)
+
+
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
