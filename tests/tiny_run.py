@@ -18,7 +18,7 @@ import tiny
 from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.engine.train import Experiment
-from sdjax.run import checkpoint
+from sdjax.run import manifest
 from sdjax.run.settings import Settings
 from sdjax.types import Example, Method, Rollout, Task
 
@@ -112,7 +112,7 @@ def kill_at(place: str, step: int) -> None:
 
 def die_while_saving() -> None:
     """Makes the places `arrays` (written, but still under Orbax's temporary name) and `manifest` (not yet written)."""
-    rename, write_manifest = os.rename, checkpoint.write_manifest
+    rename, write_manifest = os.rename, manifest.write
 
     def dying_rename(source, *rest, **named):
         name = Path(source).name
@@ -120,11 +120,11 @@ def die_while_saving() -> None:
             kill_at("arrays", int(name.split(".")[0]))
         return rename(source, *rest, **named)
 
-    def dying_write_manifest(folder, step, manifest):
+    def dying_write_manifest(folder, step, content):
         kill_at("manifest", step)
-        return write_manifest(folder, step, manifest)
+        return write_manifest(folder, step, content)
 
-    os.rename, checkpoint.write_manifest = dying_rename, dying_write_manifest
+    os.rename, manifest.write = dying_rename, dying_write_manifest
 
 
 if "TINY_KILL" in os.environ:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from sdjax.engine.policies import Policy
@@ -9,6 +11,7 @@ from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import check_numbers
 from sdjax.models import pretrained, templates
 from sdjax.models.transformer import Transformer
+from sdjax.run import places
 from sdjax.run.evaluate import accuracy
 from sdjax.tasks.jsonl import read_jsonl
 from sdjax.tasks.maths import verify
@@ -29,7 +32,7 @@ def measure(
     """Greedy accuracy of a model on a JSON-lines file, answers compared as mathematics.
 
     Args:
-      model: a folder, a run's folder, a hub name, or "smollm2".
+      model: a folder, a run's folder (either may be in a bucket, gs://...), a hub name, or "smollm2".
       data: the file.
       most: read only this many problems; 0 reads all.
       completion: most tokens of an answer.
@@ -40,9 +43,22 @@ def measure(
     """
     check_numbers({"completion": completion, "context": context, "rows": rows, "most": most})
     examples, _ = read_jsonl(Path(data))
-    exported = Path(model) / "model"
-    name = exported if (exported / "config.json").is_file() else model
-    student = pretrained.load(name, chat_template=chat_template, template=templates.parsed(template))
+    with model_folder(model) as name:
+        student = pretrained.load(name, chat_template=chat_template, template=templates.parsed(template))
     shapes = Shapes(context=context, completion=completion, rows=rows)
     policy = Policy(Transformer(student.config), student.params, student.tokenizer, shapes, origin=student.origin)
     return f"{data}: {accuracy(policy, examples[: most or None], verify)}"
+
+
+@contextlib.contextmanager
+def model_folder(name: str) -> Iterator[str | Path]:
+    """Inside, the model to load: that of a run's folder, on this machine also where it is in a bucket; or the name."""
+    own = places.place(name)
+    if places.in_bucket(own):
+        places.try_reading(own)
+    exported = next((folder for folder in (own / "model", own) if (folder / "config.json").is_file()), None)
+    if exported is None:
+        yield name
+        return
+    with places.to_read(exported) as here:
+        yield here

@@ -41,12 +41,25 @@ class ExperimentError(InputError, ValueError):
 
 
 LEAST = {
-    **dict.fromkeys(("steps", "prompts", "rounds", "minibatches", "epochs", "most_skipped", "group_size"), 1),
+    **dict.fromkeys(("steps", "prompts", "keep", "rounds", "minibatches", "epochs", "most_skipped", "group_size"), 1),
     **dict.fromkeys(
         ("context", "teacher_context", "completion", "rows", "rows_per_chunk", "tokens_per_chunk", "train_size"), 1
     ),
     **dict.fromkeys(
-        ("evaluation", "evaluate_every", "save_every", "seed", "warmup", "temperature", "most", "slots", "lag"), 0
+        (
+            "evaluation",
+            "evaluate_every",
+            "save_every",
+            "keep_every",
+            "grace",
+            "seed",
+            "warmup",
+            "temperature",
+            "most",
+            "slots",
+            "lag",
+        ),
+        0,
     ),
 }
 """The least sensible values of numbers that go by these names, in `Experiment` and on the command line."""
@@ -82,7 +95,10 @@ class Experiment:
     ("auto" looks, "off" does not, "12GB" says): by it a run chooses `remat` and the sizes of `shapes` that are `None`.
     `reduce` averages the terms that
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
-    and after); `save_every` likewise (0: only at the end, and a run that is killed has lost everything).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
+    and after); `save_every` likewise (0: only at the end, and a run that is killed has lost everything).  Of the
+    checkpoints the newest `keep` stay, those of every `keep_every` steps (0: none) and, with `keep_best`, that of the highest
+    held-out accuracy, which needs evaluations at steps that are saved.  After a signal the run saves and ends within `grace`
+    seconds (0: however long it takes).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library, in
     `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).
@@ -112,6 +128,10 @@ class Experiment:
     evaluation: int = 100
     evaluate_every: int = 0
     save_every: int = 25
+    keep: int = 2
+    keep_every: int = 0
+    keep_best: bool = False
+    grace: float = 0.0
     most_skipped: int = 3
     export: bool = True
     export_dtype: str | None = None
@@ -123,6 +143,8 @@ class Experiment:
         check_numbers({f.name: getattr(self.shapes, f.name) for f in dataclasses.fields(self.shapes)})
         if not self.task.train:
             raise ExperimentError(f"task {self.task.name} has no training examples")
+        if self.keep_best and not (self.evaluation and self.evaluate_every and self.save_every):
+            raise ExperimentError("keep_best needs evaluation, evaluate_every and save_every: what is best is measured")
         check_groups(self)
         check_views(self)
         object.__setattr__(self, "teachers", over_shared_ids(self.teachers, self.student))

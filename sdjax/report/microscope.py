@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax import Array
 
 from sdjax.cli import options
@@ -26,8 +25,7 @@ from sdjax.kernels.reductions import masked_sum, whole_weight
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.report.runs import ReportError, Run
-from sdjax.run import checkpoint
-from sdjax.run.checkpoint import CheckpointError
+from sdjax.run import checkpoint, places
 from sdjax.types import Batch, Example, Method, Objective, Rollout, View
 
 ALTERNATIVES = 4
@@ -71,8 +69,9 @@ def open_run(run: Run, model: str = "", teacher: str = "") -> Reader:
     name = model or (str(own) if (own / "config.json").is_file() else run.arguments.get("model"))
     if not isinstance(name, str):
         raise ReportError(f"{run.folder} has no model/ and does not say what it trained: name a model with --model")
-    config, whole, tokenizer, _ = pretrained.load(name)
-    params, step = saved_parameters(run.folder / "checkpoints")
+    with places.to_read(places.place(name)) if name == str(own) else contextlib.nullcontext(name) as here:
+        config, whole, tokenizer, _ = pretrained.load(here)
+    params, step, _ = checkpoint.saved_parameters(run.folder / "checkpoints")
     if "lora" in params["live"] and name == str(own):
         params["live"] = whole  # exported with the adapters folded in
     params = fitting(params, whole)
@@ -97,27 +96,6 @@ def fitting(params: Mapping[str, Any], whole: Any) -> dict[str, Any]:
     """The policies whose parameters have the names and shapes of a whole model; adapters alone cannot be read."""
     shapes = lambda tree: [(path, x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
     return {name: tree for name, tree in params.items() if shapes(tree) == shapes(whole)}
-
-
-def saved_parameters(folder: Path) -> tuple[dict[str, Any], int]:
-    """Parameters by policy of the newest checkpoint, and its step; the optimizer's state is not read."""
-    folder = folder.absolute()
-    found = checkpoint.steps(folder)
-    if not found:
-        raise CheckpointError(f"{folder} holds no complete checkpoint: the microscope needs one")
-    target = folder / str(found[-1])
-    if checkpoint.damage_free(folder, found[-1]) is None:
-        raise CheckpointError(f"{target} is damaged (a file does not match its checksum)")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        known = checkpointer.metadata(target).item_metadata.tree
-        wanted = {name: known[name] for name in ("params", "snapshots") if name in known}
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), wanted)
-        how = ocp.checkpoint_utils.construct_restore_args(like)
-        tree = checkpointer.restore(
-            target, args=ocp.args.PyTreeRestore(item=like, restore_args=how, partial_restore=True)
-        )
-    return {**(tree.get("snapshots") or {}), "live": tree["params"]}, found[-1]
 
 
 def objective_of(arguments: Mapping[str, Any]) -> Objective | None:

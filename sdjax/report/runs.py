@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.errors import InputError
+from sdjax.run import places
 from sdjax.run.records import ROLLOUTS
 
 Curve = dict[int, float]
@@ -38,7 +39,8 @@ def read_run(folder: str | Path) -> Run:
 
     Raises `ReportError` if it is no run, has no finished step, or a line of it is damaged (with file and line).
     """
-    folder = Path(folder)
+    folder = places.place(folder)
+    places.try_reading(folder)
     arguments = read_arguments(folder)
     metrics = read_lines(folder / "metrics.jsonl", check_metrics)
     told = [line for line in metrics if "evaluation" not in line]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.run.folder import RunError
-from sdjax.run.log import replace_text
+from sdjax.run.places import read_json, replace_text
 from sdjax.tasks.splits import question_key
 from sdjax.types import Example, Task
 
@@ -37,7 +37,7 @@ def described(task: Task) -> dict[str, list[str]]:
 def check(folder: Path, task: Task) -> None:
     """Raises `RunError` unless the run in the folder began with these problems, in this order."""
     try:
-        begun = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        begun = read_json(folder / FILE)
         changes = differences(begun, task)
     except (OSError, ValueError, KeyError, TypeError):  # begun by an earlier version, or not yet
         return

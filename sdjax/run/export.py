@@ -9,6 +9,8 @@ from sdjax.devices import processes
 from sdjax.devices.sharding import to_host
 from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained
+from sdjax.models.pretrained import Pretrained
+from sdjax.run import places
 
 
 def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> dict[str, Path]:
@@ -20,14 +22,21 @@ def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> di
     student, lora = experiment.student, experiment.lora
     params = to_host(adapters.folded(whole))
     model = student._replace(params=params)
-    processes.by_first(lambda: pretrained.save(folder / "model", *model, dtype=experiment.export_dtype))
+    processes.by_first(lambda: write_model(folder / "model", model, experiment.export_dtype))
     if lora is None:
         return {"model": folder / "model"}
     own, target = to_host(trained), folder / "adapter"
 
     def write() -> None:
-        adapters.save_peft(target, student.config, own, lora, student.origin.name)
-        student.tokenizer.save_pretrained(target)
+        with places.to_write(target) as here:
+            adapters.save_peft(here, student.config, own, lora, student.origin.name)
+            student.tokenizer.save_pretrained(here)
 
     processes.by_first(write)
     return {"model": folder / "model", "adapter": target}
+
+
+def write_model(folder: Path, model: Pretrained, dtype: str | None) -> None:
+    """Writes a model folder, on a disk or in a bucket."""
+    with places.to_write(folder) as here:
+        pretrained.save(here, *model, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,19 +20,24 @@ from sdjax.engine import train
 from sdjax.engine.chats import check_view, encode_text
 from sdjax.engine.tokens import LengthError, encode_context, refuse
 from sdjax.engine.train import Experiment, ExperimentError
-from sdjax.run import checkpoint, data, memory
+from sdjax.run import checkpoint, data, memory, places
 from sdjax.run.folder import RunError, check_folder, claim
 from sdjax.run.interrupts import Interrupts, SharedInterrupts
 from sdjax.run.log import NoLog, RunLog
 from sdjax.run.loop import Result, Run
 from sdjax.run.memory import settled
+from sdjax.run.mirror import Mirror
 from sdjax.types import Task
 
 
 def fit(
-    experiment: Experiment, folder: str | Path, *, resume: bool = False, arguments: Mapping[str, Any] | None = None
+    experiment: Experiment,
+    folder: str | os.PathLike,
+    *,
+    resume: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Runs an experiment in a folder and returns its final state and accuracies.
+    """Runs an experiment in a folder, on a disk or in a bucket (`gs://`), and returns its final state and accuracies.
 
     The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `rollouts.jsonl`, `checkpoints/`,
     `data.json` (marks of the problems), `memory.json` (how much is done at a time) and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
@@ -45,7 +51,7 @@ def fit(
       CheckpointError: a checkpoint cannot be written or read.
       Interrupted: a signal came before the run had begun.
     """
-    folder, arguments = Path(folder), dict(arguments or {})
+    folder, arguments = places.place(folder), dict(arguments or {})
     task = experiment.task
     shared, mesh = processes.many(), train.mesh_of(experiment)
     with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh):
@@ -56,19 +62,22 @@ def fit(
         experiment, record, said = settled(with_teacher_context(experiment, lengths), lengths.prompt, folder)
         if processes.first():
             print(said, flush=True)
+        mirror = Mirror(folder)
         try:
-            processes.by_first(lambda: prepare(folder, arguments, task, record))
-            run = Run(experiment, folder, interrupts)
+            processes.by_first(lambda: prepare(folder, arguments, resume, task, record))
+            processes.by_first(mirror.fetch)
+            run = Run(experiment, mirror, interrupts)
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
             step = run.restore() if processes.by_first(lambda: checkpoint.steps(folder / "checkpoints")) else 0
-            recorded = processes.by_first(lambda: steps_recorded(folder))
-            run.log = RunLog(folder, run.experiment.steps, step) if processes.first() else NoLog()
+            recorded = processes.by_first(lambda: steps_recorded(mirror.own))
+            run.log = RunLog(mirror.own, run.experiment.steps, step) if processes.first() else NoLog()
             if resume:
                 run.log.say(going_on(step, recorded))
             try:
                 return run.go(step)
             finally:
                 run.log.close()
+                mirror.close()
         except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
             if exhausted(error):
                 raise out_of_memory(folder, error, record["sizes"]) from error
@@ -91,9 +100,9 @@ def check_contexts(experiment: Experiment) -> None:
         check_view(experiment.student.tokenizer, name, view.template)
 
 
-def prepare(folder: Path, arguments: Mapping[str, Any], task: Task, sizes: Mapping[str, Any]) -> None:
+def prepare(folder: Path, arguments: Mapping[str, Any], resume: bool, task: Task, sizes: Mapping[str, Any]) -> None:
     """Makes the run's folder and writes what a resumed run must find: its arguments, its problems, its sizes."""
-    claim(folder, arguments)
+    claim(folder, arguments, resume)
     data.write(folder, task)
     memory.write(folder, sizes)
 

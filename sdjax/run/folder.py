@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.errors import InputError, nearest
-from sdjax.run.log import replace_text
+from sdjax.run import places
 
 ELSEWHERE = ("mesh", "memory", "rows", "rows_per_chunk", "tokens_per_chunk", "remat")
-"""Options that change where and how a run computes, not what: a resumed run may be given others."""
+ELSEWHERE += ("grace", "keep", "keep_every", "keep_best")
+"""Options that change where and how a run computes and what stays of it, not what: a resumed run may be given others."""
 
 
 class RunError(InputError, RuntimeError):
@@ -19,11 +20,16 @@ class RunError(InputError, RuntimeError):
 
 
 def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> None:
-    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing."""
+    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing.
+
+    Raises `PlaceError` if the folder cannot be reached or written.
+    """
     file, arguments = folder / "arguments.json", as_json(arguments, "the arguments")
+    places.try_writing(folder)
     try:
-        used = folder.is_dir() and any(path.suffix != ".unfinished" for path in folder.iterdir())
-        old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        found = [name for name in places.names(folder) if not name.endswith(places.UNFINISHED)]
+        used, there = bool(found), file.name in found
+        old = places.read_json(file) if there else None
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read ({error}): name another folder with --out") from error
     if old is None and used:
@@ -31,12 +37,13 @@ def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> No
             f"{folder} is not empty and holds no run ({file.name} is missing): name another folder with --out"
         )
     if old is None and resume:
-        others = [str(p.parent) for p in folder.parent.glob("*/arguments.json")]
+        beside = [folder.parent / name for name in places.names(folder.parent)]
+        others = [str(path) for path in beside if (path / file.name).exists()]
         raise RunError(f"{folder} holds no run to resume{nearest(str(folder), others)}: start it without --resume")
     if old is not None and not resume:
         raise RunError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
     old, arguments = ({k: v for k, v in (some or {}).items() if k not in ELSEWHERE} for some in (old, arguments))
-    if file.exists() and old != arguments:
+    if there and old != arguments:
         changed = [
             f"{name} was {old.get(name)!r} and is {arguments.get(name)!r}"
             for name in sorted({*old, *arguments})
@@ -54,20 +61,27 @@ def as_begun(folder: Path, arguments: Mapping[str, Any], defaults: Mapping[str, 
     A run can then go on with a later version of the code.  A file that cannot be read is left to `check_folder`.
     """
     try:
-        begun = json.loads((folder / "arguments.json").read_text(encoding="utf-8")).keys()
+        begun = places.read_json(folder / "arguments.json").keys()
     except (OSError, ValueError, AttributeError):
         return dict(arguments)
     added = {name for name in defaults if name not in begun and arguments.get(name) == defaults[name]}
     return {name: value for name, value in arguments.items() if name not in added}
 
 
-def claim(folder: Path, arguments: Mapping[str, Any]) -> None:
-    """Makes the run folder and writes `arguments.json`.  Raises `RunError` if the folder cannot be written."""
+def claim(folder: Path, arguments: Mapping[str, Any], resume: bool) -> None:
+    """Makes the run folder and writes `arguments.json`, which one of several runs that begin there can do.
+
+    Raises `RunError` if the folder cannot be written, or if another run has begun there meanwhile.
+    """
+    file, text = folder / "arguments.json", json.dumps(as_json(arguments, "the arguments"), indent=1)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "arguments.json", json.dumps(as_json(arguments, "the arguments"), indent=1))
+        places.make(folder)
+        places.replace_text(file, text) if resume else places.create_text(file, text)
+    except FileExistsError as error:
+        raise RunError(f"{folder}: another run has begun there just now: name another folder with --out") from error
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
+        said = error.strerror or str(error)
+        raise RunError(f"{folder} cannot be written ({said}): name another folder with --out") from error
 
 
 def as_json(value: Any, what: str) -> Any:

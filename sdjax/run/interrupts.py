@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ class Interrupts:
     """
 
     asked: signal.Signals | None = None
+    since: float | None = None
     waiting: bool = False
 
     def __enter__(self) -> Self:
@@ -54,6 +56,7 @@ class Interrupts:
     def note(self, number: int, _: Any) -> None:
         """The signals' handler."""
         again, self.asked = self.asked is not None, signal.Signals(number)
+        self.since = self.since or time.monotonic()
         if not self.waiting or (again and number == signal.SIGINT):
             raise Interrupted(self.asked)
         if not again:
@@ -73,6 +76,13 @@ class Interrupts:
         """Raises `Interrupted` if a signal has been waiting."""
         if self.asked is not None:
             raise Interrupted(self.asked)
+
+    def left(self, grace: float) -> float | None:
+        """Seconds until `grace` seconds after the first signal to any process; `None` without a limit (0)."""
+        if not grace:
+            return None
+        passed = 0.0 if self.since is None else time.monotonic() - self.since
+        return max(0.0, grace - max(everyone(passed)))
 
     def noticed_by(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, which checks first: for signals whose exception was lost in a callback of the collector's."""
@@ -99,6 +109,7 @@ class SharedInterrupts(Interrupts):
     def note(self, number: int, _: Any) -> None:
         """The signals' handler."""
         again, self.heard = self.heard is not None, signal.Signals(number)
+        self.since = self.since or time.monotonic()
         if again and number == signal.SIGINT:
             raise Interrupted(self.heard)
         if not again:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.table import Column, Table
 from tensorboardX import SummaryWriter
 
 from sdjax.run import records
+from sdjax.run.places import replace_text
 from sdjax.tasks.completions import split
 from sdjax.types import Rollout, View
 
@@ -120,6 +120,10 @@ class RunLog:
             table.add_row(*row)
         self.console.print(table)
 
+    def flush(self) -> None:
+        """Writes out what TensorBoard's writer still holds; the other files are closed after each line."""
+        self.events.flush()
+
     def close(self) -> None:
         """Stops the progress bar and flushes the event file."""
         if self.console.is_terminal:
@@ -164,10 +168,3 @@ def drop_rollouts_after(path: Path, step: int) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         starts = re.finditer(r"^==== step (\d+)  example ", text, re.MULTILINE)
         replace_text(path, text[: next((m.start() for m in starts if int(m[1]) > step), len(text))])
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file in one go: a process that dies leaves the old one or the new one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

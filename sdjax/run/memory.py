@@ -13,7 +13,7 @@ from sdjax.devices.memory import MemoryShortage, gigabytes
 from sdjax.engine.needs import Sizes
 from sdjax.engine.tokens import ROWS
 from sdjax.engine.train import Experiment
-from sdjax.run.log import replace_text
+from sdjax.run.places import read_json, replace_text
 from sdjax.run.sizes import FEW_ROWS, TOKENS, at_once, choose, given_sizes, guessed, planned
 
 FILE = "memory.json"
@@ -61,7 +61,7 @@ def with_sizes(experiment: Experiment, sizes: Sizes, needed: float | None) -> tu
 def begun_with(folder: Path) -> dict[str, Any] | None:
     """What a folder says of the sizes that its run began with, if it does."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / FILE)
         return found if {*found["sizes"]} == {*Sizes._fields} else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -120,6 +120,18 @@ class Settings:
     evaluation: int = option(100, "evaluation", "held-out problems, answered greedily before and after training")
     evaluate_every: int = option(0, "evaluation", "steps between evaluations; 0: only before and after training")
     save_every: int = option(25, "evaluation", "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "evaluation", "how many of the newest checkpoints stay")
+    keep_every: int = option(0, "evaluation", "checkpoints of every so many steps stay, too; 0: none of them")
+    keep_best: bool = option(
+        False,
+        "evaluation",
+        "the checkpoint with the highest held-out accuracy stays, too: let --evaluate-every be a multiple of --save-every",
+    )
+    grace: float = option(
+        0.0,
+        "evaluation",
+        "seconds from a signal (SIGTERM, Ctrl-C) to the end: a save that takes longer is given up; 0: no limit",
+    )
 
     def __post_init__(self):
         check_numbers(dataclasses.asdict(self))
@@ -151,6 +163,7 @@ class Settings:
         if not self.smoke:
             return self
         few = {"steps": 2, "prompts": 2, "minibatches": 1, "evaluation": 4, "evaluate_every": 0, "save_every": 0}
+        few |= {"keep_best": False}
         return dataclasses.replace(self, **few)
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -183,7 +196,7 @@ class Settings:
         own = self.chosen_teachers()
         teachers.check_before_loading(task, own, told=self.lesson == "solution")
         same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "memory", "remat", "scan")
-        same += ("evaluation", "evaluate_every", "save_every")
+        same += ("evaluation", "evaluate_every", "save_every", "keep", "keep_every", "keep_best", "grace")
         chosen = {
             **{name: getattr(self, name) for name in same},
             "optimizer": self.optimizer(),

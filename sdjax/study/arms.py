@@ -24,7 +24,7 @@ from sdjax.engine.train import Experiment, models
 from sdjax.run import checkpoint
 from sdjax.run.evaluate import by_cap
 from sdjax.run.fit import fit
-from sdjax.run.log import replace_text
+from sdjax.run.places import replace_text
 from sdjax.types import Example, Messages, Method, Verdict
 
 # ---- arms ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from sdjax.run.checkpoint import CheckpointError
 from sdjax.run.fit import check_lengths, fit
 from sdjax.run.folder import RunError
 from sdjax.run.interrupts import Interrupts
+from sdjax.run.log import RunLog
+from sdjax.run.mirror import Mirror
 from sdjax.run.prompts import Prompts
 from sdjax.types import Method, Objective, Term, Verdict, View
 
@@ -245,9 +247,9 @@ def test_an_objective_before_and_after_a_schedule(tmp_path, capsys, monkeypatch)
 
 def test_nothing_crosses_to_the_device_unasked(tmp_path, capsys):
     """After compilation, an update takes the batch and gives its outcome: no parameters travel."""
-    run = loop.Run(experiment(teachers={"coach": tiny.pretrained(1)}), tmp_path, Interrupts())
+    run = loop.Run(experiment(teachers={"coach": tiny.pretrained(1)}), Mirror(tmp_path), Interrupts())
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(run.parameters()))
-    run.log = loop.RunLog(tmp_path, 3)
+    run.log = RunLog(tmp_path, 3)
     rollouts, _ = run.experiment.method.collect(run.environment(), run.prompts.take(), run.state.key, 0)
     with jax.transfer_guard("disallow"):
         for step in range(2):
@@ -362,7 +364,7 @@ def test_disk_full_while_writing_numbers(tmp_path, monkeypatch, capsys):
     def write(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.RunLog, "write", write)
+    monkeypatch.setattr(RunLog, "write", write)
     with pytest.raises(RunError, match="No space left on device: free some space and go on with --resume"):
         fit(experiment(), tmp_path / "run")
 

@@ -1,0 +1,163 @@
+"""What a run trains: the state on the devices, the policies that are read, and the updates that change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdjax.devices import processes, sharding
+from sdjax.engine import train
+from sdjax.engine.lengths import fitted
+from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion
+from sdjax.engine.tokens import collate
+from sdjax.engine.train import Experiment, Outcome
+from sdjax.models import adapters, pretrained
+from sdjax.run import checkpoint, digests
+from sdjax.run.folder import RunError, as_json
+from sdjax.run.log import NoLog, RunLog
+from sdjax.run.mirror import Mirror
+from sdjax.run.numbers import describe, mean_of
+from sdjax.run.prompts import Prompts
+from sdjax.types import Batch, Rollout
+
+
+class Learner:
+    """The state, the host's memory, and the compiled programs."""
+
+    log: RunLog | NoLog
+
+    def __init__(self, experiment: Experiment, mirror: Mirror):
+        self.mirror, self.folder = mirror, mirror.folder
+        self.memory = as_json(experiment.method.memory, "the method's memory")
+        self.models = train.models(experiment)
+        self.base, start = train.frozen_and_trained(experiment)
+        self.base_checksum = adapters.fingerprint(experiment.student.params, experiment.lora) if self.base else None
+        self.state = train.initial_state(experiment, start)
+        arrays = checkpoint.arrays_of(self.state)
+        processes.by_first(lambda: checkpoint.check_space(self.folder, arrays))
+        # Once, not in every step: published parameters lie on the host.
+        put = jax.device_put if sharding.current() is None else sharding.place_parameters
+        kept = lambda teacher: pretrained.kept_in(teacher.params, experiment.teacher_dtype)
+        self.teachers = {name: put(kept(teacher)) for name, teacher in experiment.teachers.items()}
+        without = lambda model: model._replace(params=None)
+        self.experiment = dataclasses.replace(
+            experiment,
+            student=without(experiment.student),
+            teachers={name: without(teacher) for name, teacher in experiment.teachers.items()},
+        )
+        self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed, experiment.rounds)
+        self.updates = [
+            train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
+            for o in experiment.method.objectives
+        ]
+        occasions = {
+            when: [n for n, r in experiment.method.snapshots.items() if occasion(r) == when] for when in OCCASIONS
+        }
+        self.rules = {
+            when: train.refresh_snapshots(experiment.method, names) for when, names in occasions.items() if names
+        }
+        gated = {n: r for n, r in experiment.method.snapshots.items() if occasion(r) == "gate"}
+        self.gates = {n: (r.open, train.refresh_snapshots(experiment.method, [n])) for n, r in gated.items()}
+        self.skipped_in_a_row, self.skipped = 0, 0
+        self.lengths: dict[str, float] = {}
+
+    # ---- policies -----------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of every policy but the live one."""
+        return {**self.base, **self.teachers, **self.state.snapshots}
+
+    def environment(self) -> Environment:
+        """What `collect` may use now."""
+        params = adapters.completed({**self.parameters(), "live": self.state.params})
+        policies = {name: self.policy(name, own) for name, own in params.items()}
+        return Environment(policies, self.experiment.task.verify, self.prompts.more)
+
+    def policy(self, name: str, params: Any) -> Policy:
+        """A policy with these parameters."""
+        e = self.experiment
+        source, template = e.teachers.get(name, e.student), train.template_of(e.method, name)
+        return Policy(self.models[name], params, source.tokenizer, e.shapes, origin=source.origin, template=template)
+
+    # ---- updates ------------------------------------------------------------------------------------------------
+
+    def batch(self, rollouts: Sequence[Rollout], step: int = 0) -> Batch:
+        """The padded batch of a step: what does not fit is cut or left out, counted and said."""
+        e = self.experiment
+        views = train.all_views(e.method)
+        rollouts, cut, left_out = fitted(rollouts, views, e.student.tokenizer, e.shapes)
+        unread = sum(not r.tokens and not r.finished for r in rollouts)
+        self.lengths = {"contexts_cut": float(cut), "rows_left_out": float(left_out + unread)}
+        if left_out + unread:
+            self.log.say(
+                f"step {step + 1}: {left_out + unread} rows are not trained: what is read there does not fit the "
+                f"{e.shapes.lesson} tokens of --teacher-context, even without the lesson"
+            )
+        # Every device of the data axis gets equally many groups of every minibatch.
+        multiple = 1 if sharding.current() is None else sharding.axis_size(sharding.DATA) * e.minibatches
+        return collate(rollouts, views, e.student.tokenizer, e.shapes, e.method.groups(e.prompts), multiple)
+
+    def train_on(self, step: int, batch: Batch) -> dict[str, float]:
+        """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
+        e, outcomes = self.experiment, []
+        due = [(o, u) for o, u in zip(e.method.objectives, self.updates, strict=True) if o.due(step)]
+        for (_, update), _ in itertools.product(due, range(e.epochs)):
+            for part in train.minibatches(batch, e.minibatches):
+                outcomes.append(self.update(update, part))
+                self.guard(step, outcomes[-1], part)
+                if outcomes[-1].finite:
+                    self.renew("update")
+        if any(o.finite for o in outcomes):
+            self.renew("trained")
+        silent = sum(bool(o.finite) and not o.useful for o in outcomes)
+        if silent:
+            many = f"{silent} of {len(outcomes)} updates had " if silent < len(outcomes) else ""
+            self.log.say(f"step {step + 1}: {many}no signal (equal rewards, or no lesson for any row): not trained")
+        seen = describe(batch)
+        # A term that goes by the name of a fact about the batch does not hide it.
+        return {**seen, **{f"term_{n}" if n in seen else n: v for n, v in mean_of(outcomes).items()}}
+
+    def update(self, update: Any, part: Batch) -> Outcome:
+        """One update; its outcome on the host."""
+        state = self.state
+        params, opt_state, outcome = update(
+            state.params, state.opt_state, self.parameters(), sharding.place_rows(part), state.step
+        )
+        self.state = state.replace(params=params, opt_state=opt_state)
+        return jax.device_get(outcome)
+
+    def renew(self, when: str) -> None:
+        """Applies the rules of the snapshots that are due on an occasion."""
+        if when in self.rules:
+            snapshots = self.rules[when](self.state.params, self.state.snapshots, self.state.step)
+            self.state = self.state.replace(snapshots=snapshots)
+
+    def renew_gated(self) -> None:
+        """Applies the rules of the snapshots whose gate is open; the others stay what they are, bit for bit."""
+        for is_open, rule in self.gates.values():
+            if is_open(self.memory):
+                snapshots = rule(self.state.params, self.state.snapshots, self.state.step)
+                self.state = self.state.replace(snapshots=snapshots)
+
+    def guard(self, step: int, outcome: Outcome, batch: Batch) -> None:
+        """Counts updates that were skipped; ends the run after too many in a row, with the batch saved."""
+        if outcome.finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.log.say(f"step {step + 1}: loss {outcome.loss:g}, gradient norm {outcome.grad_norm:g}: update skipped")
+        if self.skipped_in_a_row >= self.experiment.most_skipped:
+            name = f"skipped-batch-{step + 1}.npz"
+            leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+            if processes.first():
+                np.savez(self.mirror.own / name, **{digests.named(path): x for path, x in leaves})
+            raise RunError(
+                f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step + 1}; its batch is "
+                f"in {self.folder / name}: lower the learning rate or look at that batch"
+            )
