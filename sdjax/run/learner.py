@@ -23,6 +23,7 @@ from sdjax.run.log import NoLog, RunLog
 from sdjax.run.mirror import Mirror
 from sdjax.run.numbers import describe, mean_of
 from sdjax.run.prompts import Prompts
+from sdjax.run.starting import Source, parameters
 from sdjax.types import Batch, Rollout
 
 
@@ -65,6 +66,11 @@ class Learner:
         self.gates = {n: (r.open, train.refresh_snapshots(experiment.method, [n])) for n, r in gated.items()}
         self.skipped_in_a_row, self.skipped = 0, 0
         self.lengths: dict[str, float] = {}
+
+    def start_from(self, start: Source) -> None:
+        """Begins with the parameters of another run's checkpoint; snapshots begin as copies of them."""
+        params = parameters(start, self.state.params, self.base_checksum)
+        self.state = train.initial_state(self.experiment, params)
 
     # ---- policies -----------------------------------------------------------------------------------------------
 

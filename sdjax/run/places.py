@@ -6,6 +6,7 @@ Everything that is read or written in a run's folder goes through a path of `pla
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -187,8 +188,10 @@ def try_writing(folder: Path) -> None:
     """Raises `PlaceError`, within seconds, unless files can be written into the folder.  Leaves nothing behind."""
     if not in_bucket(folder):
         there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise PlaceError(f"{folder} cannot be written: name another folder with --out")
+        wrong = "" if os.access(there, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+        wrong = wrong if there.is_dir() else os.strerror(errno.ENOTDIR)
+        if wrong:
+            raise PlaceError(f"{folder} cannot be written ({wrong}): name another folder with --out")
         return
     probe = f"{os.fspath(folder)}/{os.getpid()}{UNFINISHED}"
     asked(folder, "be written", "_pipe_file", probe, b"1")
