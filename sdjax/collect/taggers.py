@@ -121,8 +121,7 @@ def initial_tagger(policy: Policy, layers: int, seed: int) -> Tagger:
     """The policy's first `layers` blocks with a new head; the embedding stays as it is."""
     c = policy.model.config
     layers = min(layers, c.layers)
-    cut = {"layers": layers, "windows": c.windows[:layers], "ropes": c.ropes[:layers], "tied_embeddings": True}
-    model = Transformer(dataclasses.replace(c, **cut), policy.model.dtype)
+    model = Transformer(dataclasses.replace(c.first(layers), tied_embeddings=True), policy.model.dtype)
     # Copies: a tagger outlives the step, whose snapshots are donated to the next.
     own = lambda name: jax.tree.map(jnp.array, policy.params[name])
     body = {name: own(name) for name in (*(f"layers_{i}" for i in range(layers)), "final_norm")}

@@ -112,6 +112,7 @@ RULES = (
     Rule(r"(^|/)attention/qkv_bias$", 3, 0, "kv_heads"),
     Rule(r"(^|/)attention/out$", 4, 0, "kv_heads"),
     Rule(r"(^|/)mlp/gate_up$", 3, 2, "hidden units"),
+    Rule(r"(^|/)mlp/gate_up_bias$", 2, 1, "hidden units"),
     Rule(r"(^|/)mlp/down$", 2, 0, "hidden units"),
 )
 """First match wins.  Queries lie with the key and value that they read, so heads are split by groups."""

@@ -60,9 +60,7 @@ class Load(NamedTuple):
 
 def shallow(config: ModelConfig, layers: int | None) -> ModelConfig:
     """The same network with its first `layers` layers."""
-    if layers is None:
-        return config
-    return dataclasses.replace(config, layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers])
+    return config if layers is None else config.first(layers)
 
 
 class State(NamedTuple):

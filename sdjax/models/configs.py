@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdjax.models.families import FAMILIES, FULL, LAYER_KINDS, SLIDING, Family, full, supported
 from sdjax.models.fields import Fields, ModelError, read_fields
 from sdjax.models.ropes import Rope, rope
 
@@ -17,7 +18,8 @@ class ModelConfig:
 
     `windows` has one entry per layer: `None` attends to everything before, `n` to the last `n` tokens (itself
     included).  `ropes` has one entry per layer too.  `qk_norm` is "none", "head" (RMS norm over each head, Qwen3) or
-    "flat" (over all heads together, OLMo).  With `post_norm` a sublayer's *output* is normalised (OLMo), else its input.
+    "flat" (over all heads together, OLMo).  `norms` says what is normalised: each sublayer's input ("before"), its
+    output ("after", OLMo), or "both" (Gemma); a norm multiplies by `norm_offset` plus its scale.
     """
 
     family: str
@@ -34,53 +36,47 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     ropes: tuple[Rope, ...]
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: str = "none"
-    post_norm: bool = False
+    norms: str = "before"
+    norm_offset: float = 0.0
+    activation: str = "silu"
+
+    def of_layers(self) -> list[tuple[Any, ...]]:
+        """What one layer may have that another has not, for each layer: layers with equal entries do the same."""
+        return list(zip(*(getattr(self, name) for name in PER_LAYER), strict=True))
+
+    def first(self, layers: int) -> ModelConfig:
+        """The same model with its first layers alone."""
+        per_layer = {name: getattr(self, name)[:layers] for name in PER_LAYER}
+        return dataclasses.replace(self, layers=min(layers, self.layers), **per_layer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a config.json leaves to the model's class in the transformers library."""
-
-    architecture: str
-    rope_theta: float = 10_000.0
-    head_dim: int | None = None  # None: width / heads
-    qkv_bias: bool = False
-    qk_norm: str = "none"
-    post_norm: bool = False
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", head_dim=128, qk_norm="head"),
-    "olmo3": Family("Olmo3ForCausalLM", rope_theta=500_000.0, qk_norm="flat", post_norm=True),
-}
-"""The supported families by their `model_type` in config.json."""
+PER_LAYER = ("windows", "ropes")
+"""The fields of `ModelConfig` with one entry per layer."""
 
 
 # ---- config.json to ModelConfig and back --------------------------------------------------------------------------
-
-_LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 def _rope_parameters(fields: Fields, family: Family, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The parameters for each kind of layer, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
     found, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
-    nested = {kind: found[kind] for kind in _LAYER_KINDS if kind in found}
+    nested = {kind: found[kind] for kind in LAYER_KINDS if kind in found}
     for kind, value in nested.items():
         if value is not None and not isinstance(value, Mapping):
             fields.refuse(f"'rope_parameters' of {kind!r} must be an object, found {value!r}")
-    if nested and family.architecture != "Olmo3ForCausalLM":
+    if nested and not family.rope_by_kind:
         fields.refuse(f"'rope_parameters' per layer type is not supported in a {family.architecture}")
-    if found and not nested and family.architecture == "Olmo3ForCausalLM":
-        fields.refuse("'rope_parameters' of an Olmo3ForCausalLM must be given per layer type")
+    if found and not nested and family.rope_by_kind:
+        fields.refuse(f"'rope_parameters' of a {family.architecture} must be given per layer type")
     shared = {"rope_theta": fields.number("rope_theta", family.rope_theta)}
     if fields.has("partial_rotary_factor"):
         shared["partial_rotary_factor"] = fields.values["partial_rotary_factor"]
-    if family.architecture == "Olmo3ForCausalLM":
+    if family.rope_by_kind:
         # Scaling stretches only the layers that see the whole context: a window never reaches that far.
-        nested.setdefault("full_attention", scaling)
+        nested.setdefault(FULL, scaling)
         return {kind: {**shared, **(nested.get(kind) or {})} for kind in kinds}
     return {kind: {**shared, **(found or scaling)} for kind in kinds}
 
@@ -97,7 +93,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
     fields = read_fields(config)
     name = _family_name(fields)
     family = FAMILIES[name]
-    _refuse_variants(fields)
+    _refuse_variants(fields, family)
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -108,7 +104,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
     if head_dim % 2:
         fields.refuse(f"the width of a head must be even, found {head_dim}")
     max_context = fields.integer("max_position_embeddings")
-    kinds, windows = _attention_kinds(fields, name)
+    kinds, windows = _attention_kinds(fields, family)
     ropes = {
         kind: rope(head_dim, max_context, parameters, fields.where)
         for kind, parameters in _rope_parameters(fields, family, tuple(dict.fromkeys(kinds))).items()
@@ -124,59 +120,70 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         mlp_width=fields.integer("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
         max_context=max_context,
-        tied_embeddings=fields.flag("tie_word_embeddings"),
+        tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
         windows=windows,
         ropes=tuple(ropes[kind] for kind in kinds),
-        qkv_bias=family.qkv_bias,
+        qkv_bias=family.qkv_bias or _asked(fields, family, "attention_bias"),
+        out_bias=_asked(fields, family, "attention_bias"),
+        mlp_bias=_asked(fields, family, "mlp_bias"),
         qk_norm=family.qk_norm,
-        post_norm=family.post_norm,
+        norms=family.norms,
+        norm_offset=family.norm_offset,
+        activation=_ACTIVATIONS[fields.values.get(family.activation_field) or _named_activation(family.activation)],
     )
 
 
 def _family_name(fields: Fields) -> str:
-    supported = "supported are " + ", ".join(f"{name} ({family.architecture})" for name, family in FAMILIES.items())
     if not fields.has("model_type"):
-        fields.refuse(f"the field 'model_type' is missing; {supported}")
+        fields.refuse(f"the field 'model_type' is missing; {supported()}")
     name = fields.values["model_type"]
     if not isinstance(name, str) or name not in FAMILIES:
-        fields.refuse(f"model type {name!r} is not supported; {supported}")
+        fields.refuse(f"model type {name!r} is not supported; {supported()}")
     architectures = fields.names("architectures", [FAMILIES[name].architecture])
     if FAMILIES[name].architecture not in architectures:
-        fields.refuse(f"architecture {', '.join(architectures)} is not supported; {supported}")
+        fields.refuse(f"architecture {', '.join(architectures)} is not supported; {supported()}")
     return name
 
 
-def _refuse_variants(fields: Fields) -> None:
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+"""Our names of activations by those of config.json."""
+
+
+def _named_activation(activation: str) -> str:
+    return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
+
+
+def _asked(fields: Fields, family: Family, name: str) -> bool:
+    """Whether a config.json asks for biases; a field that its family does not know counts for nothing."""
+    return name in family.named_biases and fields.flag(name)
+
+
+def _refuse_variants(fields: Fields, family: Family) -> None:
     """What a supported family's config.json can ask for and this decoder does not do."""
-    for name in ("attention_bias", "mlp_bias"):
-        if fields.flag(name):
-            fields.refuse(f"{name!r} is true: biases other than Qwen2's on queries, keys and values are not supported")
-    activation = fields.values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        fields.refuse(f"'hidden_act' {activation!r} is not supported, only 'silu'")
+    activation = fields.values.get(family.activation_field)
+    if activation is not None and activation not in _ACTIVATIONS:
+        fields.refuse(f"{family.activation_field!r} {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
     if fields.has("quantization_config"):
         fields.refuse("quantised weights ('quantization_config') are not supported; use the unquantised model")
 
 
-def _attention_kinds(fields: Fields, name: str) -> tuple[list[str], tuple[int | None, ...]]:
+def _attention_kinds(fields: Fields, family: Family) -> tuple[list[str], tuple[int | None, ...]]:
     """What every layer is called in `layer_types`, and its window."""
     layers = fields.integer("num_hidden_layers")
-    no_window = "sliding_window" in fields.values and not fields.has("sliding_window")
-    if name == "llama" or (name != "olmo3" and (no_window or not fields.flag("use_sliding_window"))):
-        return ["full_attention"] * layers, (None,) * layers
-    # Without `layer_types`: every fourth layer of OLMo 3 is full; Qwen's windows start at `max_window_layers`.
-    full = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
-    windowed = lambda layer: (layer + 1) % 4 != 0 if name == "olmo3" else layer >= full
-    kinds = fields.names("layer_types", [_LAYER_KINDS[windowed(layer)] for layer in range(layers)])
-    unknown = [kind for kind in kinds if kind not in _LAYER_KINDS]
+    unused = family.window_by_choice and (
+        not fields.flag("use_sliding_window")
+        or ("sliding_window" in fields.values and not fields.has("sliding_window"))
+    )
+    kinds = [FULL] * layers if unused else family.kinds(fields, layers)
+    if family.layer_types and not unused:
+        kinds = fields.names("layer_types", kinds)
+    unknown = [kind for kind in kinds if kind not in LAYER_KINDS]
     if unknown:
-        fields.refuse(f"layer type {unknown[0]!r} is not supported; supported are {', '.join(_LAYER_KINDS)}")
+        fields.refuse(f"layer type {unknown[0]!r} is not supported; supported are {', '.join(LAYER_KINDS)}")
     if len(kinds) != layers:
         fields.refuse(f"'layer_types' names {len(kinds)} layers, 'num_hidden_layers' says {layers}")
-    window = (
-        fields.integer("sliding_window", None if name == "olmo3" else 4096) if "sliding_attention" in kinds else None
-    )
-    return kinds, tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    window = fields.integer("sliding_window", family.window) if SLIDING in kinds else None
+    return kinds, tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -186,10 +193,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     if config.family not in FAMILIES:
         raise ModelError(f"family {config.family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    kinds = [_LAYER_KINDS[window is not None] for window in config.windows]
+    family, kinds = FAMILIES[config.family], [LAYER_KINDS[window is not None] for window in config.windows]
     parameters = {kind: dict(entry.source) for kind, entry in zip(kinds, config.ropes, strict=False)}
     result = {
-        "architectures": [FAMILIES[config.family].architecture],
+        "architectures": [family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -198,24 +205,28 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        family.activation_field: _named_activation(config.activation),
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
-        "attention_bias": False,
-        "rope_parameters": parameters if config.family == "olmo3" else next(iter(parameters.values()), {}),
+        "attention_bias": config.out_bias,
+        "rope_parameters": parameters if family.rope_by_kind else next(iter(parameters.values()), {}),
         "dtype": "float32",
         # Written out, because the defaults of some families lie outside a small vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if config.family != "llama":
-        windows = [window for window in config.windows if window is not None]
-        result |= {"layer_types": kinds, "sliding_window": windows[0] if windows else None}
-    if config.family in ("qwen2", "qwen3"):
-        full = next((layer for layer, window in enumerate(config.windows) if window is not None), config.layers)
-        result |= {"use_sliding_window": full < config.layers, "max_window_layers": full}
+    windows = [window for window in config.windows if window is not None]
+    if family.layer_types:
+        result["layer_types"] = kinds
+    if family.kinds is not full:
+        result["sliding_window"] = windows[0] if windows else None
+    if "mlp_bias" in family.named_biases:
+        result["mlp_bias"] = config.mlp_bias
+    if family.window_by_choice:
+        first = next((layer for layer, window in enumerate(config.windows) if window is not None), config.layers)
+        result |= {"use_sliding_window": first < config.layers, "max_window_layers": first}
     _check_expressible(config, result)
     return result
 

@@ -20,39 +20,57 @@ final_norm/scale                model.norm                               output_
 _HEAD = """
 head                            lm_head                                  output              V,D   -> VD
 """
-_BLOCK = """
+_ATTENTION = """
 layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.attn_q        KGH,D -> DK.GH
 layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.attn_k        K1H,D -> DK.1H
 layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
 layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
+"""
+_MLP = """
 layers_#/mlp/gate_up            model.layers.#.mlp.gate_proj             blk.#.ffn_gate      1F,D  -> D.1F
 layers_#/mlp/gate_up            model.layers.#.mlp.up_proj               blk.#.ffn_up        1F,D  -> D.1F
 layers_#/mlp/down               model.layers.#.mlp.down_proj             blk.#.ffn_down      D,F   -> FD
 """
+_OUT_BIAS = """
+layers_#/attention/out_bias     model.layers.#.self_attn.o_proj.bias     blk.#.attn_output.bias D    -> D
+"""
+_MLP_BIAS = """
+layers_#/mlp/gate_up_bias       model.layers.#.mlp.gate_proj.bias        blk.#.ffn_gate.bias 1F      -> .1F
+layers_#/mlp/gate_up_bias       model.layers.#.mlp.up_proj.bias          blk.#.ffn_up.bias   1F      -> .1F
+layers_#/mlp/down_bias          model.layers.#.mlp.down_proj.bias        blk.#.ffn_down.bias D       -> D
+"""
 _QKV_BIAS = """
-layers_#/attention/qkv_bias     model.layers.#.self_attn.q_proj.bias     -                   KGH   -> K.GH
-layers_#/attention/qkv_bias     model.layers.#.self_attn.k_proj.bias     -                   K1H   -> K.1H
-layers_#/attention/qkv_bias     model.layers.#.self_attn.v_proj.bias     -                   K1H   -> K.1H
+layers_#/attention/qkv_bias     model.layers.#.self_attn.q_proj.bias     blk.#.attn_q.bias   KGH   -> K.GH
+layers_#/attention/qkv_bias     model.layers.#.self_attn.k_proj.bias     blk.#.attn_k.bias   K1H   -> K.1H
+layers_#/attention/qkv_bias     model.layers.#.self_attn.v_proj.bias     blk.#.attn_v.bias   K1H   -> K.1H
 """
 _QK_NORM = {
     "none": "",
     "head": """
-layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          -                   H     -> H
-layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          -                   H     -> H
+layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          blk.#.attn_q_norm   H     -> H
+layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          blk.#.attn_k_norm   H     -> H
 """,
     "flat": """
-layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          -                   Q     -> Q
-layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          -                   P     -> P
+layers_#/attention/q_norm/scale model.layers.#.self_attn.q_norm          blk.#.attn_q_norm   Q     -> Q
+layers_#/attention/k_norm/scale model.layers.#.self_attn.k_norm          blk.#.attn_k_norm   P     -> P
 """,
 }
-_PRE_NORM = """
+_NORMS = {
+    "before": """
 layers_#/attention_norm/scale   model.layers.#.input_layernorm           blk.#.attn_norm     D     -> D
 layers_#/mlp_norm/scale         model.layers.#.post_attention_layernorm  blk.#.ffn_norm      D     -> D
-"""
-_POST_NORM = """
-layers_#/attention_norm/scale   model.layers.#.post_attention_layernorm  -                   D     -> D
-layers_#/mlp_norm/scale         model.layers.#.post_feedforward_layernorm -                  D     -> D
-"""
+""",
+    "after": """
+layers_#/attention_norm/scale   model.layers.#.post_attention_layernorm  blk.#.post_attention_norm D -> D
+layers_#/mlp_norm/scale         model.layers.#.post_feedforward_layernorm blk.#.post_ffw_norm D    -> D
+""",
+    "both": """
+layers_#/attention_norm/scale   model.layers.#.input_layernorm           blk.#.attn_norm     D     -> D
+layers_#/attention_out_norm/scale model.layers.#.post_attention_layernorm blk.#.post_attention_norm D -> D
+layers_#/mlp_norm/scale         model.layers.#.pre_feedforward_layernorm blk.#.ffn_norm      D     -> D
+layers_#/mlp_out_norm/scale     model.layers.#.post_feedforward_layernorm blk.#.post_ffw_norm D    -> D
+""",
+}
 
 
 class Place(NamedTuple):
@@ -88,14 +106,26 @@ class Place(NamedTuple):
 def layout(config: ModelConfig) -> list[Place]:
     """Every tensor of a file with this configuration, and where it lies in our parameters."""
     table = _MODEL + ("" if config.tied_embeddings else _HEAD)
-    block = _BLOCK + (_QKV_BIAS if config.qkv_bias else "") + _QK_NORM[config.qk_norm]
-    block += _POST_NORM if config.post_norm else _PRE_NORM
-    table += "".join(block.replace("#", str(layer)) for layer in range(config.layers))
+    table += "".join(_block(config, layer).replace("#", str(layer)) for layer in range(config.layers))
     places, ends = [], {}
     for row in table.split("\n"):
         if row:
             places.append(_place(config, row, ends))
     return places
+
+
+def _block(config: ModelConfig, layer: int) -> str:
+    """The rows of one layer."""
+    return _mixer(config, layer) + _mlp(config, layer) + _NORMS[config.norms]
+
+
+def _mixer(config: ModelConfig, layer: int) -> str:
+    biases = (_QKV_BIAS if config.qkv_bias else "") + (_OUT_BIAS if config.out_bias else "")
+    return _ATTENTION + biases + _QK_NORM[config.qk_norm]
+
+
+def _mlp(config: ModelConfig, layer: int) -> str:
+    return _MLP + (_MLP_BIAS if config.mlp_bias else "")
 
 
 def _place(config: ModelConfig, row: str, ends: dict[str, int]) -> Place:
@@ -109,7 +139,7 @@ def _place(config: ModelConfig, row: str, ends: dict[str, int]) -> Place:
     return Place(
         path=path,
         name=name if name.endswith(".bias") else f"{name}.weight",
-        gguf=f"{gguf}.weight",
+        gguf=gguf if gguf.endswith(".bias") else f"{gguf}.weight",
         shape=tuple(math.prod(sizes[letter] for letter in group) for group in stored.split(",")),
         view=tuple(sizes[letter] for letter in letters),
         axes=tuple(letters.index(letter) for letter in ours.replace(".", "")),

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.devices.sharding import DATA, MODEL, constrain, current, divisors
+from sdjax.devices.sharding import DATA, MODEL, constrain, divisors
 from sdjax.kernels.distributions import NEVER
-from sdjax.models.adapters import Adapted
-from sdjax.models.attention import Keys, attend, attend_written
+from sdjax.models.blocks import Block
+from sdjax.models.caches import Column, KeyValues, layer_of, put
 from sdjax.models.configs import ModelConfig
+from sdjax.models.primitives import INIT, RMSNorm
 from sdjax.models.recompute import recomputed
-from sdjax.models.ropes import Rope
 
 
 def period_of(config: ModelConfig) -> int:
-    """After how many layers their windows and rotations repeat; all of them if they do not."""
-    kinds = list(zip(config.windows, config.ropes, strict=True))
+    """After how many layers what they do repeats; all of them if it does not."""
+    kinds = config.of_layers()
     return next(p for p in divisors(config.layers) if kinds == kinds[:p] * (config.layers // p))
 
 
@@ -36,146 +35,6 @@ def spread(written: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     """What a block returns, laid over the mesh."""
     x, key, value = written
     return constrain(x, DATA), constrain(key, DATA, None, MODEL), constrain(value, DATA, None, MODEL)
-
-
-@flax.struct.dataclass
-class KeyValues:
-    """Keys and values of a run of tokens: one `[N, S, kv_heads, head_dim]` array per layer, and where they stand."""
-
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    positions: Array  # [N, S] int32
-    mask: Array  # [N, S] bool: False for padding and for cache columns not yet written
-
-
-class Column(NamedTuple):
-    """Where decoding writes a cache: the column of this step, and how many, from the first on, then hold something."""
-
-    index: Array  # []
-    written: Array  # []
-
-
-def put(old: Array, new: Array, column: Column) -> Array:
-    """A cache's array `[B, T, ...]` with `new [B, 1, ...]` in one column."""
-    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column.index, axis=1)
-
-
-def layer_of(run: KeyValues | None, layer: int) -> Keys | None:
-    """What one layer reads of a run, or `None` of none."""
-    return None if run is None else Keys(run.keys[layer], run.values[layer], run.positions, run.mask)
-
-
-def rotate(x: Array, positions: Array, rope: Rope) -> Array:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of `x [B, S, ..., H]` at `positions [B, S]`.
-
-    Halves are rotated against each other (first with second half), as in the transformers library.
-    """
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.inverse_frequencies, jnp.float32)
-    angles = angles.reshape(positions.shape + (1,) * (x.ndim - 3) + angles.shape[-1:])
-    cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def project(x: Array, weights: Array) -> Array:
-    """`x [B, S, D]` times `weights [D, ...]` -> `[B, S, ...]`, as one plain matrix product.
-
-    An einsum over the same axes computes the same, but its transposes copy every weight and every weight's gradient.
-    """
-    if isinstance(weights, Adapted):
-        return weights.applied(x)
-    if current() is not None:
-        # Flattened, axes that are split over devices could no longer be told from those that are not.
-        return jax.lax.dot_general(x, weights.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-    flat = x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype).reshape(x.shape[-1], -1)
-    return flat.reshape(*x.shape[:-1], *weights.shape[1:])
-
-
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention.  `qkv [width, kv_heads, per_kv + 2, head_dim]` holds each group's queries, key, value."""
-
-    config: ModelConfig
-    layer: int
-
-    @nn.compact
-    def __call__(self, x, positions, mask, past, cache, column, bias):
-        c, init = self.config, nn.initializers.normal(0.02)
-        per_kv = c.heads // c.kv_heads
-        qkv = self.param("qkv", init, (c.width, c.kv_heads, per_kv + 2, c.head_dim))
-        out = self.param("out", init, (c.kv_heads, per_kv, c.head_dim, c.width))
-        mixed = project(x, qkv)
-        if c.qkv_bias:
-            added = self.param("qkv_bias", nn.initializers.zeros, (c.kv_heads, per_kv + 2, c.head_dim))
-            mixed = mixed + added.astype(x.dtype)
-        query, key, value = mixed[..., :per_kv, :], mixed[..., per_kv, :], mixed[..., per_kv + 1, :]
-        if c.qk_norm != "none":
-            query, key = self.normalised(query, key)
-        query, key = rotate(query, positions, c.ropes[self.layer]), rotate(key, positions, c.ropes[self.layer])
-        own, before = Keys(key, value, positions, mask), () if past is None else (past,)
-        if cache is None:
-            read = attend(query, positions, (*before, own), c.windows[self.layer], bias)
-        else:
-            own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
-            read = attend_written(query, positions, before, own, column.written, c.windows[self.layer])
-        if isinstance(out, Adapted):
-            return out.applied(read, inputs=3), own.keys, own.values
-        return jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype)), own.keys, own.values
-
-    def normalised(self, query, key):
-        """RMS norm of queries and keys, per head or over all heads together."""
-        norms = RMSNorm(self.config.norm_eps, name="q_norm"), RMSNorm(self.config.norm_eps, name="k_norm")
-        if self.config.qk_norm == "head":
-            return norms[0](query), norms[1](key)
-        flat = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
-        return flat(norms[0], query), flat(norms[1], key)
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): `(silu(x gate) * (x up)) down`, gate and up in one `[width, 2, mlp]`."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c, init = self.config, nn.initializers.normal(0.02)
-        gate_up = self.param("gate_up", init, (c.width, 2, c.mlp_width))
-        down = self.param("down", init, (c.mlp_width, c.width))
-        both = project(x, gate_up)
-        return project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], down)
-
-
-class Block(nn.Module):
-    """One residual layer: attention, then MLP, normalised before (most families) or after (OLMo) each."""
-
-    config: ModelConfig
-    layer: int
-
-    @nn.compact
-    def __call__(self, x, positions, mask, past, cache, column, bias):
-        attention, mlp = Attention(self.config, self.layer, name="attention"), MLP(self.config, name="mlp")
-        attention_norm = RMSNorm(self.config.norm_eps, name="attention_norm")
-        mlp_norm = RMSNorm(self.config.norm_eps, name="mlp_norm")
-        rest = (positions, mask, past, cache, column, bias)
-        if self.config.post_norm:
-            read, key, value = attention(x, *rest)
-            x = x + attention_norm(read)
-            return x + mlp_norm(mlp(x)), key, value
-        read, key, value = attention(attention_norm(x), *rest)
-        x = x + read
-        return x + mlp(mlp_norm(x)), key, value
 
 
 class Transformer(nn.Module):
@@ -195,11 +54,11 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+        self.embed = self.param("embed", INIT, (c.vocab_size, c.width))
         self.blocks = [Block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
-        self.final_norm = RMSNorm(c.norm_eps, name="final_norm")
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")
         if not c.tied_embeddings:
-            self.head = self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+            self.head = self.param("head", INIT, (c.vocab_size, c.width))
 
     def run(self, tokens, positions, mask, past, cache, column, bias=None):
         x = constrain(jnp.take(self.embed, tokens, axis=0).astype(self.dtype), DATA)

@@ -5,7 +5,6 @@ Not speed: devices that share one processor's cores say nothing of that.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +56,7 @@ def scaling(
       completion: tokens of an attempt.
       tokens_per_chunk: positions whose logits are held at once, on each device of the data axis.
     """
-    config = model_config(model)
-    config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers], ropes=config.ropes[:layers])
+    config = model_config(model).first(layers)
     built, sketched, own = self_taught(method)
     rows, lengths = sketch.rows_per_prompt(sketched), {v: context + completion for v in sketched.contexts}
     found = []

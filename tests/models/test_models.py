@@ -315,9 +315,8 @@ def test_defaults_of_missing_fields():
         ({"num_key_value_heads": 3}, ["4 attention heads", "3 key-value heads"]),
         ({"head_dim": 7}, ["even", "7"]),
         ({"tie_word_embeddings": "yes"}, ["'tie_word_embeddings'", "true or false"]),
-        ({"attention_bias": True}, ["'attention_bias'", "not supported"]),
-        ({"mlp_bias": True}, ["'mlp_bias'", "not supported"]),
-        ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
+        ({"attention_bias": "no"}, ["'attention_bias'", "true or false"]),
+        ({"hidden_act": "relu2"}, ["'relu2'", "silu"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
         ({"rope_scaling": 3}, ["'rope_scaling'", "object"]),
         ({"rope_scaling": {"rope_type": "dynamic"}}, ["'dynamic'", "default, linear, llama3, yarn"]),
@@ -371,7 +370,7 @@ def test_inexpressible_configurations_are_refused(llama, tmp_path):
     change = lambda **fields: dataclasses.replace(llama.config, **fields)
     for config, word in [
         (change(windows=(None, 5)), "windows"),
-        (change(post_norm=True), "post_norm"),
+        (change(norms="after"), "norms"),
         (change(family="gpt2"), "'gpt2'"),
         (change(ropes=(Rope((1.0, 0.5, 0.1, 0.01)),) * 2), "ropes"),
     ]:

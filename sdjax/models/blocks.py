@@ -1,0 +1,106 @@
+"""One residual layer of the decoder: what mixes tokens, then an MLP, with the norms around them."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.models.adapters import Adapted
+from sdjax.models.attention import Keys, attend, attend_written
+from sdjax.models.caches import put
+from sdjax.models.configs import ModelConfig
+from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, project, rotate
+
+
+class Attention(nn.Module):
+    """Grouped-query attention.  `qkv [width, kv_heads, per_kv + 2, head_dim]` holds each group's queries, key, value."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, positions, mask, past, cache, column, bias):
+        c = self.config
+        per_kv = c.heads // c.kv_heads
+        qkv = self.param("qkv", INIT, (c.width, c.kv_heads, per_kv + 2, c.head_dim))
+        out = self.param("out", INIT, (c.kv_heads, per_kv, c.head_dim, c.width))
+        mixed = project(x, qkv)
+        if c.qkv_bias:
+            mixed = biased(self, mixed, "qkv_bias", (c.kv_heads, per_kv + 2, c.head_dim))
+        query, key, value = mixed[..., :per_kv, :], mixed[..., per_kv, :], mixed[..., per_kv + 1, :]
+        if c.qk_norm != "none":
+            query, key = self.normalised(query, key)
+        query, key = rotate(query, positions, c.ropes[self.layer]), rotate(key, positions, c.ropes[self.layer])
+        own, before = Keys(key, value, positions, mask), () if past is None else (past,)
+        if cache is None:
+            read = attend(query, positions, (*before, own), c.windows[self.layer], bias)
+        else:
+            own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
+            read = attend_written(query, positions, before, own, column.written, c.windows[self.layer])
+        if isinstance(out, Adapted):
+            mixed = out.applied(read, inputs=3)
+        else:
+            mixed = jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype))
+        return biased(self, mixed, "out_bias", (c.width,)) if c.out_bias else mixed, own.keys, own.values
+
+    def normalised(self, query, key):
+        """RMS norm of queries and keys, per head or over all heads together."""
+        norm = lambda name: RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
+        norms = norm("q_norm"), norm("k_norm")
+        if self.config.qk_norm == "head":
+            return norms[0](query), norms[1](key)
+        flat = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return flat(norms[0], query), flat(norms[1], key)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): `(silu(x gate) * (x up)) down`, gate and up in one `[width, 2, mlp]`.
+
+    Other families have another activation than silu, or biases.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate_up = self.param("gate_up", INIT, (c.width, 2, c.mlp_width))
+        down = self.param("down", INIT, (c.mlp_width, c.width))
+        both = project(x, gate_up)
+        if c.mlp_bias:
+            both = biased(self, both, "gate_up_bias", (2, c.mlp_width))
+        found = project(ACTIVATIONS[c.activation](both[..., 0, :]) * both[..., 1, :], down)
+        return biased(self, found, "down_bias", (c.width,)) if c.mlp_bias else found
+
+
+def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
+    """What mixes the tokens of a layer: `(x, positions, mask, past, cache, column, bias)` -> output, keys, values."""
+    return Attention(config, layer, name="attention")
+
+
+def mlp_of(config: ModelConfig, layer: int) -> nn.Module:
+    """What follows it, token by token: `x [B, S, D]` -> `[B, S, D]`."""
+    return MLP(config, name="mlp")
+
+
+class Block(nn.Module):
+    """One residual layer: attention, then MLP, normalised before (most families) or after (OLMo) each, or both (Gemma)."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, positions, mask, past, cache, column, bias):
+        c = self.config
+        mixer, mlp = mixer_of(c, self.layer), mlp_of(c, self.layer)
+        norm = lambda name: RMSNorm(c.norm_eps, c.norm_offset, name=name)
+        same = lambda x: x
+        before = (same, same) if c.norms == "after" else (norm("attention_norm"), norm("mlp_norm"))
+        after = (same, same)
+        if c.norms != "before":
+            names = ("attention_norm", "mlp_norm") if c.norms == "after" else ("attention_out_norm", "mlp_out_norm")
+            after = norm(names[0]), norm(names[1])
+        read, key, value = mixer(before[0](x), positions, mask, past, cache, column, bias)
+        x = x + after[0](read)
+        return x + after[1](mlp(before[1](x))), key, value

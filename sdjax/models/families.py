@@ -1,0 +1,115 @@
+"""The supported families: for each what a config.json leaves to the model's class in the transformers library.
+
+A family is a row of `FAMILIES`.  What no row can say is a module of its own, chosen in `blocks.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from sdjax.models.fields import Fields
+
+LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
+"""What `layer_types` can call a layer that attends: to everything before it, or to a window."""
+
+
+# ---- which layers have a window, where `layer_types` does not say ------------------------------------------------------
+
+
+def full(fields: Fields, layers: int) -> list[str]:
+    """No layer has a window."""
+    return [FULL] * layers
+
+
+def windowed(fields: Fields, layers: int) -> list[str]:
+    """Every layer has a window, if there is one."""
+    return [SLIDING if fields.has("sliding_window") or "sliding_window" not in fields.values else FULL] * layers
+
+
+def windowed_if_named(fields: Fields, layers: int) -> list[str]:
+    """Every layer has a window, if `sliding_window` is written."""
+    return [SLIDING if fields.has("sliding_window") else FULL] * layers
+
+
+def windowed_by_choice(fields: Fields, layers: int) -> list[str]:
+    """Layers from `max_window_layers` on have a window, if `use_sliding_window` says so (Qwen)."""
+    first = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
+    return [SLIDING if layer >= first else FULL for layer in range(layers)]
+
+
+def full_every(period: int, named: str = "") -> Callable[[Fields, int], list[str]]:
+    """The last of every `period` layers is full; `named` is the field that can say another period."""
+
+    def kinds(fields: Fields, layers: int) -> list[str]:
+        every = fields.integer(named, period) if named else period
+        return [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(layers)]
+
+    return kinds
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a config.json leaves to the model's class in the transformers library.
+
+    `kinds` names the layers where `layer_types` is missing (`None`: that field does not count), `window` is the default of `sliding_window`.
+    `named_biases` are the fields that can ask for biases.  The rest are defaults or facts of `ModelConfig`.
+    """
+
+    architecture: str
+    rope_theta: float = 10_000.0
+    head_dim: int | None = None  # None: width / heads
+    tied_embeddings: bool = False
+    kinds: Callable[[Fields, int], list[str]] = full
+    layer_types: bool = True  # whether config.json may name the kinds
+    window: int | None = None
+    window_by_choice: bool = False  # `use_sliding_window` must say so
+    rope_by_kind: bool = False  # `rope_parameters` per layer type
+    partial_rotary: bool = False  # `partial_rotary_factor` counts
+    qkv_bias: bool = False
+    named_biases: tuple[str, ...] = ()
+    qk_norm: str = "none"
+    norms: str = "before"
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    activation_field: str = "hidden_act"
+
+
+_LLAMA_BIASES = ("attention_bias", "mlp_bias")
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", layer_types=False, named_biases=_LLAMA_BIASES),
+    "qwen2": Family("Qwen2ForCausalLM", kinds=windowed_by_choice, window=4096, window_by_choice=True, qkv_bias=True),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        kinds=windowed_by_choice,
+        window=4096,
+        window_by_choice=True,
+        head_dim=128,
+        qk_norm="head",
+        named_biases=("attention_bias",),
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        kinds=full_every(4),
+        rope_by_kind=True,
+        rope_theta=500_000.0,
+        qk_norm="flat",
+        norms="after",
+        named_biases=("attention_bias",),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM", layer_types=False, qk_norm="flat", norms="after", named_biases=("attention_bias",)
+    ),
+    "mistral": Family("MistralForCausalLM", kinds=windowed, layer_types=False, window=4096),
+    "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
+}
+"""The supported families by their `model_type` in config.json."""
+
+
+def supported() -> str:
+    """The families in a sentence."""
+    return "supported are " + ", ".join(f"{name} ({family.architecture})" for name, family in FAMILIES.items())
