@@ -120,6 +120,21 @@ def test_a_group_of_one():
     assert float(adv.group_advantage(reward, group, only_one_left)[1]) == 1.0
 
 
+def test_a_group_of_two_is_compared():
+    """Deviation of 1 and 0 with divisor n - 1: 0.7071."""
+    group, valid = jnp.array([5, 5, 6]), jnp.array([True, True, False])
+    reward = array(1, 0, jnp.nan)
+    np.testing.assert_allclose(adv.group_advantage(reward, group, valid), (0.707106, -0.707106, 0.0), atol=2e-6)
+    np.testing.assert_allclose(adv.leave_one_out(reward, group, valid), (1.0, -1.0, 0.0), atol=1e-6)
+
+
+def test_padding_rows_with_a_group_of_their_own():
+    """Without a valid row in the group there is nobody to compare with, and no reward to fall back on."""
+    reward, group, valid = array(jnp.nan, 3, 1, 0), jnp.array([4, 5, 6, 6]), jnp.array([False, False, True, True])
+    for function in (adv.group_advantage, adv.leave_one_out):
+        np.testing.assert_array_equal(function(reward, group, valid)[:2], 0.0)
+
+
 def test_mean_over_chosen_rows_reaches_the_others():
     value, group = array(1, 10, 3, 30), jnp.array([0, 1, 0, 1])
     chosen = jnp.array([True, True, False, False])
@@ -144,6 +159,8 @@ def test_whiten():
     np.testing.assert_allclose(got[over], (kept - kept.mean()) / kept.std(ddof=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(got[~over], 0.0)
     np.testing.assert_array_equal(adv.whiten(jnp.full(4, 0.3), ALL), 0.0)
+    np.testing.assert_allclose(adv.whiten(array(0, 2), ALL[:2]), (-0.707107, 0.707107), atol=1e-6)
+    np.testing.assert_allclose(adv.whiten(array(0, 2), ALL[:2], eps=2.0), (-0.5, 0.5), atol=1e-6)
     np.testing.assert_array_equal(jax.grad(lambda x: adv.whiten(x, ALL)[0])(array(1, 2, 3, 4)), 0.0)
 
 

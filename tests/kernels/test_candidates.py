@@ -15,7 +15,7 @@ from sdjax.kernels.candidates import (
     candidate_weights,
     candidates,
 )
-from sdjax.kernels.distributions import normalise
+from sdjax.kernels.distributions import NEVER, normalise
 from sdjax.kernels.divergences import reverse_kl
 
 P, Q = (normalise(jnp.asarray(z)) for z in ((2.0, 1.0, 0.0, -1.0), (1.0, 1.5, 0.5, -0.5)))
@@ -108,7 +108,18 @@ def test_weights():
     near(candidate_weights(own, other, kept, "uniform"), (0.5, 0.5, 0.0))
     near(candidate_weights(own, other, kept, raw=True), (0.40, 0.25, 0.0))
     near(candidate_weights(own, other, kept, "uniform", raw=True), (1.0, 1.0, 0.0))
-    near(jax.grad(lambda x: candidate_weights(x, other, kept).sum())(own), 0.0)
+    for of in ("student", "teacher"):  # each alone: their sum is constant anyway
+        near(jax.jacobian(lambda x, of=of: candidate_weights(x, x, kept, of))(own), 0.0)
+
+
+def test_positions_are_apart():
+    """A batch of positions is its positions one by one; where none is kept nothing is left to renormalise over."""
+    own, other = jnp.stack([FIRST, SECOND]), jnp.stack([SECOND, jnp.roll(FIRST, 1)])
+    kept = jnp.asarray([[True, True, False, True, False], [False, True, True, False, False]])
+    surrogate = lambda own, other, kept: candidate_surrogate(own, other, candidate_weights(own, other, kept))
+    for loss in (surrogate, candidate_reverse_kl):
+        near(loss(own, other, kept), [loss(*one) for one in zip(own, other, kept, strict=True)])
+    near(among(own, jnp.zeros_like(kept)) / NEVER, 1.0)
 
 
 def test_without_a_common_token_there_is_no_loss():
