@@ -325,13 +325,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def program() -> None:
     """What the shell runs: `main`, whose status ends the process."""
-    from sdjax.devices.processes import disconnect, many
+    from sdjax.devices.processes import disconnect
 
     status = main()
     if status >= 128:
         disconnect()
-    if status >= 128 or (status and many()):
-        # The signal may have come while XLA's threads were at work: an interpreter being taken apart would crash them.
+    if status:
+        # XLA's threads may be at work: an interpreter being taken apart would crash them.  Others may wait for a bucket.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
