@@ -46,7 +46,8 @@ def measure(
     with model_folder(model) as name:
         student = pretrained.load(name, chat_template=chat_template, template=templates.parsed(template))
     shapes = Shapes(context=context, completion=completion, rows=rows)
-    policy = Policy(Transformer(student.config), student.params, student.tokenizer, shapes, origin=student.origin)
+    model = Transformer(student.config, reach=context + completion)
+    policy = Policy(model, student.params, student.tokenizer, shapes, origin=student.origin)
     return f"{data}: {accuracy(policy, examples[: most or None], verify)}"
 
 

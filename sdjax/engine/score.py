@@ -236,7 +236,8 @@ def token_signals(
 
     def at_positions(x: dict) -> dict[str, Array]:
         # The policies of one view have one tokenizer, and so the same ids without a token.
-        score = lambda name, head: transformer.scores(head, x["hidden"][name], networks[name][0].unused)
+        cap = lambda name: networks[name][0].config.logit_cap
+        score = lambda name, head: transformer.scores(head, x["hidden"][name], networks[name][0].unused, cap(name))
         dist = {name: normalise(score(name, head)) for name, head in heads.items()}
         size = next(iter(dist.values())).shape[-1]
         return signals({**dist, **{name: spread(x["hidden"][name], size) for name in scored}}, x["token"])

@@ -257,7 +257,8 @@ def initial_state(experiment: Experiment, params: Any) -> State:
 def models(experiment: Experiment) -> dict[str, Transformer]:
     """The network of every policy: live, snapshots, external teachers."""
     student, teachers, remat = experiment.student, experiment.teachers, bool(experiment.remat)
-    build = lambda p, dtype: limited(Transformer(p.config, dtype, remat, experiment.scan), p.tokenizer)
+    reach = experiment.shapes.context + experiment.shapes.completion
+    build = lambda p, dtype: limited(Transformer(p.config, dtype, remat, experiment.scan, reach=reach), p.tokenizer)
     own = {name: build(student, experiment.dtype) for name in ("live", *experiment.method.snapshots)}
     return {**own, **{name: build(t, experiment.teacher_dtype or experiment.dtype) for name, t in teachers.items()}}
 

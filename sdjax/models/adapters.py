@@ -29,10 +29,10 @@ from safetensors.numpy import save_file
 
 from sdjax.models.configs import ModelConfig
 from sdjax.models.fields import ModelError
-from sdjax.models.layout import Place, layout
+from sdjax.models.layout import Place, layout, stored_shapes
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Every matrix of a block, by its name in the transformers library."""
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+"""Every matrix of a block, by its name in the transformers library; a family has some of them."""
 
 BASE = "lora/base"
 """The name that the frozen weights go by among the parameters of other policies."""
@@ -148,7 +148,7 @@ def folded(params: Any) -> Any:
 
 
 def targeted(config: ModelConfig, lora: Lora) -> list[tuple[str, str, Place]]:
-    """Block, short name and place of every matrix that has an adapter."""
+    """Block, short name and place of every matrix that has an adapter; of each part, where it lies in several."""
     short = lambda place: place.name.removesuffix(".weight").rsplit(".", 1)[-1]
     return [(p.path.split("/")[0], short(p), p) for p in layout(config) if short(p) in lora.targets and "/" in p.path]
 
@@ -156,8 +156,10 @@ def targeted(config: ModelConfig, lora: Lora) -> list[tuple[str, str, Place]]:
 def initial(config: ModelConfig, lora: Lora, key: Array) -> dict:
     """Adapters that change nothing yet: `a` uniform within `1 / sqrt(in)`, as in the peft library, and `b` 0."""
     found: dict[str, dict] = {}
-    for number, (block, name, place) in enumerate(targeted(config, lora)):
-        outputs, inputs = place.shape
+    whole = stored_shapes(layout(config))
+    matrices = [(block, name, place) for block, name, place in targeted(config, lora) if not place.row]
+    for number, (block, name, place) in enumerate(matrices):
+        outputs, inputs = whole[place.name]
         bound = inputs**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, number), (lora.rank, inputs), jnp.float32, -bound, bound)
         found.setdefault(block, {})[name] = {"a": a, "b": jnp.zeros((outputs, lora.rank), jnp.float32)}
@@ -182,8 +184,8 @@ class Base:
         flat = flatten_dict(dict(self.weights), sep="/")
         parts: dict[str, list] = {}
         for block, name, place in targeted(self.config, self.lora):
-            own = adapters["lora"][block][name]
-            parts.setdefault(place.path, []).append((place, (own["a"], own["b"])))
+            own, rows = adapters["lora"][block][name], slice(place.row, place.row + place.shape[0])
+            parts.setdefault(place.path, []).append((place, (own["a"], own["b"][rows])))
         for path, weight in flat.items():
             if path in parts or hasattr(weight, "qvalue"):
                 flat[path] = self.adapted(weight, path, parts.get(path, []))
@@ -193,12 +195,12 @@ class Base:
         """One weight with its parts, in the order in which the matrices lie in it."""
         if not parts:
             return Adapted(weight, (), (), 0, self.lora.scale)
-        own = {place.name: pair for place, pair in parts}
+        own = {(place.name, place.row): pair for place, pair in parts}
         together = [place for place in layout(self.config) if place.path == path]
         inputs = inputs_of(together[0])
         return Adapted(
             weight,
-            tuple(own.get(place.name) for place in together),
+            tuple(own.get((place.name, place.row)) for place in together),
             tuple(place.ours[inputs:] for place in together),
             max(together[0].axis - inputs, 0),
             self.lora.scale,
@@ -289,7 +291,7 @@ def save_peft(
         "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank,
         "lora_dropout": 0.0,
-        "target_modules": list(lora.targets),
+        "target_modules": [name for name in lora.targets if name in {short for _, short, _ in targeted(config, lora)}],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -54,7 +54,12 @@ def allowed(query_positions: Array, positions: Array, mask: Array, window: int |
 
 
 def attend(
-    query: Array, positions: Array, runs: Sequence[Keys], window: int | None = None, bias: Array | None = None
+    query: Array,
+    positions: Array,
+    runs: Sequence[Keys],
+    window: int | None = None,
+    bias: Array | None = None,
+    cap: float | None = None,
 ) -> Array:
     """Attention of `query [B, S, K, G, H]` at `positions [B, S]` over several runs of keys -> `[B, S, K, G, H]`.
 
@@ -66,16 +71,23 @@ def attend(
       runs: the last is the queries' own, or a cache that holds it.
       window: only keys fewer than this many positions back are read.
       bias: `[B, S, P]`, added to the scores of the last run, the same in every head.
+      cap: a score `x` becomes `cap tanh(x / cap)` (Gemma 2).
     """
     length, keys = query.shape[1], sum(run.keys.shape[1] for run in runs)
     if bias is None and length * keys >= LONG and runs[-1].keys.shape[1] == length:
-        kernel, blocks = partial(by_kernel, window=window), partial(in_blocks, window=window)
+        kernel, blocks = partial(by_kernel, window=window, cap=cap), partial(in_blocks, window=window, cap=cap)
         return jax.lax.platform_dependent(query, positions, tuple(runs), tpu=kernel, default=blocks)
-    return in_blocks(query, positions, runs, window, bias)
+    return in_blocks(query, positions, runs, window, bias, cap)
 
 
 def attend_written(
-    query: Array, positions: Array, before: Sequence[Keys], cache: Keys, written: Array, window: int | None = None
+    query: Array,
+    positions: Array,
+    before: Sequence[Keys],
+    cache: Keys,
+    written: Array,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Array:
     """`attend` over the runs `before` and a cache of which only the first `written` (`[]`) columns hold anything.
 
@@ -84,7 +96,7 @@ def attend_written(
     sizes = prefixes(cache.keys.shape[1])
 
     def reads(size: int) -> Callable[[Keys], Array]:
-        return lambda cache: attend(query, positions, (*before, Keys(*(x[:, :size] for x in cache))), window)
+        return lambda cache: attend(query, positions, (*before, Keys(*(x[:, :size] for x in cache))), window, cap=cap)
 
     return jax.lax.switch(sum(written > size for size in sizes[:-1]), [reads(size) for size in sizes], cache)
 
@@ -101,14 +113,19 @@ def prefixes(length: int) -> list[int]:
 
 
 def in_blocks(
-    query: Array, positions: Array, runs: Sequence[Keys], window: int | None = None, bias: Array | None = None
+    query: Array,
+    positions: Array,
+    runs: Sequence[Keys],
+    window: int | None = None,
+    bias: Array | None = None,
+    cap: float | None = None,
 ) -> Array:
     """`attend` for as many queries at a time as `SCORES` allows; all at once if it allows that."""
     batch, length, kv_heads, per_kv, _ = query.shape
     keys = sum(run.keys.shape[1] for run in runs)
     per_query = batch * kv_heads * per_kv * keys // devices_of(batch)
     if per_query * length <= SCORES:
-        return at_once(query, positions, runs, window, bias)
+        return at_once(query, positions, runs, window, bias, cap)
     blocks = min(length, math.ceil(per_query * length / SCORES))
     size = math.ceil(length / blocks)
 
@@ -116,7 +133,7 @@ def in_blocks(
         x = jnp.pad(x, ((0, 0), (0, size * blocks - length)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
 
-    one = jax.checkpoint(lambda x: at_once(x[0], x[1], runs, window, x[2]))
+    one = jax.checkpoint(lambda x: at_once(x[0], x[1], runs, window, x[2], cap))
     read = jax.lax.map(one, jax.tree.map(split, (query, positions, bias)))
     return jnp.moveaxis(read, 0, 1).reshape(batch, -1, *query.shape[2:])[:, :length]
 
@@ -127,7 +144,12 @@ def devices_of(rows: int) -> int:
 
 
 def at_once(
-    query: Array, positions: Array, runs: Sequence[Keys], window: int | None = None, bias: Array | None = None
+    query: Array,
+    positions: Array,
+    runs: Sequence[Keys],
+    window: int | None = None,
+    bias: Array | None = None,
+    cap: float | None = None,
 ) -> Array:
     """`attend` with all scores in memory.  Keys that rows share are never copied."""
     batch, length, kv_heads, per_kv, head_dim = query.shape
@@ -138,6 +160,8 @@ def at_once(
         rows = query.reshape(run.keys.shape[0], -1, *query.shape[1:])
         score = jnp.einsum("nrskgh,npkh->nrkgsp", rows, run.keys, preferred_element_type=jnp.float32)
         score = score.reshape(batch, kv_heads, per_kv, length, -1)
+        if cap is not None:
+            score = cap * jnp.tanh(score / cap)
         if bias is not None and run is runs[-1]:
             score = score + bias[:, None, None]
         reachable = allowed(positions, repeat(run.positions), repeat(run.mask), window)
@@ -157,7 +181,12 @@ def at_once(
 
 
 def by_kernel(
-    query: Array, positions: Array, runs: Sequence[Keys], window: int | None = None, interpret: bool = False
+    query: Array,
+    positions: Array,
+    runs: Sequence[Keys],
+    window: int | None = None,
+    interpret: bool = False,
+    cap: float | None = None,
 ) -> Array:
     """`attend` by splash attention, whose tiles of scores never leave the chip.
 
@@ -180,7 +209,7 @@ def by_kernel(
     segments = lambda x: tiled(x.astype(jnp.int32))  # real tokens read real ones, and padding itself
     arguments = (asked, heads_first(keys), heads_first(values), segments(mask[:, before:]), segments(mask))
 
-    call = partial(splash, before=before, window=window, interpret=interpret)
+    call = partial(splash, before=before, window=window, interpret=interpret, cap=cap)
     if current() is not None:
         rows = rows_axis(batch)
         specs = (P(rows, MODEL),) * 3 + (P(rows),) * 2
@@ -199,18 +228,19 @@ def splash(
     before: int,
     window: int | None,
     interpret: bool,
+    cap: float | None = None,
 ) -> Array:
     """One device's rows and heads: `query [B, heads, S, H]`, `keys, values [B, K, P, H]`, segments `[B, S]`, `[B, P]`.
 
     The query of column `i` reads the keys of columns up to `before + i`.
     """
-    kernel, segments = kernel_of(query.shape[1], query.shape[2], keys.shape[2], before, window, TILE, interpret)
+    kernel, segments = kernel_of(query.shape[1], query.shape[2], keys.shape[2], before, window, TILE, interpret, cap)
     return jax.vmap(kernel)(query, keys, values, segments(own, others))
 
 
 @functools.cache
 def kernel_of(
-    heads: int, length: int, keys: int, before: int, window: int | None, tile: int, interpret: bool
+    heads: int, length: int, keys: int, before: int, window: int | None, tile: int, interpret: bool, cap: float | None
 ) -> tuple[Callable, Callable]:
     """The library's kernel for these shapes, and its segments; made once, for it walks through all tiles in Python."""
     # Imported late: other backends never need it.
@@ -228,6 +258,7 @@ def kernel_of(
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        attn_logits_soft_cap=cap,
     )
     # A thread of its own knows neither the trace nor the mesh that are being worked on: what it makes are numbers.
     with ThreadPoolExecutor(1) as pool:

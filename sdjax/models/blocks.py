@@ -10,7 +10,7 @@ from sdjax.models.adapters import Adapted
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.caches import put
 from sdjax.models.configs import ModelConfig
-from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, project, rotate
+from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, grown, project, rotate
 
 
 class Attention(nn.Module):
@@ -31,13 +31,16 @@ class Attention(nn.Module):
         query, key, value = mixed[..., :per_kv, :], mixed[..., per_kv, :], mixed[..., per_kv + 1, :]
         if c.qk_norm != "none":
             query, key = self.normalised(query, key)
-        query, key = rotate(query, positions, c.ropes[self.layer]), rotate(key, positions, c.ropes[self.layer])
+        rope = c.ropes[self.layer]
+        query, key = grown(rotate(query, positions, rope), positions, rope), rotate(key, positions, rope)
+        if c.query_scalar not in (None, c.head_dim):
+            query = query * (c.head_dim / c.query_scalar) ** 0.5
         own, before = Keys(key, value, positions, mask), () if past is None else (past,)
         if cache is None:
-            read = attend(query, positions, (*before, own), c.windows[self.layer], bias)
+            read = attend(query, positions, (*before, own), c.windows[self.layer], bias, c.score_cap)
         else:
             own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
-            read = attend_written(query, positions, before, own, column.written, c.windows[self.layer])
+            read = attend_written(query, positions, before, own, column.written, c.windows[self.layer], c.score_cap)
         if isinstance(out, Adapted):
             mixed = out.applied(read, inputs=3)
         else:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdjax.models.families import FAMILIES, FULL, LAYER_KINDS, SLIDING, Family, full, supported
+from sdjax.models.families import FAMILIES, FULL, LAYER_KINDS, OPTIONAL, SLIDING, Family, full, supported
 from sdjax.models.fields import Fields, ModelError, read_fields
-from sdjax.models.ropes import Rope, rope
+from sdjax.models.ropes import NO_ROPE, ORIGINAL, Rope, rope
+from sdjax.models.wrapped import text_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,9 @@ class ModelConfig:
     `windows` has one entry per layer: `None` attends to everything before, `n` to the last `n` tokens (itself
     included).  `ropes` has one entry per layer too.  `qk_norm` is "none", "head" (RMS norm over each head, Qwen3) or
     "flat" (over all heads together, OLMo).  `norms` says what is normalised: each sublayer's input ("before"), its
-    output ("after", OLMo), or "both" (Gemma); a norm multiplies by `norm_offset` plus its scale.
+    output ("after", OLMo), or "both" (Gemma); a norm multiplies by `norm_offset` plus its scale.  Attention scores are
+    divided by the root of `query_scalar` (`None`: of `head_dim`); a cap `c` turns scores or logits `x` into
+    `c tanh(x / c)`.  `fused` is of files only: one tensor holds queries, keys and values, one gate and up (Phi-3).
     """
 
     family: str
@@ -42,6 +45,17 @@ class ModelConfig:
     norms: str = "before"
     norm_offset: float = 0.0
     activation: str = "silu"
+    fused: bool = False
+    embedding_scale: float = 1.0
+    query_scalar: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+
+    def reaching(self, tokens: int | None) -> ModelConfig:
+        """The same model for texts of up to so many tokens: LongRoPE has other frequencies for long ones."""
+        if tokens is None or not any(rope.longer for rope in self.ropes):
+            return self
+        return dataclasses.replace(self, ropes=tuple(rope.reaching(tokens) for rope in self.ropes))
 
     def of_layers(self) -> list[tuple[Any, ...]]:
         """What one layer may have that another has not, for each layer: layers with equal entries do the same."""
@@ -74,11 +88,23 @@ def _rope_parameters(fields: Fields, family: Family, kinds: tuple[str, ...]) -> 
     shared = {"rope_theta": fields.number("rope_theta", family.rope_theta)}
     if fields.has("partial_rotary_factor"):
         shared["partial_rotary_factor"] = fields.values["partial_rotary_factor"]
+    if family.original_context is not None:
+        for section in filter(None, (found, scaling)):
+            section[ORIGINAL] = fields.integer(ORIGINAL, family.original_context)
     if family.rope_by_kind:
         # Scaling stretches only the layers that see the whole context: a window never reaches that far.
         nested.setdefault(FULL, scaling)
-        return {kind: {**shared, **(nested.get(kind) or {})} for kind in kinds}
-    return {kind: {**shared, **(found or scaling)} for kind in kinds}
+        local = {"rope_theta": fields.number("rope_local_base_freq", family.local_theta)} if family.local_theta else {}
+        given = {kind: {**shared, **(local if kind == SLIDING else {}), **(nested.get(kind) or {})} for kind in kinds}
+    else:
+        given = {kind: {**shared, **(found or scaling)} for kind in kinds}
+    return {kind: parameters if family.partial_rotary else _whole(parameters) for kind, parameters in given.items()}
+
+
+def _whole(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of a family whose class always rotates whole heads: plain ropes, whatever `partial_rotary_factor` says."""
+    scaled = (parameters.get("rope_type") or parameters.get("type") or "default") != "default"
+    return {name: value for name, value in parameters.items() if scaled or name != "partial_rotary_factor"}
 
 
 def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
@@ -90,7 +116,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
     Raises: ModelError for a file that cannot be read, for a family, rope type or variant that is not supported, and
     for a field that is missing or makes no sense; the message names the file and the field.
     """
-    fields = read_fields(config)
+    fields = text_fields(read_fields(config))
     name = _family_name(fields)
     family = FAMILIES[name]
     _refuse_variants(fields, family)
@@ -109,6 +135,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         kind: rope(head_dim, max_context, parameters, fields.where)
         for kind, parameters in _rope_parameters(fields, family, tuple(dict.fromkeys(kinds))).items()
     }
+    rotates = family.rotates(fields, len(kinds)) if family.rotates else [True] * len(kinds)
     return ModelConfig(
         family=name,
         vocab_size=fields.integer("vocab_size"),
@@ -122,7 +149,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         max_context=max_context,
         tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
         windows=windows,
-        ropes=tuple(ropes[kind] for kind in kinds),
+        ropes=tuple(ropes[kind] if turns else NO_ROPE for kind, turns in zip(kinds, rotates, strict=True)),
         qkv_bias=family.qkv_bias or _asked(fields, family, "attention_bias"),
         out_bias=_asked(fields, family, "attention_bias"),
         mlp_bias=_asked(fields, family, "mlp_bias"),
@@ -130,6 +157,9 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         norms=family.norms,
         norm_offset=family.norm_offset,
         activation=_ACTIVATIONS[fields.values.get(family.activation_field) or _named_activation(family.activation)],
+        fused=family.fused,
+        embedding_scale=width**0.5 if family.scaled_embedding else 1.0,
+        **{ours: _optional(fields, family, name, ours) for name, ours in OPTIONAL.items()},
     )
 
 
@@ -158,11 +188,20 @@ def _asked(fields: Fields, family: Family, name: str) -> bool:
     return name in family.named_biases and fields.flag(name)
 
 
+def _optional(fields: Fields, family: Family, name: str, ours: str) -> float | None:
+    """A number that some families read; null is none."""
+    if name not in family.optional or name not in fields.values:
+        return getattr(family, ours)
+    return fields.number(name) if fields.has(name) else None
+
+
 def _refuse_variants(fields: Fields, family: Family) -> None:
     """What a supported family's config.json can ask for and this decoder does not do."""
     activation = fields.values.get(family.activation_field)
     if activation is not None and activation not in _ACTIVATIONS:
         fields.refuse(f"{family.activation_field!r} {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+    if fields.values.get("use_bidirectional_attention"):
+        fields.refuse("'use_bidirectional_attention' is not supported: a text is written from left to right")
     if fields.has("quantization_config"):
         fields.refuse("quantised weights ('quantization_config') are not supported; use the unquantised model")
 
@@ -194,7 +233,12 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.family not in FAMILIES:
         raise ModelError(f"family {config.family!r} is not supported; supported are {', '.join(FAMILIES)}")
     family, kinds = FAMILIES[config.family], [LAYER_KINDS[window is not None] for window in config.windows]
-    parameters = {kind: dict(entry.source) for kind, entry in zip(kinds, config.ropes, strict=False)}
+    listed = lambda value: list(value) if isinstance(value, tuple) else value
+    parameters = {
+        kind: {name: listed(value) for name, value in entry.source}
+        for kind, entry in zip(kinds, config.ropes, strict=False)
+        if entry != NO_ROPE
+    }
     result = {
         "architectures": [family.architecture],
         "model_type": config.family,
@@ -226,7 +270,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         result["mlp_bias"] = config.mlp_bias
     if family.window_by_choice:
         first = next((layer for layer, window in enumerate(config.windows) if window is not None), config.layers)
-        result |= {"use_sliding_window": first < config.layers, "max_window_layers": first}
+        result["use_sliding_window"] = first < config.layers
+        result |= {"max_window_layers": first} if family.rotates is None else {}
+    if family.original_context is not None:
+        result[ORIGINAL] = next(iter(parameters.values()), {}).get(ORIGINAL, family.original_context)
+    if family.rotates:
+        result["no_rope_layers"] = [int(entry != NO_ROPE) for entry in config.ropes]
+    result |= {name: getattr(config, OPTIONAL[name]) for name in family.optional}
     _check_expressible(config, result)
     return result
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 from sdjax.models.fields import Fields
+from sdjax.models.wrapped import WRAPPERS
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 """What `layer_types` can call a layer that attends: to everything before it, or to a window."""
@@ -48,6 +49,22 @@ def full_every(period: int, named: str = "") -> Callable[[Fields, int], list[str
     return kinds
 
 
+def windowed_without_rope(fields: Fields, layers: int) -> list[str]:
+    """Layers that rotate nothing have a window, if `use_sliding_window` says so (SmolLM3)."""
+    return [FULL if rotates else SLIDING for rotates in rotating(fields, layers)]
+
+
+def rotating(fields: Fields, layers: int) -> list[bool]:
+    """Which layers rotate queries and keys: `no_rope_layers` (1 where they do), or all but every fourth (SmolLM3)."""
+    every = fields.integer("no_rope_layer_interval", 4)
+    named = fields.values.get("no_rope_layers")
+    if named is None:
+        return [(layer + 1) % every != 0 for layer in range(layers)]
+    if not isinstance(named, list) or len(named) < layers or any(entry not in (0, 1) for entry in named):
+        fields.refuse(f"'no_rope_layers' must be a list of {layers} entries that are 0 or 1, found {named!r}")
+    return [bool(entry) for entry in named[:layers]]
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +85,11 @@ class Family:
     window: int | None = None
     window_by_choice: bool = False  # `use_sliding_window` must say so
     rope_by_kind: bool = False  # `rope_parameters` per layer type
+    original_context: int | None = (
+        None  # default of `original_max_position_embeddings` beside the ropes, where it counts
+    )
+    local_theta: float | None = None  # `rope_theta` of layers with a window, where it differs
+    rotates: Callable[[Fields, int], list[bool]] | None = None  # layers with a rope, where not all have one
     partial_rotary: bool = False  # `partial_rotary_factor` counts
     qkv_bias: bool = False
     named_biases: tuple[str, ...] = ()
@@ -76,6 +98,33 @@ class Family:
     norm_offset: float = 0.0
     activation: str = "silu"
     activation_field: str = "hidden_act"
+    fused: bool = False
+    scaled_embedding: bool = False  # embeddings are multiplied by the root of the width
+    query_scalar: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    optional: tuple[str, ...] = ()  # further fields of config.json, of `OPTIONAL`, that count
+
+
+OPTIONAL = {
+    "query_pre_attn_scalar": "query_scalar",
+    "attn_logit_softcapping": "score_cap",
+    "final_logit_softcapping": "logit_cap",
+}
+"""Fields that some families read, and what `ModelConfig` calls them; null is none."""
+
+_GEMMA = {
+    "head_dim": 256,
+    "tied_embeddings": True,
+    "window": 4096,
+    "norms": "both",
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "activation_field": "hidden_activation",
+    "scaled_embedding": True,
+    "query_scalar": 256,
+    "named_biases": ("attention_bias",),
+}
 
 
 _LLAMA_BIASES = ("attention_bias", "mlp_bias")
@@ -105,6 +154,37 @@ FAMILIES = {
         "Olmo2ForCausalLM", layer_types=False, qk_norm="flat", norms="after", named_biases=("attention_bias",)
     ),
     "mistral": Family("MistralForCausalLM", kinds=windowed, layer_types=False, window=4096),
+    "ministral3": Family("Ministral3ForCausalLM", kinds=windowed_if_named, layer_types=False, head_dim=128),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        kinds=windowed_if_named,
+        layer_types=False,
+        partial_rotary=True,
+        original_context=4096,
+        fused=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        kinds=windowed_without_rope,
+        window_by_choice=True,
+        rotates=rotating,
+        rope_theta=2_000_000.0,
+        tied_embeddings=True,
+        named_biases=_LLAMA_BIASES,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", **_GEMMA, kinds=full_every(2), score_cap=50.0, logit_cap=30.0, optional=tuple(OPTIONAL)
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        **_GEMMA,
+        kinds=full_every(6, "sliding_window_pattern"),
+        rope_by_kind=True,
+        rope_theta=1_000_000.0,
+        local_theta=10_000.0,
+        qk_norm="head",
+        optional=("query_pre_attn_scalar", "final_logit_softcapping"),
+    ),
     "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
 }
 """The supported families by their `model_type` in config.json."""
@@ -112,4 +192,5 @@ FAMILIES = {
 
 def supported() -> str:
     """The families in a sentence."""
-    return "supported are " + ", ".join(f"{name} ({family.architecture})" for name, family in FAMILIES.items())
+    rows = [*FAMILIES.items(), *WRAPPERS.items()]
+    return "supported are " + ", ".join(f"{name} ({row.architecture})" for name, row in rows)

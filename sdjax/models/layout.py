@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from sdjax.models.configs import ModelConfig
 # `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary.
 # "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
 # stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
+# Rows with the same name in the file are parts of one tensor, behind one another along its first axis.
 _MODEL = """
 embed                           model.embed_tokens                       token_embd          V,D   -> VD
 final_norm/scale                model.norm                               output_norm         D     -> D
@@ -25,6 +27,17 @@ layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.a
 layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.attn_k        K1H,D -> DK.1H
 layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
 layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
+"""
+_FUSED_ATTENTION = """
+layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      KGH,D -> DK.GH
+layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      K1H,D -> DK.1H
+layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      K1H,D -> DK.1H
+layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
+"""
+_FUSED_MLP = """
+layers_#/mlp/gate_up            model.layers.#.mlp.gate_up_proj          blk.#.ffn_up        1F,D  -> D.1F
+layers_#/mlp/gate_up            model.layers.#.mlp.gate_up_proj          blk.#.ffn_up        1F,D  -> D.1F
+layers_#/mlp/down               model.layers.#.mlp.down_proj             blk.#.ffn_down      D,F   -> FD
 """
 _MLP = """
 layers_#/mlp/gate_up            model.layers.#.mlp.gate_proj             blk.#.ffn_gate      1F,D  -> D.1F
@@ -74,16 +87,17 @@ layers_#/mlp_out_norm/scale     model.layers.#.post_feedforward_layernorm blk.#.
 
 
 class Place(NamedTuple):
-    """Where one tensor of a file lies in our parameters, for one configuration."""
+    """Where one tensor of a file, or rows of it, lie in our parameters, for one configuration."""
 
     path: str
     name: str  # in transformers
     gguf: str
-    shape: tuple[int, ...]  # in the file
+    shape: tuple[int, ...]  # in the file: of these rows alone
     view: tuple[int, ...]  # the file's shape with every axis apart
     axes: tuple[int, ...]  # of the view, in our order
     axis: int  # ours, along which it shares the array
     start: int
+    row: int = 0  # the first of these rows in the file's tensor
 
     @property
     def ours(self) -> tuple[int, ...]:
@@ -107,11 +121,19 @@ def layout(config: ModelConfig) -> list[Place]:
     """Every tensor of a file with this configuration, and where it lies in our parameters."""
     table = _MODEL + ("" if config.tied_embeddings else _HEAD)
     table += "".join(_block(config, layer).replace("#", str(layer)) for layer in range(config.layers))
-    places, ends = [], {}
-    for row in table.split("\n"):
-        if row:
-            places.append(_place(config, row, ends))
+    places, ends, rows = [], {}, {}
+    for line in table.split("\n"):
+        if line:
+            places.append(_place(config, line, ends, rows))
     return places
+
+
+def stored_shapes(
+    places: Iterable[Place], named: Callable[[Place], str] = lambda place: place.name
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a file by its name, in transformers or as `named`."""
+    # The last part of a tensor ends where the tensor ends.
+    return {named(place): (place.row + place.shape[0], *place.shape[1:]) for place in places}
 
 
 def _block(config: ModelConfig, layer: int) -> str:
@@ -121,30 +143,34 @@ def _block(config: ModelConfig, layer: int) -> str:
 
 def _mixer(config: ModelConfig, layer: int) -> str:
     biases = (_QKV_BIAS if config.qkv_bias else "") + (_OUT_BIAS if config.out_bias else "")
-    return _ATTENTION + biases + _QK_NORM[config.qk_norm]
+    return (_FUSED_ATTENTION if config.fused else _ATTENTION) + biases + _QK_NORM[config.qk_norm]
 
 
 def _mlp(config: ModelConfig, layer: int) -> str:
-    return _MLP + (_MLP_BIAS if config.mlp_bias else "")
+    return (_FUSED_MLP if config.fused else _MLP) + (_MLP_BIAS if config.mlp_bias else "")
 
 
-def _place(config: ModelConfig, row: str, ends: dict[str, int]) -> Place:
-    path, name, gguf, stored, _, ours = row.split()
+def _place(config: ModelConfig, line: str, ends: dict[str, int], rows: dict[str, int]) -> Place:
+    path, name, gguf, stored, _, ours = line.split()
     sizes = {"D": config.width, "K": config.kv_heads, "G": config.heads // config.kv_heads, "H": config.head_dim}
     sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
     sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
     letters = stored.replace(",", "")
     start, axis = ends.get(path, 0), max(ours.find("."), 0)
     ends[path] = start + sizes[ours.replace(".", "")[axis]]
+    shape = tuple(math.prod(sizes[letter] for letter in group) for group in stored.split(","))
+    row = rows.get(name, 0)
+    rows[name] = row + shape[0]
     return Place(
         path=path,
         name=name if name.endswith(".bias") else f"{name}.weight",
         gguf=gguf if gguf.endswith(".bias") else f"{gguf}.weight",
-        shape=tuple(math.prod(sizes[letter] for letter in group) for group in stored.split(",")),
+        shape=shape,
         view=tuple(sizes[letter] for letter in letters),
         axes=tuple(letters.index(letter) for letter in ours.replace(".", "")),
         axis=axis,
         start=start,
+        row=row,
     )
 
 

@@ -61,6 +61,14 @@ def rotate(x: Array, positions: Array, rope: Rope) -> Array:
     return jnp.concatenate([*rotated, *rest], axis=-1).astype(x.dtype)
 
 
+def grown(query: Array, positions: Array, rope: Rope) -> Array:
+    """`query [B, S, ..., H]` times `1 + growth log(1 + floor(p / original))`; as it is where the rope has no growth."""
+    if not rope.growth:
+        return query
+    factor = 1 + rope.growth * jnp.log1p(jnp.floor(positions / rope.original).astype(jnp.float32))
+    return query * factor.reshape(positions.shape + (1,) * (query.ndim - 2)).astype(query.dtype)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis, in float32.
 

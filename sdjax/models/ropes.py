@@ -16,13 +16,31 @@ from sdjax.models.fields import Fields
 class Rope:
     """Rotary position embedding of one kind of layer.
 
-    `inverse_frequencies` has `head_dim // 2` entries, radians per position; `scale` multiplies cosine and sine
-    (1 except for YaRN).  `source` is what config.json says of it, as pairs: only `to_hf` needs it.
+    `inverse_frequencies` has `head_dim // 2` entries, radians per position, or fewer: the features beyond stay as they
+    are.  `scale` multiplies cosine and sine (1 except for YaRN and LongRoPE).  `source` is what config.json says of it, as pairs: only
+    `to_hf` needs it.  `longer` are LongRoPE's frequencies for texts of more than `original` tokens.  With `growth`, a
+    query at position `p` is multiplied by `1 + growth log(1 + floor(p / original))` (Ministral 3).
     """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
     source: tuple[tuple[str, Any], ...] = ()
+    original: int = 0
+    longer: tuple[float, ...] = ()
+    growth: float = 0.0
+
+    def reaching(self, tokens: int) -> Rope:
+        """The rope of texts of up to so many tokens."""
+        if not self.longer or tokens <= self.original:
+            return self
+        return dataclasses.replace(self, inverse_frequencies=self.longer)
+
+
+NO_ROPE = Rope(())
+"""A layer that rotates nothing (SmolLM3)."""
+
+
+ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
 
 
 def rope(
@@ -33,28 +51,45 @@ def rope(
     Args:
       head_dim: an even number.
       max_context: tokens; stands in for `original_max_position_embeddings` where that is missing.
-      parameters: `rope_type` ("default", "linear", "llama3" or "yarn"), `rope_theta`, and what that type needs.
+      parameters: `rope_type` ("default", "linear", "llama3", "yarn" or "longrope"), `rope_theta`, `partial_rotary_factor`
+        (the share of a head that is rotated), and what that type needs.
 
     Raises: ModelError for another type, or for a missing number; `where` names the place in the message.
-    Source: Su et al. 2021, arXiv:2104.09864; YaRN: Peng et al. 2023, arXiv:2309.00071.
+    Source: Su et al. 2021, arXiv:2104.09864; YaRN: Peng et al. 2023, arXiv:2309.00071; LongRoPE: Ding et al. 2024,
+    arXiv:2402.13753.
     """
     parameters = dict(parameters or {})
     old_name = parameters.pop("type", None)
     parameters["rope_type"] = parameters.get("rope_type") or old_name or "default"
+    parameters["rope_type"] = "longrope" if parameters["rope_type"] == "su" else parameters["rope_type"]
     parameters.setdefault("rope_theta", 10_000.0)
     fields = Fields(parameters, where)
     kind = parameters["rope_type"]
     if not isinstance(kind, str) or kind not in _SCALINGS:
         fields.refuse(f"rope type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
-    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-        fields.refuse("'partial_rotary_factor' other than 1 is not supported")
+    turned = int(head_dim * fields.number("partial_rotary_factor", 1.0))
+    if turned % 2 or not 0 < turned <= head_dim:
+        fields.refuse(
+            f"'partial_rotary_factor' must leave an even number of a head's {head_dim} features, found {turned}"
+        )
     # float32 throughout, as in the reference: at position 10^4 the rounding of a frequency is visible in the angle.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    exponents = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
     base = np.float32(1) / np.float32(fields.number("rope_theta")) ** exponents
     frequencies, scale = _SCALINGS[kind](base, fields, max_context)
-    kept = ("rope_type", "rope_theta", *_ROPE_FIELDS[kind])
-    source = tuple((name, parameters[name]) for name in kept if name in parameters)
-    return Rope(tuple(float(f) for f in frequencies), float(scale), source)
+    kept = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[kind]}
+    growth = fields.number(GROWTH) if fields.has(GROWTH) else 0.0
+    kept |= {GROWTH, ORIGINAL} if growth else set()
+    hashable = lambda value: tuple(value) if isinstance(value, list) else value
+    source = tuple((name, hashable(parameters[name])) for name in sorted(kept) if fields.has(name))
+    longer = _longrope(base, fields, max_context, "long_factor")[0] if kind == "longrope" else ()
+    return Rope(
+        tuple(map(float, frequencies)),
+        float(scale),
+        source,
+        original=fields.integer(ORIGINAL, max_context) if growth or kind == "longrope" else 0,
+        longer=tuple(map(float, longer)),
+        growth=growth,
+    )
 
 
 def _linear(base: np.ndarray, fields: Fields, max_context: int) -> tuple[np.ndarray, float]:
@@ -98,15 +133,31 @@ def _yarn_scale(fields: Fields, factor: float) -> float:
     return grown(1)
 
 
+def _longrope(
+    base: np.ndarray, fields: Fields, max_context: int, which: str = "short_factor"
+) -> tuple[np.ndarray, float]:
+    """Each frequency is slowed by a factor of its own; there is a list for short texts and one for long ones."""
+    factors = fields.values.get(which)
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf
+    if not isinstance(factors, (list, tuple)) or len(factors) != len(base) or not all(map(number, factors)):
+        fields.refuse(f"{which!r} must be a list of {len(base)} positive numbers, found {factors!r}")
+    context = fields.number(ORIGINAL, max_context)
+    factor = fields.number("factor", max_context / context)
+    grown = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return base / np.asarray(factors, np.float32), fields.number("attention_factor", grown)
+
+
 _SCALINGS = {
     "default": lambda base, fields, max_context: (base, 1.0),
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         *("factor", "original_max_position_embeddings", "attention_factor"),

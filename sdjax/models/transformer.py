@@ -44,6 +44,7 @@ class Transformer(nn.Module):
     forward pass of the blocks.  `scan` compiles one period of layers and loops over it, where nothing is decoded: programs
     of deep models compile many times faster, for a copy of the parameters and of their gradients.  `unused` are ranges
     `(first, end)` of ids that have an embedding and no token, as where an embedding is padded: their logits are `NEVER`.
+    `reach` is how many tokens a text has at most, where it matters (LongRoPE).
     """
 
     config: ModelConfig
@@ -51,9 +52,10 @@ class Transformer(nn.Module):
     remat: bool = False
     scan: bool = False
     unused: tuple[tuple[int, int], ...] = ()
+    reach: int | None = None
 
     def setup(self):
-        c = self.config
+        c = self.config.reaching(self.reach)
         self.embed = self.param("embed", INIT, (c.vocab_size, c.width))
         self.blocks = [Block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")
@@ -62,6 +64,8 @@ class Transformer(nn.Module):
 
     def run(self, tokens, positions, mask, past, cache, column, bias=None):
         x = constrain(jnp.take(self.embed, tokens, axis=0).astype(self.dtype), DATA)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, self.dtype)
         if mask is not None:
             # Attention weighs what it may not read by 0, and 0 times an infinity is NaN.
             x = jnp.where(mask[..., None], x, 0)
@@ -112,7 +116,7 @@ class Transformer(nn.Module):
 
     def pure_block(self, layer):
         """A layer as a function of its parameters, too; recomputed in the backward pass if the model is."""
-        block = Block(self.config, layer, parent=None)
+        block = Block(self.config.reaching(self.reach), layer, parent=None)
         call = lambda x, params, *rest: block.apply({"params": params}, x, *rest)
         call = recomputed(call) if self.remat else call
         return lambda params, x, *rest: call(x, params, *rest)
@@ -129,7 +133,9 @@ class Transformer(nn.Module):
         return hidden[:, 0], cache
 
     def logits(self, hidden):
-        return scores(self.embed if self.config.tied_embeddings else self.head, hidden, self.unused)
+        return scores(
+            self.embed if self.config.tied_embeddings else self.head, hidden, self.unused, self.config.logit_cap
+        )
 
     def everything(self, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -141,9 +147,10 @@ def head_of(model: Transformer, params: dict) -> Array:
     return params["embed" if model.config.tied_embeddings else "head"]
 
 
-def scores(head: Array, hidden: Array, unused: Sequence[tuple[int, int]] = ()) -> Array:
+def scores(head: Array, hidden: Array, unused: Sequence[tuple[int, int]] = (), cap: float | None = None) -> Array:
     """Float32 logits `[..., V]` of hidden states `[..., D]` by a head `[V, D]`, or `[N, V, D]` of `sharding.copies`.
 
+    With a `cap`, a logit `x` becomes `cap tanh(x / cap)`.
     Those of ids in the ranges `unused` are `NEVER`: such an id has no mass, whoever reads the logits.
     """
     head = head.astype(hidden.dtype)
@@ -154,6 +161,8 @@ def scores(head: Array, hidden: Array, unused: Sequence[tuple[int, int]] = ()) -
         found = jnp.einsum("n...d,nvd->n...v", parts, head, preferred_element_type=jnp.float32)
         found = constrain(found, DATA, *(None,) * (found.ndim - 2), MODEL).reshape(*hidden.shape[:-1], -1)
     found = constrain(found, *(DATA, *(None,) * found.ndim)[: found.ndim - 1], MODEL)
+    if cap is not None:
+        found = cap * jnp.tanh(found / cap)
     for first, end in unused:
         ids = jnp.arange(found.shape[-1])
         found = jnp.where((ids >= first) & (ids < end), NEVER, found)

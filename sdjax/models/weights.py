@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
-from sdjax.models.layout import Place, layout, shapes
+from sdjax.models.layout import Place, layout, shapes, stored_shapes
+from sdjax.models.wrapped import text_tensors
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 
@@ -49,6 +50,7 @@ def load(folder: str | os.PathLike, config: ModelConfig) -> dict:
     for path in files:
         stored |= _open_safetensors(path)
     where = str(files[0]) if len(files) == 1 else str(folder)
+    stored = text_tensors(stored, where)
     if config.tied_embeddings and "lm_head.weight" in stored:
         _check_tied(stored, where)
         stored.pop("lm_head.weight")
@@ -109,7 +111,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
 def fill(config: ModelConfig, stored: Mapping[str, Stored], named: Callable[[Place], str], where: str) -> dict:
     """Our parameters from the tensors of a file, after checking all of them."""
     places = layout(config)
-    problems = list(_problems({named(place): place for place in places}, stored))
+    problems = list(_problems(stored_shapes(places, named), stored))
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ModelError(
@@ -117,21 +119,23 @@ def fill(config: ModelConfig, stored: Mapping[str, Stored], named: Callable[[Pla
         )
     arrays = {path: np.empty(shape, np.float32) for path, shape in shapes(config).items()}
     for place in places:
-        place.part(arrays[place.path])[...] = place.read(stored[named(place)].read())
+        place.part(arrays[place.path])[...] = place.read(
+            stored[named(place)].read()[place.row : place.row + place.shape[0]]
+        )
     return unflatten_dict(arrays, sep="/")
 
 
-def _problems(places: Mapping[str, Place], stored: Mapping[str, Stored]) -> Iterator[str]:
-    for name, place in places.items():
+def _problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> Iterator[str]:
+    for name, shape in wanted.items():
         if name not in stored:
-            yield f"{name} {list(place.shape)} is missing"
+            yield f"{name} {list(shape)} is missing"
             continue
         found = stored[name]
-        if found.shape != place.shape:
-            yield f"{name} in {found.file} has shape {list(found.shape)}, expected {list(place.shape)}"
+        if found.shape != shape:
+            yield f"{name} in {found.file} has shape {list(found.shape)}, expected {list(shape)}"
         if found.kind not in _FLOATS:
             yield f"{name} in {found.file} has type {found.kind}, expected one of {', '.join(_FLOATS)}"
-    for name in sorted(stored.keys() - places.keys()):
+    for name in sorted(stored.keys() - wanted.keys()):
         if not name.endswith(".rotary_emb.inv_freq"):  # old checkpoints keep what follows from config.json
             yield f"{name} in {stored[name].file} {list(stored[name].shape)} is not expected"
 
@@ -192,7 +196,7 @@ def _shards(places: list[Place], limit: int) -> list[list[Place]]:
     groups, size = [[]], 0
     for place in places:
         size += math.prod(place.shape)
-        if groups[-1] and size > limit:
+        if groups[-1] and size > limit and not place.row:  # parts of one tensor stay together
             groups.append([])
             size = math.prod(place.shape)
         groups[-1].append(place)
@@ -211,7 +215,8 @@ def _write_shard(path: Path, places: list[Place], params: Mapping[str, Any], kin
     for place in places:
         if place.path not in ours:  # one array is fetched from the devices at a time
             ours = {place.path: np.asarray(arrays[place.path], np.float32)}
-        tensors[place.name] = _converted(place.written(ours[place.path]), kind, place.name)
+        part = _converted(place.written(ours[place.path]), kind, place.name)
+        tensors[place.name] = np.concatenate([tensors[place.name], part]) if place.row else part
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)

@@ -37,7 +37,10 @@ from sdjax.types import Task
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = np.random.default_rng(0).integers(1, 60, (2, 9)).astype(np.int32)
 needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="sdjax[lora] is not installed")
-each_family = pytest.mark.parametrize("family", sorted(p.name for p in GOLDEN.iterdir() if p.is_dir()))
+each_family = pytest.mark.parametrize(
+    "family", ["gemma3_text", "llama", "llama_biased", "olmo3", "phi4", "qwen2", "qwen3"]
+)
+"""Between them every kind of matrix, in one tensor of a file and in several."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,7 +117,8 @@ def test_the_peft_folder_gives_the_merged_weights_by_pefts_formula(family, tmp_p
             expected = expected + fields["lora_alpha"] / fields["r"] * b @ a
             changed.add(name.split(".")[-2])
         close(merged[name], expected, 1e-6)
-    assert not pairs and changed == set(TARGETS) == set(fields["target_modules"])
+    own = {name for block in own["lora"].values() for name in block}
+    assert not pairs and changed == own == set(fields["target_modules"]) <= set(TARGETS)
 
 
 @pytest.mark.skipif(

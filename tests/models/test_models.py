@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sdjax.models import gguf_files, pretrained, transformer, weights
-from sdjax.models.configs import FAMILIES, from_hf, to_hf
+from sdjax.models.configs import FAMILIES, OPTIONAL, from_hf, to_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.presets import PRESETS
 from sdjax.models.ropes import Rope, rope
@@ -301,7 +301,7 @@ def test_defaults_of_missing_fields():
     ("change", "words"),
     [
         ({"model_type": None}, ["model_type", "missing", "qwen3", "olmo3"]),
-        ({"model_type": "gemma3"}, ["'gemma3'", "not supported", "llama (LlamaForCausalLM)", "olmo3"]),
+        ({"model_type": "gemma9"}, ["'gemma9'", "not supported", "llama (LlamaForCausalLM)", "olmo3"]),
         ({"model_type": ["llama"]}, ["not supported"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "not supported"]),
         ({"architectures": 3}, ["architectures", "list of names"]),
@@ -320,13 +320,16 @@ def test_defaults_of_missing_fields():
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
         ({"rope_scaling": 3}, ["'rope_scaling'", "object"]),
         ({"rope_scaling": {"rope_type": "dynamic"}}, ["'dynamic'", "default, linear, llama3, yarn"]),
-        ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'", "not supported"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["'short_factor'", "list of 4"]),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, ["not supported"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["'factor'", "missing"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "2"}}, ["'factor'", "positive number"]),
         ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, ["'low_freq_factor'", "missing"]),
         ({"rope_scaling": {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1}}, ["above"]),
-        ({"partial_rotary_factor": 0.5}, ["'partial_rotary_factor'"]),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": 0.1},
+            ["'partial_rotary_factor'", "an even number of a head's 8 features"],
+        ),
         ({"rope_theta": -1}, ["'rope_theta'"]),
         ({"rope_parameters": {"full_attention": {}}}, ["per layer type"]),
         (OLMO | {"rope_parameters": {"rope_type": "default"}}, ["per layer type"]),
@@ -838,5 +841,11 @@ def test_families_are_those_of_transformers():
 
     for name, family in FAMILIES.items():
         config = transformers.AutoConfig.for_model(name)
-        assert config.default_theta == family.rope_theta
+        thetas = config.default_theta
+        thetas = thetas if isinstance(thetas, dict) else {"global": thetas, "local": family.local_theta}
+        assert thetas == {"global": family.rope_theta, "local": family.local_theta}, name
         assert family.head_dim is None or config.head_dim == family.head_dim
+        assert config.tie_word_embeddings == family.tied_embeddings, name
+        assert family.window in (None, getattr(config, "sliding_window", None) or 4096), name
+        for field, ours in OPTIONAL.items():
+            assert getattr(config, field, None) == getattr(family, ours), (name, field)
