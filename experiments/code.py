@@ -14,9 +14,10 @@ from typing import Literal
 
 from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
+from sdjax.run.reading import Reading
 from sdjax.run.settings import Settings
 from sdjax.tasks.code.confined import Limits
-from sdjax.tasks.code.tasks import code_jsonl, humaneval
+from sdjax.tasks.code.tasks import code_problems, humaneval
 from sdjax.tasks.errors import TaskError
 
 METHOD = "sdpo"
@@ -32,9 +33,7 @@ def experiment(
     settings: Settings = SETTINGS,
     task: Literal["humaneval", "file"] = "humaneval",
     data: str | None = None,
-    test_data: str | None = None,
-    test_fraction: float | None = None,
-    skip_bad_rows: bool = False,
+    reading: Reading = Reading(),
     reward: Literal["all", "share"] = "all",
     sandbox: Literal["full", "seccomp", "weak"] = "full",
     program_seconds: int = 6,
@@ -45,10 +44,7 @@ def experiment(
 
     Args:
       task: humaneval (pip install 'sdjax[code]'), or the file that `--data` names.
-      data: JSON lines with tests; implies `--task file`.
-      test_data: JSON lines that are held out.
-      test_fraction: without `test_data`, the share of the problems that is held out (0.1 of a file, 0.25 of HumanEval).
-      skip_bad_rows: count and list bad lines instead of refusing the file.
+      data: problems with tests: a file, a folder or a hub data set, as in own_data.py; implies `--task file`.
       reward: what a training program earns: 1 for passing all tests, or the share that it passes.
       sandbox: how programs are confined; full needs seccomp and Landlock, seccomp needs the former, weak keeps no files safe.
       program_seconds: processor seconds of one run of a program.
@@ -60,8 +56,8 @@ def experiment(
     if program_seconds < 1 or program_memory < 128:
         raise TaskError("--program-seconds must be at least 1, and --program-memory at least 128 (MiB).")
     if task == "file" and data is None:
-        raise TaskError("--task file needs --data FILE.jsonl.")
-    if task == "humaneval" and data is None and test_data is not None:
+        raise TaskError("--task file needs --data FILE.")
+    if task == "humaneval" and data is None and (reading.test_data or reading.test_split):
         raise TaskError("--test-data needs --data: HumanEval holds out a share of its own problems (--test-fraction).")
     chosen = {
         "reward": reward,
@@ -70,8 +66,7 @@ def experiment(
         "modules": tuple(filter(None, modules.replace(" ", "").split(","))),
     }
     if data is None:
-        problems = humaneval(**chosen) if test_fraction is None else humaneval(test_fraction=test_fraction, **chosen)
+        problems = humaneval(test_fraction=reading.test_fraction or 0.25, **chosen)
     else:
-        held_out = {"test_path": test_data, "test_fraction": test_fraction}
-        problems = code_jsonl(data, **held_out, skip_bad_rows=skip_bad_rows, **chosen)
+        problems = code_problems(data, reading.task, **chosen)
     return settings.experiment(method=algorithm, task=problems)

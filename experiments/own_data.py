@@ -1,20 +1,22 @@
-"""Your model on your problems: a file of JSON lines, any method.
+"""Your model on your problems: a file, a folder or a data set of the Hugging Face hub, any method.
 
     sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method grpo
     sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method opd --teacher Qwen/Qwen3-8B
     sdjax train experiments/own_data.py --data problems.jsonl --model Qwen/Qwen3-0.6B --method opd --lesson solution
+    sdjax train experiments/own_data.py --data openai/gsm8k --config main --test-split test --method grpo
+    sdjax train experiments/own_data.py --data mine.parquet --fields prompt=query,answer=labels.gold --method grpo
 
-A line has `prompt` (text) or `messages` (a chat that ends with a user turn) and `answer`; `solution` (a worked
-reference, which only teachers read) and `feedback` (a fixed remark for wrong answers) are optional.  Answers are compared
-as mathematics.  Other fields may name a teacher: `--teachers math=MODEL,code=MODEL --teacher-field domain`.
+A row has `prompt` (text, or turns) or `messages` (a chat that ends with a user turn) and `answer`; `solution` (a worked
+reference, which only teachers read) and `feedback` (a fixed remark for wrong answers) are optional.  Layouts of public data
+sets (GSM8K, MATH, AIME, TRL, verl, DAPO) are recognised and said.  Answers are compared as mathematics.  Other fields may name a teacher: `--teachers math=MODEL,code=MODEL --teacher-field domain`.
 """
 
 from __future__ import annotations
 
 from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
+from sdjax.run.reading import Reading
 from sdjax.run.settings import Settings
-from sdjax.tasks.jsonl import jsonl
 
 METHOD = "sdpo"
 SETTINGS = Settings(
@@ -27,19 +29,14 @@ def experiment(
     method: Choice,
     data: str,
     settings: Settings = SETTINGS,
-    test_data: str | None = None,
-    test_fraction: float | None = None,
-    skip_bad_rows: bool = False,
+    reading: Reading = Reading(),
 ) -> Experiment:
-    """Any method on a file of problems.
+    """Any method on your problems.
 
     Args:
-      data: JSON lines to train on.
-      test_data: JSON lines that are held out.
-      test_fraction: without `test_data`, the share of `data` that is held out, split by question (0.1).
-      skip_bad_rows: count and list bad lines instead of refusing the file.
+      data: problems to train on: JSON lines, JSON, CSV or Parquet, plain or compressed (.gz, .zst); a folder of such
+        files; or a data set of the Hugging Face hub, by name.
     """
     settings = settings.shortened()
     chosen = settings.method(method)
-    task = jsonl(data, test_path=test_data, test_fraction=test_fraction, skip_bad_rows=skip_bad_rows)
-    return settings.experiment(method=chosen, task=task)
+    return settings.experiment(method=chosen, task=reading.task(data))

@@ -69,13 +69,15 @@ class Task(NamedTuple):
 
     `train` and `test` are disjoint; `verify(example, text)` is deterministic and safe on any text, thinking included.
     `sdjax.tasks.judging` has two marks for it: `reads_answers` (a text that was cut off earns nothing without a marked
-    answer) and `from_threads` (many verdicts are worked out at once).
+    answer) and `from_threads` (many verdicts are worked out at once).  `read` says, as JSON, how the problems were read
+    and split; a run keeps it, and prints the lines under "said".
     """
 
     name: str
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     verify: Callable[[Example, str], Verdict]
+    read: Mapping[str, Any] = {}
 
 
 class Scores(NamedTuple):

@@ -37,7 +37,7 @@ METHODS = sorted(p.stem for p in (ROOT / "sdjax" / "methods").glob("*.py") if p.
 
 
 def name_of(path: Path) -> str:
-    """`sdjax/tasks/jsonl.py` as `tasks/jsonl`; a package as its folder."""
+    """`sdjax/tasks/splits.py` as `tasks/splits`; a package as its folder."""
     name = path.relative_to(ROOT / "sdjax").with_suffix("").as_posix()
     return name.removesuffix("/__init__")
 
@@ -66,7 +66,7 @@ def imports(path: Path) -> set[str]:
 
 
 def own_imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, as `tasks/jsonl`."""
+    """The modules of this package that a file imports, as `tasks/splits`."""
     known = {name_of(p) for p in SOURCES}
     found = set()
     for dotted in imports(path):
@@ -100,9 +100,9 @@ def test_the_walk_sees_imports_of_every_form(tmp_path):
     """The negative control."""
     path = tmp_path / "some.py"
     path.write_text(
-        "import sdjax.run.fit\ndef f():\n    from sdjax.tasks import jsonl\n    from sdjax.engine.train import State\n"
+        "import sdjax.run.fit\ndef f():\n    from sdjax.tasks import splits\n    from sdjax.engine.train import State\n"
     )
-    assert own_imports(path) == {"run/fit", "tasks/jsonl", "engine/train"}
+    assert own_imports(path) == {"run/fit", "tasks/splits", "engine/train"}
     assert floor_of("kernels/weights") < floor_of("engine/score") < floor_of("methods/grpo") < floor_of("__main__")
     assert floor_of("nothing") is None
 

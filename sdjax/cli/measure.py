@@ -13,7 +13,7 @@ from sdjax.models import pretrained, templates
 from sdjax.models.transformer import Transformer
 from sdjax.run import places
 from sdjax.run.evaluate import accuracy
-from sdjax.tasks.jsonl import read_jsonl
+from sdjax.tasks.data.problems import problems
 from sdjax.tasks.maths import verify
 
 
@@ -42,7 +42,7 @@ def measure(
       template: options of the chat template, as --template.enable-thinking false or together as JSON.
     """
     check_numbers({"completion": completion, "context": context, "rows": rows, "most": most})
-    examples, _ = read_jsonl(Path(data))
+    examples = problems(data, prefer=("test", "validation", "train")).examples
     with model_folder(model) as name:
         student = pretrained.load(name, chat_template=chat_template, template=templates.parsed(template))
     shapes = Shapes(context=context, completion=completion, rows=rows)

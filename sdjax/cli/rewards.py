@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from sdjax.errors import InputError, nearest
 from sdjax.tasks import answers, bounded, exact, extraction, judging, maths
 from sdjax.tasks.completions import split
-from sdjax.tasks.jsonl import parsed_lines, prompt_of, read_jsonl
+from sdjax.tasks.data.problems import problems
+from sdjax.tasks.data.readers import rows_of
+from sdjax.tasks.data.rows import prompt_of
+from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import question_key
 from sdjax.types import Example
 
@@ -28,6 +32,9 @@ def rewards(
     /,
     *,
     data: str,
+    split: str = "",
+    config: str = "",
+    fields: str = "",
     verifier: Literal["maths", "exact"] = "maths",
     skip_bad_rows: bool = False,
     as_json: bool = False,
@@ -39,13 +46,18 @@ def rewards(
     text off.  Where lines have a `reward`, the differences are counted: a run's rollouts.jsonl is such a file.
 
     Args:
-      file: JSON lines.
-      data: the problems, as `sdjax train experiments/own_data.py` reads them.
+      file: JSON lines; JSON, CSV and Parquet are read, too, compressed or not.
+      data: the problems, a file, folder or hub data set, as `sdjax train experiments/own_data.py` reads them.
+      split: the split of a folder or hub data set.
+      config: the configuration of a hub data set, where it has several.
+      fields: columns by field, as prompt=question,answer=answer.
       verifier: how answers are compared: as mathematics, or as texts.
       skip_bad_rows: leave bad lines of `data` out instead of refusing the file.
       as_json: print one JSON object a line instead.
     """
-    examples, _ = read_jsonl(data, skip_bad_rows=skip_bad_rows)
+    # Texts may belong to problems by their order: none is left out for being there twice.
+    how = {"split": split, "config": config, "fields": fields, "skip_bad_rows": skip_bad_rows, "duplicates": True}
+    examples = problems(data, **how, prefer=("test", "validation", "train")).examples
     cases, recorded = read_cases(file, data, examples)
     late = bounded.out_of_time()
     verdicts = judging.verdicts(VERIFIERS[verifier], cases)
@@ -101,7 +113,11 @@ def read_cases(file: str, data: str, examples: Sequence[Example]) -> tuple[list[
     """The texts of a file with their problems, and the rewards that it records.  Raises `RewardError`, `TaskError`."""
     by_id = {e.id: e for e in examples}
     by_question = {question_key(e.prompt): e for e in examples}
-    lines = [(where, {"text": row} if isinstance(row, str) else row) for where, row in parsed_lines(file)]
+    lines = []
+    for row in rows_of(Path(file), texts=True):
+        if isinstance(row.value, TaskError):
+            raise row.value
+        lines.append((f"{file}, {row.place}", {"text": row.value} if isinstance(row.value, str) else row.value))
     if not lines:
         raise RewardError(f"{file} has no texts: expected JSON lines, each a text or an object with `text`")
     ordered = not any({"id", "prompt", "messages"} & {*row} for _, row in lines)

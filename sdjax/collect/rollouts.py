@@ -20,6 +20,7 @@ from sdjax.engine.tokens import encode_context, thinking_opened
 from sdjax.errors import InputError
 from sdjax.tasks import judging
 from sdjax.tasks.completions import split
+from sdjax.tasks.data.rows import TURN
 from sdjax.tasks.judging import Case
 from sdjax.types import REFERENCE, STUDENT, Example, Messages, Rollout, Verdict
 
@@ -149,7 +150,7 @@ def resample(
 
 
 def to_file(path: str | Path, rollouts: Sequence[Rollout]) -> None:
-    """Writes rollouts as JSON lines that `sdjax.tasks.jsonl` reads: messages, answer, solution (the text), reward.
+    """Writes rollouts as JSON lines that `sdjax.tasks.data` reads: messages, answer, solution (the text), reward.
 
     Further rollouts of an example get the ids `id#2`, `id#3`, ...; an empty text is no solution.
     """
@@ -159,7 +160,7 @@ def to_file(path: str | Path, rollouts: Sequence[Rollout]) -> None:
             seen[r.example.id] = number = seen.get(r.example.id, 0) + 1
             row = {
                 "id": r.example.id if number == 1 else f"{r.example.id}#{number}",
-                "messages": [{"role": m["role"], "content": m["content"]} for m in r.example.prompt],
+                "messages": [{name: m[name] for name in TURN if name in m} for m in r.example.prompt],
                 "answer": r.example.answer if isinstance(r.example.answer, str) else [*r.example.answer],
                 "solution": r.text or None,
                 "reward": r.reward,

@@ -299,7 +299,7 @@ def to_dataset(
 ) -> int:
     """Runs a method's host half over examples, `size` at a time, and writes its rows as JSON lines; returns how many.
 
-    `sdjax.tasks.jsonl` reads the file, and `sft` then trains on it: the text is each example's `solution`.
+    `sdjax.tasks.data` reads the file, and `sft` then trains on it: the text is each example's `solution`.
     """
     rows, memory = [], method.memory
     for number, start in enumerate(range(0, len(examples), size)):

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from sdjax.errors import InputError
 from sdjax.models.templates import MARK, own_options, written
 from sdjax.tasks.completions import is_tag
+from sdjax.tasks.data.rows import TURN
 
 BREAKS = "\ue0b5\uf1c3\ue6d9\uf0a7"
 """Private characters that may break a control token."""
@@ -35,7 +36,7 @@ def render(
 
     Raises `ChatError` where the tokenizer cannot do that, and warns where the template's turns are themselves text.
     """
-    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    turns = [{name: m[name] for name in TURN if name in m} for m in messages]
     texts, bare = [t["content"] for t in turns], getattr(tokenizer, "chat_template", None) is None
     own = "" if bare else str(tokenizer.chat_template)
     warn_of_plain_turns(tokenizer, own, texts)

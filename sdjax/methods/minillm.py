@@ -19,7 +19,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.tasks.jsonl import read_jsonl
+from sdjax.tasks.data.problems import problems
 from sdjax.types import REFERENCE, Card, Example, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -85,7 +85,7 @@ def minillm(
       length_normalised: the return is a mean instead of a sum.
       count_present: the return includes the present token although `single_step` has counted it (TRL).
       clip: widths of the ratio's clip below and above 1, in the return's part.
-      corpus: a JSON-lines file as `sdjax.tasks.jsonl` reads it, against forgetting: its solutions (else answers) are learnt.
+      corpus: a file, folder or hub data set as `sdjax.tasks.data` reads it, against forgetting: its solutions (else answers) are learnt.
       lm_coef: weight of the corpus's part.
       group_size: rollouts per prompt.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`, asked before anything is written, about an
@@ -94,7 +94,7 @@ def minillm(
     """
     name = teacher_name(teacher, lesson)
     writers = {"student": View(), "teacher": View(name)}
-    coin, documents = mixture(mix), read_jsonl(corpus)[0] if corpus else ()
+    coin, documents = mixture(mix), problems(corpus).examples if corpus else ()
 
     def collect(environment, examples, key, memory):
         told = list(map(before_writing(lesson), examples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ def marked(example: Example) -> str:
     return mark([*said, dict(example.meta)])
 
 
-def described(task: Task) -> dict[str, list[str]]:
-    """Marks of all rows in order, and of the held-out questions, whose spacing and case do not count."""
+def described(task: Task) -> dict[str, Any]:
+    """Marks of all rows in order, and of the held-out questions, whose spacing and case do not count; how they were read."""
     questions = sorted({mark(question_key(example.prompt)) for example in task.test})
-    return {"train": [*map(marked, task.train)], "test": [*map(marked, task.test)], "held_out": questions}
+    rows = {"train": [*map(marked, task.train)], "test": [*map(marked, task.test)], "held_out": questions}
+    return {**rows, "read": dict(task.read)}
 
 
 def check(folder: Path, task: Task) -> None:
@@ -48,7 +49,7 @@ def check(folder: Path, task: Task) -> None:
         )
 
 
-def differences(begun: Mapping[str, Sequence[str]], task: Task) -> list[str]:
+def differences(begun: Mapping[str, Any], task: Task) -> list[str]:
     """What has changed, in words; nothing if nothing has."""
     now, found = described(task), []
     for name, what, rows in (("train", "training rows", task.train), ("test", "held-out rows", task.test)):

@@ -66,7 +66,7 @@ def fit(
         lengths = check_lengths(experiment)
         experiment, record, said = settled(with_teacher_context(experiment, lengths), lengths.prompt, folder)
         if processes.first():
-            print(said, flush=True)
+            print(*task.read.get("said", ()), said, sep="\n", flush=True)
         mirror = Mirror(folder)
         try:
             processes.by_first(lambda: prepare(folder, arguments, resume, task, record))

@@ -17,25 +17,28 @@ def question_key(prompt: Messages) -> str:
 def split_by_question(
     examples: Sequence[Example], fraction: float, seed: int = 0
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Examples as (train, test); `fraction` of the distinct questions, at least one, goes to test.
+    """Examples as (train, test): a question goes to test where a hash of it and `seed` lies below `fraction`.
 
-    Depends on texts, fraction and seed only, not on the order of the examples.  All examples of a question stay
-    together.  Raises `TaskError` where either side would be empty.
+    What one question does depends on no other, so that it stays on its side when examples are added; the share is
+    `fraction` up to chance.  Where no question is that low the lowest goes to test, and where all are the highest stays.
+    Raises `TaskError` for a fraction that is none, or a single question.
     """
     if not 0 < fraction < 1:
         raise TaskError(f"test_fraction is {fraction}, but must lie between 0 and 1, both excluded.")
-
-    def rank(key: str) -> bytes:
-        return hashlib.sha256(f"{seed}:{key}".encode()).digest()
-
-    keys = sorted({question_key(example.prompt) for example in examples}, key=rank)
-    count = max(1, round(fraction * len(keys)))
-    if count >= len(keys):
+    keys = [question_key(example.prompt) for example in examples]
+    place = {key: hashed(key, seed) for key in keys}
+    if len(place) < 2:
         raise TaskError(
-            f"test_fraction {fraction} of {len(keys)} distinct questions leaves none to train on; "
-            "give more questions, a smaller fraction or a test file."
+            f"test_fraction {fraction} of {len(place)} distinct questions leaves none to train on; "
+            "give more questions, or a test file."
         )
-    held_out = set(keys[:count])
-    sides = [question_key(example.prompt) in held_out for example in examples]
-    train = tuple(example for example, is_test in zip(examples, sides, strict=True) if not is_test)
-    return train, tuple(example for example, is_test in zip(examples, sides, strict=True) if is_test)
+    order = sorted(place, key=place.__getitem__)
+    count = sum(place[key] < fraction for key in order)
+    held_out = {*order[: min(max(count, 1), len(order) - 1)]}
+    train = tuple(example for example, key in zip(examples, keys, strict=True) if key not in held_out)
+    return train, tuple(example for example, key in zip(examples, keys, strict=True) if key in held_out)
+
+
+def hashed(key: str, seed: int) -> float:
+    """A number in [0, 1) that a question's text and a seed have for ever."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()[:7]) / 2**56

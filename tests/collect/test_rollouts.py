@@ -18,7 +18,7 @@ from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh
 from sdjax.engine.tokens import Shapes
 from sdjax.kernels.distributions import logprob, normalise
 from sdjax.run import records
-from sdjax.tasks.jsonl import read_jsonl
+from sdjax.tasks.data.problems import problems
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Example, Rollout, Verdict, View
 
 
@@ -162,7 +162,7 @@ def test_rollouts_in_a_file_are_read_as_examples(tmp_path):
     rows[1] = dataclasses.replace(rows[1], example=dataclasses.replace(EXAMPLES[1], prompt=told))
     path = tmp_path / "rows.jsonl"
     rollouts.to_file(path, rows)
-    examples, _ = read_jsonl(path)
+    examples = problems(path).examples
     assert [e.id for e in examples] == ["e0", "e1", "e0#2", "e0#3"]
     assert [e.solution for e in examples] == ["größer\n\nw1", "w2", None, "w3"]
     assert [e.answer for e in examples] == ["a0", "a1", "a0", "a0"]

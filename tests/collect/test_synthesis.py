@@ -38,7 +38,7 @@ from sdjax.methods.sft import sft
 from sdjax.methods.tessy import tessy
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.tasks.answers import last_boxed
-from sdjax.tasks.jsonl import read_jsonl
+from sdjax.tasks.data.problems import problems
 from sdjax.types import SYNTHETIC, Rollout, Verdict
 
 SHAPES = Shapes(context=128, completion=8, rows=8, tokens_per_chunk=None)
@@ -243,7 +243,7 @@ def test_synthetic_data_ends_in_a_file(tmp_path):
     method, env, rows, memory = mixed()
     again = method._replace(memory=memory)
     assert to_dataset(path, again, env, EXAMPLES, jax.random.key(0), size=2) == len(rows)
-    found, bad = read_jsonl(path)
+    found, bad = problems(path, duplicates=True)[:2]
     assert not bad and [e.solution for e in found] == [r.text for r in rows]
     assert [e.prompt for e in found] == [r.example.prompt for r in rows]
     trained, _ = sft().collect(env, found, jax.random.key(0), None)

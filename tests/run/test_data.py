@@ -9,7 +9,7 @@ import tiny
 from sdjax.run import data
 from sdjax.run.fit import going_on, steps_recorded
 from sdjax.run.folder import RunError
-from sdjax.tasks.jsonl import jsonl
+from sdjax.tasks.data.problems import task
 
 TASK = tiny.TASK._replace(train=tiny.TASK.train[:6], test=tiny.TASK.test[:2])
 
@@ -51,16 +51,15 @@ def test_changes_are_named(begun, train, said):
 
 
 def test_a_file_that_grew_is_refused(tmp_path):
-    """B20: the held-out questions of the longer file are others, some of which were trained on before."""
+    """B20; what was held out still is: a question's side depends on its text alone."""
     row = lambda i: json.dumps({"prompt": f"What is {i} + {i}?", "answer": str(2 * i)}) + "\n"
     file = tmp_path / "problems.jsonl"
-    file.write_text("".join(map(row, range(20))))
-    data.write(tmp_path, jsonl(file))
-    file.write_text("".join(map(row, range(60))))
-    with pytest.raises(
-        RunError, match=r"there were 18 training rows and are 54; .* would be trained on.*resume with the"
-    ):
-        data.check(tmp_path, jsonl(file))
+    file.write_text("".join(map(row, range(40))))
+    data.write(tmp_path, task(file))
+    file.write_text("".join(map(row, range(90))))
+    with pytest.raises(RunError, match=r"training rows are new or changed .*resume with the same") as refused:
+        data.check(tmp_path, task(file))
+    assert "would be trained on" not in str(refused.value)
 
 
 def test_what_was_lost_is_named(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from sdjax.cli.options import Choice, load_experiment, method_factory
 from sdjax.errors import InputError
+from sdjax.run.reading import Reading
 from sdjax.tasks.code import checker, judging, problems, programs, system_calls, tasks, values
 from sdjax.tasks.code import feedback as remarks
 from sdjax.tasks.code.confined import Limits
@@ -354,8 +355,8 @@ def test_a_file_of_problems(tmp_path):
     ]
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = tasks.code_jsonl(path, test_fraction=0.25, reward="share")
-    assert (len(task.train), len(task.test)) == (3, 1)
+    task = tasks.code_problems(path, test_fraction=0.25, reward="share")
+    assert len(task.train) + len(task.test) == 4 and task.test
     example = task.train[0]
     number = int(example.prompt[0]["content"].split()[1].rstrip("."))
     assert "def add(a): ..." in example.prompt[0]["content"] and example.solution == fenced("x = 1")
@@ -373,7 +374,7 @@ def test_a_file_of_problems(tmp_path):
     assert late.reward == 0.0 and late.measures == dict.fromkeys(tasks.MEASURES, 0.0)
     with pytest.raises(TaskError, match="line 1: `tests` is missing"):
         path.write_text('{"prompt": "x"}\n')
-        tasks.code_jsonl(path)
+        tasks.code_problems(path)
 
 
 # ---- HumanEval
@@ -422,7 +423,8 @@ def test_humaneval(pool, rows):
 @confined_here
 def test_the_task_humaneval(rows):
     task = tasks.humaneval()
-    assert (len(task.train), len(task.test)) == (123, 41) and not {e.id for e in task.train} & {e.id for e in task.test}
+    assert len(task.train) + len(task.test) == 164 and 30 <= len(task.test) <= 52
+    assert not {e.id for e in task.train} & {e.id for e in task.test}
     for example in task.train[:5]:
         assert task.verify(example, f"<think>hm</think>Here:\n{example.solution}").reward == 1.0
         raised = task.verify(example, example.solution.replace("    return ", "    raise KeyError ; return "))
@@ -451,7 +453,7 @@ def test_fifty_programs_a_second_and_core(pool):
     "options, sentence",
     [
         ({"task": "file"}, "--task file needs --data"),
-        ({"test_data": "x.jsonl"}, "--test-data needs --data"),
+        ({"reading": Reading(test_data="x.jsonl")}, "--test-data needs --data"),
         ({"program_seconds": 0}, "--program-seconds must be at least 1"),
         ({"data": "nowhere.jsonl", "sandbox": "ful"}, "there is no sandbox 'ful'; did you mean full"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),

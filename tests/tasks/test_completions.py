@@ -15,8 +15,9 @@ from sdjax.engine.policies import Environment
 from sdjax.engine.tokens import decode_text, thinking_opened
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.run import log, records
-from sdjax.tasks import bounded, exact, extraction, jsonl, judging, maths, numbers
+from sdjax.tasks import bounded, exact, extraction, judging, maths, numbers
 from sdjax.tasks.completions import Completion, split
+from sdjax.tasks.data import problems
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Rollout, Verdict
 from tests import tiny
@@ -155,14 +156,14 @@ def test_the_text_of_rollouts_shows_thinking_and_answer(tmp_path):
 def test_several_answers_are_right(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "half?", "answer": ["1/2", "50 %", 0.5]}))
-    ((both,), _) = jsonl.read_jsonl(path)
+    (both,) = problems.problems(path).examples
     assert both.answers == ("1/2", "50 %", "0.5") and both.main_answer == "1/2"
     two = example("red", "blue")
     assert [maths.verify(two, f"The answer is {c}.").reward for c in ("red", "blue", "green")] == [1, 1, 0]
     assert [exact.verify(two, f"The answer is {c}.").reward for c in ("red", "blue", "green")] == [1, 1, 0]
     assert example("4").answers == ("4",) and Example("q", (), ["4"]).main_answer == "4"
     rollouts.to_file(tmp_path / "out.jsonl", [dataclasses.replace(row("1"), example=two)])
-    assert jsonl.read_jsonl(tmp_path / "out.jsonl")[0][0].answers == ("red", "blue")
+    assert problems.problems(tmp_path / "out.jsonl").examples[0].answers == ("red", "blue")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_answers_that_are_none_are_refused(tmp_path, line, sentence):
     path = tmp_path / "p.jsonl"
     path.write_text(line)
     with pytest.raises(TaskError, match=re.escape(sentence)):
-        jsonl.read_jsonl(path)
+        problems.problems(path)
 
 
 # ---- exact numbers, and what may take for ever
@@ -309,14 +310,14 @@ def written(path, *lines):
 
 
 @pytest.fixture
-def problems(tmp_path):
+def two_problems(tmp_path):
     lines = {"prompt": "2+2?", "answer": 4, "id": "sum"}, {"prompt": "half?", "answer": ["1/2", "0.5"]}
     return written(tmp_path / "problems.jsonl", *lines)
 
 
-def test_the_command_shows_rewards_and_what_was_taken(tmp_path, problems, capsys):
+def test_the_command_shows_rewards_and_what_was_taken(tmp_path, two_problems, capsys):
     texts = written(tmp_path / "t.jsonl", "The answer is 4. I checked 3 times.", {"text": r"so \boxed{2}", "reward": 1})
-    assert main(["verify", texts, "--data", problems]) == 0
+    assert main(["verify", texts, "--data", two_problems]) == 0
     said = capsys.readouterr().out
     assert "1  sum: took '4' (stated as the answer); right is '4'" in said
     assert "0  problems:2: took '2' (the last \\boxed{}); right is '1/2' or '0.5'  (recorded: 1)" in said
@@ -325,7 +326,7 @@ def test_the_command_shows_rewards_and_what_was_taken(tmp_path, problems, capsys
         {"prompt": "half?", "response": "<think>so 0.5"},
         {"id": "sum#2", "completion": "It is 4", "finished": False},
     ]
-    assert main(["verify", written(tmp_path / "n.jsonl", *named), "--data", problems, "--as-json"]) == 0
+    assert main(["verify", written(tmp_path / "n.jsonl", *named), "--data", two_problems, "--as-json"]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["id"], first["reward"], first["answer"], first["why"]) == (
         "problems:2",
@@ -346,6 +347,6 @@ def test_the_command_shows_rewards_and_what_was_taken(tmp_path, problems, capsys
         ("4", "has 1 texts and {data} 2 problems: give each text the `id` or `prompt`"),
     ],
 )
-def test_texts_without_a_problem_are_refused(tmp_path, problems, capsys, line, sentence):
-    assert main(["verify", written(tmp_path / "t.jsonl", line), "--data", problems]) == 2
-    assert sentence.format(data=problems) in capsys.readouterr().err
+def test_texts_without_a_problem_are_refused(tmp_path, two_problems, capsys, line, sentence):
+    assert main(["verify", written(tmp_path / "t.jsonl", line), "--data", two_problems]) == 2
+    assert sentence.format(data=two_problems) in capsys.readouterr().err

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from sdjax.tasks import answers, bounded, exact, jsonl, maths, recall
+from sdjax.tasks import answers, bounded, exact, maths, recall
 from sdjax.tasks import reasoning_gym as gym
+from sdjax.tasks.data import problems
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import question_key, split_by_question
 from sdjax.types import Example, Task, Verdict
@@ -369,7 +370,7 @@ def test_jsonl_reads_prompts_and_messages(tmp_path):
         b"  ",
         {"messages": chat, "answer": "7", "solution": "3 + 4 = 7", "feedback": "Count.", "id": 12},
     )
-    (first, second), bad = jsonl.read_jsonl(path)
+    (first, second), bad = problems.problems(path)[:2]
     assert (first.id, first.answer, first.meta, bad) == ("data:1", "2", {"level": 5}, [])
     assert first.prompt == ({"role": "user", "content": "1 + 1?"},)
     assert second.prompt == tuple(chat) and second.id == "12"
@@ -421,21 +422,21 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
 def test_bad_rows(tmp_path, row, sentence):
     path = write(tmp_path, {"prompt": "first", "answer": "1", "id": "one"}, row, {"prompt": "third", "answer": "3"})
     with pytest.raises(TaskError, match=re.escape(sentence)) as error:
-        jsonl.read_jsonl(path)
+        problems.problems(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    examples, bad = jsonl.read_jsonl(path, skip_bad_rows=True)
+    examples, bad = problems.problems(path, skip_bad_rows=True)[:2]
     assert [each.answer for each in examples] == ["1", "3"] and bad == [str(error.value)]
 
 
 def test_bad_files(tmp_path):
     with pytest.raises(TaskError, match="does not exist"):
-        jsonl.jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(TaskError, match="cannot be read"):
-        jsonl.jsonl(tmp_path)
+        problems.task(tmp_path / "none.jsonl")
+    with pytest.raises(TaskError, match="holds no files of rows"):
+        problems.task(tmp_path)
     with pytest.raises(TaskError, match="has no examples: the file is empty"):
-        jsonl.jsonl(write(tmp_path, b"\n\n"))
+        problems.task(write(tmp_path, b"\n\n"))
     with pytest.raises(TaskError, match="all 2 rows are bad; the first: .* line 1"):
-        jsonl.jsonl(write(tmp_path, b"{", b"{"), skip_bad_rows=True)
+        problems.task(write(tmp_path, b"{", b"{"), skip_bad_rows=True)
 
 
 def rows(count, start=0):
@@ -443,30 +444,45 @@ def rows(count, start=0):
 
 
 def test_jsonl_split(tmp_path):
-    task = jsonl.jsonl(write(tmp_path, *rows(20), {"prompt": "what  is 3?", "answer": "3"}), test_fraction=0.25)
-    assert task.name == "data" and len(questions(task.test)) == 5 and len(task.train) + len(task.test) == 21
+    task = problems.task(write(tmp_path, *rows(20), {"prompt": "what  is 3?", "answer": "three"}), test_fraction=0.25)
+    assert task.name == "data" and 0 < len(questions(task.test)) < 20 and len(task.train) + len(task.test) == 21
     assert not questions(task.train) & questions(task.test)
-    backwards = jsonl.jsonl(write(tmp_path, *rows(20)[::-1], name="b.jsonl"), test_fraction=0.25)
+    backwards = problems.task(write(tmp_path, *rows(20)[::-1], name="b.jsonl"), test_fraction=0.25)
     assert questions(backwards.test) == questions(task.test)
-    assert questions(jsonl.jsonl(tmp_path / "data.jsonl", test_fraction=0.25, seed=1).test) != questions(task.test)
+    assert questions(problems.task(tmp_path / "data.jsonl", test_fraction=0.25, seed=1).test) != questions(task.test)
     assert task.verify(task.train[0], task.train[0].answer).reward == 1.0
-    assert jsonl.jsonl(tmp_path / "b.jsonl", verify=exact.verify).verify is exact.verify
-    for fraction, sentence in ((0.0, "between 0 and 1"), (0.99, "leaves none to train on")):
+    assert problems.task(tmp_path / "b.jsonl", verify=exact.verify).verify is exact.verify
+    for examples, fraction, sentence in (
+        (task.train, 0.0, "between 0 and 1"),
+        (task.train[:1], 0.5, "leaves none to train on"),
+    ):
         with pytest.raises(TaskError, match=sentence):
-            split_by_question(task.train, fraction)
+            split_by_question(examples, fraction)
+
+
+def test_a_question_stays_on_its_side_when_a_file_grows():
+    """The share is right up to chance; a side is never empty."""
+    ask = lambda i: Example(str(i), ({"role": "user", "content": f"What is {i} + {i}?"},), str(2 * i))
+    examples = [ask(i) for i in range(2000)]
+    train, test = split_by_question(examples[:400], 0.1)
+    more_train, more_test = split_by_question(examples[::-1], 0.1)
+    assert questions(train) <= questions(more_train) and questions(test) <= questions(more_test)
+    assert abs(len(more_test) - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5
+    for fraction in (1e-9, 1 - 1e-9):
+        assert min(map(len, split_by_question(examples[:5], fraction))) == 1
 
 
 def test_jsonl_with_a_test_file(tmp_path):
     path, test_path = write(tmp_path, *rows(6)), write(tmp_path, *rows(3, start=6), name="test.jsonl")
-    task = jsonl.jsonl(path, test_path=test_path)
+    task = problems.task(path, test=test_path)
     assert (len(task.train), len(task.test)) == (6, 3)
     with pytest.raises(TaskError, match="not both"):
-        jsonl.jsonl(path, test_path=test_path, test_fraction=0.5)
+        problems.task(path, test=test_path, test_fraction=0.5)
     shared = write(tmp_path, *rows(3, start=4), name="shared.jsonl")
     with pytest.raises(TaskError, match=r"the question of row 'data:5' is in .*shared.jsonl too \(2 such rows\)"):
-        jsonl.jsonl(path, test_path=shared)
+        problems.task(path, test=shared)
     with pytest.warns(UserWarning, match="2 rows were left out"):
-        task = jsonl.jsonl(path, test_path=shared, skip_bad_rows=True)
+        task = problems.task(path, test=shared, skip_bad_rows=True)
     assert (len(task.train), len(task.test)) == (4, 3)
 
 

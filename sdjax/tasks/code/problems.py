@@ -18,9 +18,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sdjax.tasks import jsonl
 from sdjax.tasks.code.checker import AssertsToCases
 from sdjax.tasks.code.judging import FunctionTests, ScriptTests, Tests
+from sdjax.tasks.data.fields import FIELDS
+from sdjax.tasks.data.rows import example_of
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example
 
@@ -56,8 +57,8 @@ def code_example(row: Mapping[str, Any], where: str, default_id: str) -> Example
     solution = next((row[name] for name in SOLUTIONS if isinstance(row.get(name), str)), None)
     if solution and row.get("solution") is None:
         row["solution"] = f"```python\n{solution.strip()}\n```"
-    kept = {name: row[name] for name in jsonl.FIELDS if name in row}
-    example = jsonl.example_of({**kept, "answer": "-"}, where, default_id)
+    kept = {name: row[name] for name in FIELDS if name in row}
+    example = example_of({**kept, "answer": "-"}, where, default_id)
     return dataclasses.replace(example, answer="", meta={"tests": tests_of(row, where)})
 
 

@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from sdjax.tasks import jsonl
 from sdjax.tasks.code import feedback, problems
 from sdjax.tasks.code.confined import USUAL, Limits
 from sdjax.tasks.code.judging import FunctionTests, judge
 from sdjax.tasks.code.pool import Pool
 from sdjax.tasks.code.programs import program_in
 from sdjax.tasks.code.sandbox import Mode
+from sdjax.tasks.data.problems import Name, task
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import split_by_question
 from sdjax.types import Example, Task, Verdict
@@ -50,33 +50,25 @@ def humaneval(
     return Task("humaneval", by_reward(train, reward), test, verify)
 
 
-def code_jsonl(
-    path: jsonl.Path,
+def code_problems(
+    name: Name,
+    read: Callable[..., Task] = task,
     *,
-    test_path: jsonl.Path | None = None,
-    test_fraction: float | None = None,
-    skip_bad_rows: bool = False,
     reward: Reward = "all",
     sandbox: Mode = "full",
     limits: Limits = USUAL,
     modules: Sequence[str] = (),
-    seed: int = 0,
+    **how: Any,
 ) -> Task:
-    """Problems from JSON lines, each with `tests` in a form of `problems.py`; see `jsonl.jsonl` and `verifier`.
+    """Problems from files or a data set, each with `tests` in a form of `problems.py`; see `verifier`.
 
-    Raises: `TaskError` naming file, line and field; `SandboxError` where programs cannot be confined as asked for.
+    `read` makes the task, as `sdjax.tasks.data.problems.task` does, whose other arguments are `how`.
+
+    Raises: `TaskError` naming file, row and field; `SandboxError` where programs cannot be confined as asked for.
     """
     verify = verifier(sandbox=sandbox, limits=limits, modules=modules)
-    task = jsonl.jsonl(
-        path,
-        test_path=test_path,
-        test_fraction=test_fraction,
-        seed=seed,
-        verify=verify,
-        skip_bad_rows=skip_bad_rows,
-        read=problems.code_example,
-    )
-    return task._replace(train=by_reward(task.train, reward))
+    found = read(name, verify=verify, read=problems.code_example, **how)
+    return found._replace(train=by_reward(found.train, reward))
 
 
 def verifier(
