@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +30,8 @@ COMMANDS = """usage: sdjax COMMAND ...
                       rewards of given texts, with what was taken for the answer of each
   report RUN [RUN ...] [--out FILE.html] [--microscope]
                       one page of curves, tables and rollouts token by token, and its figures as SVG and PNG
+  watch RUN [RUN ...] [--port 8321]
+                      that page in a browser on this machine, anew as the runs go on
   methods [NAME] [--json | --markdown]
                       the methods, their papers and equations
   plan [--topology v5e:4x8] [--model qwen3-8b] [--method NAME]
@@ -112,11 +113,12 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
     from sdjax.collect.controls import controlled
     from sdjax.collect.selections import selected
     from sdjax.devices import processes
-    from sdjax.engine.train import check_numbers
+    from sdjax.engine.sensible import check_numbers
     from sdjax.run.fit import fit
     from sdjax.run.folder import as_begun, check_folder
     from sdjax.run.places import place, try_writing
     from sdjax.run.starting import source
+    from sdjax.run.trackers import revision
     from sdjax.samplers.options import check, sampled
 
     out, resume = chosen.pop("out"), chosen.pop("resume")
@@ -214,6 +216,15 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def watch(arguments: list[str]) -> int:
+    """`sdjax watch RUN [RUN ...]`"""
+    from sdjax.report.watch import watch
+
+    options.check_names(arguments, list(inspect.signature(watch).parameters))
+    tyro.cli(watch, args=arguments, prog="sdjax watch")
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """`sdjax bench ...`"""
     from sdjax.cli.bench import bench
@@ -269,17 +280,6 @@ def prepare() -> None:
     give_back_memory()
 
 
-def revision() -> str:
-    """The short hash of the checked-out commit, or the package's version."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, check=False, capture_output=True, text=True)
-    except OSError:  # no git here
-        return __version__
-    return found.stdout.strip() if found.returncode == 0 else __version__
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
@@ -300,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "verify": verify,
         "report": report,
+        "watch": watch,
         "methods": methods,
         "bench": bench,
         "plan": plan,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdjax.engine.policies import Policy
+from sdjax.engine.sensible import check_numbers
 from sdjax.engine.tokens import Shapes
-from sdjax.engine.train import check_numbers
 from sdjax.models import pretrained, templates
 from sdjax.models.transformer import Transformer
 from sdjax.run import places

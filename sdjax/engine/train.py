@@ -26,42 +26,14 @@ from sdjax.devices.sharding import (
     place_whole,
 )
 from sdjax.engine.score import policies_of, token_signals
+from sdjax.engine.sensible import ExperimentError, check_numbers
 from sdjax.engine.tokens import Shapes, member_of
 from sdjax.engine.vocabulary import difference, limited, same_vocabulary, with_rows
-from sdjax.errors import InputError
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
 from sdjax.models import adapters
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.types import Batch, ByField, Method, Objective, Task, View
-
-
-class ExperimentError(InputError, ValueError):
-    """An experiment cannot be run as it is described; the message says which value and why."""
-
-
-AT_LEAST_1 = "steps prompts rounds minibatches epochs most_skipped group_size keep context teacher_context completion"
-AT_LEAST_1 += " rows rows_per_chunk tokens_per_chunk train_size"
-AT_LEAST_0 = "evaluation evaluate_every save_every keep_every grace seed warmup temperature most slots lag"
-LEAST = {**dict.fromkeys(AT_LEAST_1.split(), 1), **dict.fromkeys(AT_LEAST_0.split(), 0)}
-"""The least sensible values of numbers that go by these names, in `Experiment` and on the command line."""
-
-POSITIVE = ("lr", "learning_rate")
-"""Numbers by these names must be above 0."""
-
-
-def check_numbers(values: Mapping[str, Any]) -> None:
-    """Raises `ExperimentError` for a number that makes no sense, such as `steps=0`; other names are left alone."""
-    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    for name, value in numbers.items():
-        # Not the other way round: NaN is below nothing.
-        if name in LEAST and not value >= LEAST[name]:
-            raise ExperimentError(f"{name}={value}: expected at least {LEAST[name]}")
-        if name in POSITIVE and not 0 < value < float("inf"):
-            raise ExperimentError(f"{name}={value}: expected a number above 0")
-    if numbers.get("prompts", 0) % numbers.get("minibatches", 1):
-        prompts, parts = numbers["prompts"], numbers["minibatches"]
-        raise ExperimentError(f"minibatches={parts} does not divide prompts={prompts}: a minibatch holds whole groups")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +51,9 @@ class Experiment:
     do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
     and after); `save_every` likewise (0: only at the end).  The newest `keep` checkpoints stay, those of every `keep_every`
     steps (0: none) and, with `keep_best`, that of the highest held-out accuracy.  A signal ends the run, saved, within
-    `grace` seconds (0: no limit), and `most_skipped` updates in a row that were not finite end it, too.  With `export`
+    `grace` seconds (0: no limit), `most_skipped` updates in a row that were not finite end it, too, and so do, with
+    `stop_on="collapse"`, sentinels that say so (`sdjax.run.sentinels`).  Completions are recorded every `completions_every`
+    steps; `log` names the trackers that get numbers and completions (`sdjax.run.trackers`).  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library, in
     `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).
@@ -114,6 +88,10 @@ class Experiment:
     keep_best: bool = False
     grace: float = 0.0
     most_skipped: int = 3
+    stop_on: str = ""
+    completions_every: int = 10
+    log: tuple[str, ...] = ("tensorboard",)
+    log_project: str = "sdjax"
     export: bool = True
     export_dtype: str | None = None
     mesh: tuple[int, int] | None = None

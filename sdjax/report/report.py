@@ -187,9 +187,11 @@ def body(groups: Sequence[Group], drawings: Sequence[Plot], markup: Sequence[str
     runs = sum(len(group.runs) for group in groups)
     grid = lambda some: f'<div class="figures">{"".join(some)}</div>'
     more = f"<details><summary>Everything else that was logged ({len(rest)} figures)</summary>{grid(rest)}</details>"
+    alarmed = any(run.alarms for group in groups for run in group.runs)
     links = [
         ("results", "Results"),
         ("curves", "Curves"),
+        *([("alarms", "Alarms")] if alarmed else []),
         ("runs", "Runs"),
         *([("tokens-part", "Tokens")] if data else []),
     ]
@@ -202,6 +204,7 @@ def body(groups: Sequence[Group], drawings: Sequence[Plot], markup: Sequence[str
             "<main>",
             page.section("results", "Results", comparison(groups)),
             page.section("curves", "Curves", grid(first), more if rest else ""),
+            page.section("alarms", "Alarms", alarm_table(groups)) if alarmed else "",
             page.section("runs", "Runs", run_table(groups), argument_table(groups)),
             page.section("tokens-part", "Token microscope", page.part("microscope.html")) if data else "",
             "</main>",
@@ -260,6 +263,17 @@ def run_table(groups: Sequence[Group]) -> str:
         for run in group.runs
     ]
     return page.table(("group", "seed", "steps", "folder", ""), rows)
+
+
+def alarm_table(groups: Sequence[Group]) -> str:
+    """What the sentinels of all runs noticed, in order."""
+    rows = [
+        [html.escape(str(run.folder)), str(alarm["step"]), html.escape(alarm["kind"]), html.escape(alarm["says"])]
+        for group in groups
+        for run in group.runs
+        for alarm in run.alarms
+    ]
+    return page.table(("run", "step", "kind", "what was noticed"), rows)
 
 
 def state(run: Run) -> str:

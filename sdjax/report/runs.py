@@ -20,13 +20,14 @@ class ReportError(InputError, ValueError):
 
 
 class Run(NamedTuple):
-    """A run folder as read: what was asked, what was logged in each step and evaluation, and recorded rollouts."""
+    """A run folder as read: what was asked, what was logged in each step and evaluation, rollouts, and alarms."""
 
     folder: Path
     arguments: dict[str, Any]
     steps: dict[str, Curve]
     evaluations: dict[str, Curve]
     rollouts: list[dict[str, Any]]
+    alarms: Sequence[dict[str, Any]] = ()
 
     @property
     def last(self) -> int:
@@ -48,7 +49,8 @@ def read_run(folder: str | Path) -> Run:
         raise ReportError(f"{folder} has no finished step: wait for its first one, or go on with --resume")
     asked = [{"step": line["step"], **line["evaluation"]} for line in metrics if "evaluation" in line]
     rollouts = read_lines(folder / ROLLOUTS, check_rollout)
-    return Run(folder, arguments, curves(told), curves(asked), rollouts)
+    alarms = read_lines(folder / "alarms.jsonl", check_alarm)
+    return Run(folder, arguments, curves(told), curves(asked), rollouts, alarms)
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
@@ -104,6 +106,13 @@ def check_metrics(line: Any) -> str:
     if not isinstance(values, dict):
         return "expected numbers under `evaluation`"
     return next((f"{name} is not a number" for name, value in values.items() if not is_number(value)), "")
+
+
+def check_alarm(line: Any) -> str:
+    """What is wrong with a line of `alarms.jsonl`."""
+    fine = isinstance(line, dict) and type(line.get("step")) is int
+    fine = fine and all(isinstance(line.get(name), str) for name in ("kind", "says"))
+    return "" if fine else "expected an object with a whole number `step` and texts `kind` and `says`"
 
 
 KINDS: dict[str, type] = dict.fromkeys(("id", "text"), str)

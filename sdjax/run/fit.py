@@ -18,8 +18,9 @@ from sdjax.devices import processes, sharding
 from sdjax.devices.memory import MemoryShortage, exhausted
 from sdjax.engine import train
 from sdjax.engine.chats import check_view, encode_text
+from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import LengthError, encode_context, refuse
-from sdjax.engine.train import Experiment, ExperimentError
+from sdjax.engine.train import Experiment
 from sdjax.run import checkpoint, data, memory, places
 from sdjax.run.folder import RunError, check_folder, claim
 from sdjax.run.interrupts import Interrupts, SharedInterrupts
@@ -75,7 +76,7 @@ def fit(
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
             step = begun(run, start)
             recorded = processes.by_first(lambda: steps_recorded(mirror.own))
-            run.log = RunLog(mirror.own, run.experiment.steps, step) if processes.first() else NoLog()
+            run.log = opened(mirror.own, run.experiment, step) if processes.first() else NoLog()
             if resume:
                 run.log.say(going_on(step, recorded))
             try:
@@ -131,6 +132,11 @@ def out_of_memory(folder: Path, error: Exception, sizes: Mapping[str, Any]) -> M
         f"memory ran out ({said}): {kept}.  Go on with --resume and smaller sizes, such as --rows {rows} --rows-per-chunk "
         f"{chunk} --remat, or end other programs that take memory"
     )
+
+
+def opened(folder: Path, experiment: Experiment, step: int) -> RunLog:
+    """The log of a run that goes on after `step` steps."""
+    return RunLog(folder, experiment.steps, step, trackers=experiment.log, project=experiment.log_project)
 
 
 def steps_recorded(folder: Path) -> int:

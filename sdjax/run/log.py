@@ -16,10 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from tensorboardX import SummaryWriter
 
 from sdjax.run import records
 from sdjax.run.places import replace_text
+from sdjax.run.sentinels import Alarm
+from sdjax.run.trackers import Trackers
 from sdjax.tasks.completions import split
 from sdjax.types import Rollout, View
 
@@ -37,21 +38,32 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunLog:
-    """Writes `metrics.jsonl`, TensorBoard events and rollouts into a run folder, and progress to the terminal.
+    """Writes `metrics.jsonl` and rollouts into a run folder, the same to trackers, and progress to the terminal.
 
     Rollouts stand in `rollouts.txt` for people and in `rollouts.jsonl` for `sdjax report`.
 
     After a resume at `step`, lines of later steps are dropped first, so that no step is recorded twice.
     """
 
-    def __init__(self, folder: Path, steps: int, step: int = 0, console: Console | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        step: int = 0,
+        console: Console | None = None,
+        *,
+        trackers: Sequence[str] = ("tensorboard",),
+        project: str = "sdjax",
+    ):
         self.console = console or Console()
         self.file, self.texts = folder / "metrics.jsonl", folder / "rollouts.txt"
         drop_metrics_after(self.file, step)
         drop_rollouts_after(self.texts, step)
         self.records = folder / records.ROLLOUTS
         drop_metrics_after(self.records, step)  # its lines say their step, too
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.alarms = folder / "alarms.jsonl"
+        drop_metrics_after(self.alarms, step)
+        self.trackers = Trackers(trackers, folder, project, step, self.say)
         self.steps, self.last_line = steps, -math.inf
         line = TextColumn("{task.fields[line]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(10), TimeRemainingColumn(compact=True))
@@ -66,8 +78,7 @@ class RunLog:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records one step's numbers; shows the main ones (at most every ten seconds where there is no terminal)."""
         self.write({"step": step, **values})
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        self.trackers.numbers(step, values)
         line = "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
         self.progress.update(self.bar, completed=step, line=line)
         due = step == self.steps or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
@@ -80,13 +91,17 @@ class RunLog:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Records numbers of an evaluation after `step` steps."""
         self.write({"step": step, "evaluation": values})
-        for name, value in values.items():
-            self.events.add_scalar(f"evaluation/{name}", value, step)
+        self.trackers.numbers(step, {f"evaluation/{name}": value for name, value in values.items()})
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({name: plain(value) for name, value in line.items()}, allow_nan=False) + "\n")
+        append(self.file, {name: plain(value) for name, value in line.items()})
+
+    def alarm(self, step: int, alarms: Sequence[Alarm], **where: bool) -> None:
+        """Says what sentinels noticed, and records it in `alarms.jsonl`; `evaluation=True`: after an evaluation."""
+        for alarm in alarms:
+            self.say(f"step {step}: {alarm.says}")
+            append(self.alarms, {"step": step, **alarm._asdict(), **where})
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout], most: int = 4) -> None:
         """Writes the first rollouts of a step as text: what was read, what was written, what it earned."""
@@ -104,8 +119,9 @@ class RunLog:
                     file.write(f"-- feedback\n{r.feedback}\n")
 
     def tokens(self, step: int, rollouts: Sequence[Rollout], tokenizer: Any, views: Mapping[str, View]) -> None:
-        """Writes the first rollouts of a step token by token, for `sdjax report`."""
+        """Writes the first rollouts of a step token by token, for `sdjax report`, and their texts to the trackers."""
         records.append_rollouts(self.records, step, rollouts, tokenizer, views)
+        self.trackers.completions(step, [records.row(step, r) for r, _ in records.first_groups(rollouts, 4)])
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""
@@ -122,13 +138,13 @@ class RunLog:
 
     def flush(self) -> None:
         """Writes out what TensorBoard's writer still holds; the other files are closed after each line."""
-        self.events.flush()
+        self.trackers.flush()
 
     def close(self) -> None:
-        """Stops the progress bar and flushes the event file."""
+        """Stops the progress bar and hands over what trackers wait for."""
         if self.console.is_terminal:
             self.progress.stop()
-        self.events.close()
+        self.trackers.close()
 
 
 class NoLog:
@@ -137,6 +153,12 @@ class NoLog:
     def __getattr__(self, name: str) -> Callable[..., None]:
         getattr(RunLog, name)
         return lambda *_, **__: None
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Appends one JSON line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 import zlib
+from collections.abc import Sequence
 from signal import Signals
 from typing import Any
 
@@ -23,6 +24,7 @@ from sdjax.run.learner import Learner
 from sdjax.run.mirror import Mirror
 from sdjax.run.places import replace_text
 from sdjax.run.saving import Keep, Saver
+from sdjax.run.sentinels import Alarm, Watch, watched
 from sdjax.tasks import bounded
 
 
@@ -49,6 +51,7 @@ class Run(Learner):
         self.scores: dict[int, float] = {}
         keep = Keep(experiment.keep, experiment.keep_every, experiment.keep_best)
         self.saver = Saver(self.folder / "checkpoints", keep, lambda message: self.log.say(message), mirror.push)
+        self.watch, self.stop = Watch(), False
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -84,9 +87,12 @@ class Run(Learner):
                 self.interrupts.agree()
                 self.saver.look()
                 due = e.save_every and (step + 1) % e.save_every == 0
-                if due or step + 1 == e.steps or self.saver.due_again():
+                if due or self.stop or step + 1 == e.steps or self.saver.due_again():
                     self.save()
             self.interrupts.check()
+            if self.stop and step + 1 < e.steps:
+                self.log.say(f"stopped after step {step + 1} of {e.steps} (--stop-on {e.stop_on}): saved")
+                return
 
     def leave(self, number: Signals) -> None:
         """Saves what is not yet saved, within the time that there is, and says how to go on."""
@@ -128,13 +134,19 @@ class Run(Learner):
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
         values |= records.hedging(rollouts) | records.measured(rollouts) | (self.lengths if rollouts else {})
-        values |= self.late_verdicts(step + 1, late)
+        values |= watched(rollouts) | self.late_verdicts(step + 1, late)
         self.log.metrics(step + 1, values | {"tokens_per_second": tokens / (collected - started)})
+        self.alarm(step + 1, self.watch.step(values))
         if not rollouts:
             self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
-        if step % 10 == 0 or step + 1 == self.experiment.steps:
+        if step % self.experiment.completions_every == 0 or step + 1 == self.experiment.steps:
             self.log.rollouts(step + 1, rollouts)
             self.log.tokens(step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(method))
+
+    def alarm(self, step: int, alarms: Sequence[Alarm], **where: bool) -> None:
+        """Records alarms; one of the kind that `stop_on` names ends the run after this step or the next."""
+        self.log.alarm(step, alarms, **where)
+        self.stop |= any(alarm.kind == self.experiment.stop_on for alarm in alarms)
 
     def late_verdicts(self, step: int, before: int) -> dict[str, float]:
         """How many verdicts since `before` were given because the time was over, of all processes; says so if any were."""
@@ -160,6 +172,7 @@ class Run(Learner):
         self.scores[step] = found.solved
         self.log.evaluation(step, values | self.late_verdicts(step, late))
         self.log.say(f"held-out accuracy after {step} steps: {found}")
+        self.alarm(step, self.watch.evaluation(found.solved, found.low, found.high), evaluation=True)
         return found
 
     def close(self, after: Accuracy | None) -> None:
@@ -197,6 +210,7 @@ class Run(Learner):
             "before": None if self.before is None else list(self.before[:4]),
             "base": self.base_checksum,
             "scores": sorted(self.scores.items()),
+            "watch": self.watch.remembered(),
         }
 
     def save(self) -> None:
@@ -217,5 +231,6 @@ class Run(Learner):
         self.skipped, self.skipped_in_a_row = host["skipped"]
         self.before = None if host["before"] is None else Accuracy(*host["before"])
         self.scores = dict(map(tuple, host.get("scores", ())))
+        self.watch = Watch(host.get("watch"))
         self.saver.saved = int(self.state.step)
         return self.saver.saved

@@ -59,6 +59,14 @@ def first_groups(rollouts: Sequence[Rollout], most: int) -> list[tuple[Rollout, 
     return kept[: 4 * most]
 
 
+def row(step: int, rollout: Rollout) -> dict[str, Any]:
+    """A rollout as a row of a table for people."""
+    read = rollout.contexts.get("student") or rollout.example.prompt
+    prompt = "\n".join(f"[{turn['role']}] {turn['content']}" for turn in read)
+    told = {"reward": float(rollout.reward), "tokens": len(rollout.tokens), "feedback": rollout.feedback or ""}
+    return {"step": step, "example": rollout.example.id, "prompt": prompt, "completion": rollout.text, **told}
+
+
 def described(rollout: Rollout, tokenizer: Any) -> dict[str, Any]:
     """A rollout as JSON has it.  `pieces` are the tokens' texts; numbers that are not finite become `null`."""
     chat = lambda turns: None if turns is None else [dict(turn) for turn in turns]

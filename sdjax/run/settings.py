@@ -11,11 +11,12 @@ import optax
 
 from sdjax.devices.memory import parsed
 from sdjax.devices.sharding import mesh_shape
+from sdjax.engine.sensible import check_numbers
 from sdjax.engine.tokens import Shapes, refuse, shorten
-from sdjax.engine.train import Experiment, check_numbers
+from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained, templates
 from sdjax.models.pretrained import Pretrained
-from sdjax.run import teachers
+from sdjax.run import teachers, trackers
 from sdjax.run.teachers import Teachers
 from sdjax.types import Method, Task
 
@@ -133,6 +134,20 @@ class Settings:
         "seconds from a signal (SIGTERM, Ctrl-C) to the end: a save that takes longer is given up; 0: no limit",
     )
 
+    log: str = option(
+        "tensorboard",
+        "log",
+        "where numbers and completions go beside the run's folder: tensorboard, wandb, mlflow, trackio, or several, "
+        "as wandb,tensorboard",
+    )
+    log_project: str = option(
+        "sdjax", "log", "the project, or in MLflow the experiment, that trackers put the run into"
+    )
+    completions_every: int = option(10, "log", "steps between recorded completions")
+    stop_on: Literal["", "collapse"] = option(
+        "", "log", "collapse: end the run, saved, when reward or held-out accuracy has collapsed (sdjax/run/README.md)"
+    )
+
     def __post_init__(self):
         check_numbers(dataclasses.asdict(self))
         mesh_shape(self.mesh)
@@ -141,6 +156,7 @@ class Settings:
         adapters.chosen(self.lora_rank, self.lora_base)
         self.chosen_teachers()
         templates.parsed(self.template)
+        trackers.chosen(self.log)
 
     def student(self) -> Pretrained:
         """The model that is trained, with its chat template.  Raises `ModelError`."""
@@ -197,8 +213,10 @@ class Settings:
         teachers.check_before_loading(task, own, told=self.lesson == "solution")
         same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "memory", "remat", "scan")
         same += ("evaluation", "evaluate_every", "save_every", "keep", "keep_every", "keep_best", "grace")
+        same += ("log_project", "completions_every", "stop_on")
         chosen = {
             **{name: getattr(self, name) for name in same},
+            "log": tuple(trackers.chosen(self.log)),
             "optimizer": self.optimizer(),
             "shapes": self.shapes(),
             "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,

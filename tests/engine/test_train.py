@@ -12,8 +12,9 @@ import tiny
 
 from sdjax.engine import train
 from sdjax.engine.policies import ema, frozen, refresh
+from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import Shapes, collate
-from sdjax.engine.train import Experiment, ExperimentError
+from sdjax.engine.train import Experiment
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo

@@ -15,7 +15,8 @@ from sdjax.collect.contexts import question
 from sdjax.engine import policies, train, vocabulary
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Policy
-from sdjax.engine.train import Experiment, ExperimentError
+from sdjax.engine.sensible import ExperimentError
+from sdjax.engine.train import Experiment
 from sdjax.kernels.distributions import entropy, top_k_renormalised, top_k_with_rest
 from sdjax.kernels.divergences import forward_kl, jsd, reverse_kl
 from sdjax.methods.gkd import gkd

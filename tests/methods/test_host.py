@@ -18,8 +18,9 @@ from sdjax.collect.contexts import question, with_suffix
 from sdjax.collect.memory import told_apart
 from sdjax.collect.peers import peers
 from sdjax.engine.policies import ema, sample
+from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import Shapes, collate
-from sdjax.engine.train import Experiment, ExperimentError, all_views, make_update, minibatches
+from sdjax.engine.train import Experiment, all_views, make_update, minibatches
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.distributions import logprob, normalise

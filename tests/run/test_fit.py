@@ -20,8 +20,9 @@ from whole_runs import lines
 from sdjax.collect.rollouts import attempts
 from sdjax.engine import train
 from sdjax.engine.policies import ema, refresh
+from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import LengthError, Shapes, shorten
-from sdjax.engine.train import Experiment, ExperimentError
+from sdjax.engine.train import Experiment
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.vpd import vpd
 from sdjax.models.pretrained import Pretrained

@@ -10,8 +10,8 @@ import tiny
 from sdjax.cli import options
 from sdjax.cli.options import options_class, spelled_out
 from sdjax.devices.memory import MemoryShortage
+from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import refuse, shorten
-from sdjax.engine.train import ExperimentError
 from sdjax.errors import InputError
 from sdjax.methods.grpo import grpo
 from sdjax.run.settings import Settings
