@@ -14,6 +14,15 @@ import jax
 import whole_runs
 from jax.experimental.compilation_cache import compilation_cache
 
+UNOPTIMISED = "jax_disable_most_optimizations"
+
+
+def pytest_configure(config):
+    """The quick tests' programs are tiny and run once or twice: to optimise them takes longer than to run them."""
+    if config.option.markexpr == "not slow":
+        jax.config.update(UNOPTIMISED, True)
+        os.environ[UNOPTIMISED.upper()] = "1"  # for commands that tests start
+
 
 @pytest.fixture(autouse=True)
 def own_cache_folder():

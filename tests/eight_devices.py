@@ -283,7 +283,12 @@ def sampled_alone(name, choice):
     return sampled(SAMPLINGS[name], CHOICES[choice])[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+some_layouts = pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=() if x in ("4x2", "1x8") else pytest.mark.slow) for x in LAYOUTS]
+)
+
+
+@some_layouts
 def test_sampled_tokens_are_those_of_one_device(layout, monkeypatch):
     """Which reads its short cache whole; here it is read in 4, 8 and 12 columns."""
     for name, choice in [*((name, "first") for name in SAMPLINGS), ("plain", "mixture")]:
@@ -299,7 +304,7 @@ def test_sampled_tokens_are_those_of_one_device(layout, monkeypatch):
         assert not vocabulary_gathers(text)
 
 
-@pytest.mark.parametrize("layout", ["4x2", "1x8"])
+@pytest.mark.parametrize("layout", ["4x2", pytest.param("1x8", marks=pytest.mark.slow)])
 def test_collected_rows_are_those_of_one_device(layout):
     """The host half: padding to whole devices, sampling, scoring."""
     wanted = pairs.written(pairs.rlrt)[0][0]
@@ -363,7 +368,7 @@ def run_of_adapters(layout, base, folder):
     return losses, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("base", ["float", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("float", marks=pytest.mark.slow), "nf4"])
 def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
     (losses, params), *others = (run_of_adapters(layout, base, tmp_path / layout) for layout in ("8x1", "2x4"))
     assert losses[-1] > 0

@@ -1,7 +1,7 @@
 """One-line mutants of a Python file: each is the file's text with one expression made wrong.
 
-What is left alone: docstrings, annotations, imports, `raise` and `assert` statements, checks of shapes (`chex.assert_*`),
-and cards, which are documentation.
+What is left alone: docstrings, annotations, imports, `raise` and `assert` statements, checks (`chex.assert_*`, `zip(strict=)`), and
+cards, which are documentation.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def of_call(source: Source, node: ast.Call) -> Iterator[Edit]:
     for keyword in node.keywords:
         before = [n for n in (node.func, *node.args, *(k.value for k in node.keywords)) if n is not keyword.value]
         earlier = [source.span(n)[1] for n in before if source.span(n)[1] <= source.span(keyword)[0]]
-        if keyword.arg not in (None, "dtype") and len(earlier) > 1:
+        if keyword.arg not in (None, "dtype", "strict") and len(earlier) > 1:
             yield max(earlier), source.span(keyword)[1], ""
 
 
@@ -220,9 +220,10 @@ def _children(source: Source, node: ast.AST) -> Iterator[ast.AST]:
     spared = {id(getattr(node, field, None)) for field in ("annotation", "returns")}
     spared |= {id(x) for x in getattr(node, "decorator_list", ())}
     for child in ast.iter_child_nodes(node):
-        called = isinstance(child, ast.Call) and source.of(child.func).startswith(SPARED_CALLS)
-        called |= isinstance(child, ast.Subscript) and source.of(child.value) == "Literal"
-        if id(child) not in spared and not isinstance(child, SPARED) and not _is_docstring(child) and not called:
+        said = isinstance(child, ast.Call) and source.of(child.func).startswith(SPARED_CALLS)
+        said |= isinstance(child, ast.keyword) and child.arg == "strict"
+        said |= isinstance(child, ast.Subscript) and source.of(child.value) == "Literal"
+        if id(child) not in spared and not isinstance(child, SPARED) and not _is_docstring(child) and not said:
             yield child
 
 

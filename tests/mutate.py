@@ -43,13 +43,9 @@ from mutants import Mutant, mutants
 
 ROOT = Path(__file__).parent.parent
 MORE = {
-    "kernels/credit": ("methods/test_weights.py",),
     "kernels/distributions": ("kernels/test_divergences.py",),
-    "collect/corrections": ("methods/test_host.py",),
-    "collect/critiques": ("methods/test_roles.py",),
-    "collect/lessons": ("methods/test_roles.py", "methods/test_weights.py"),
-    "collect/memory": ("methods/test_host.py",),
-    "collect/peers": ("methods/test_host.py",),
+    "collect/critiques": ("collect/test_lessons.py", "methods/test_roles.py"),
+    "collect/lessons": ("methods/test_roles.py",),
     "collect/plans": ("methods/test_host.py",),
     "collect/playbook": ("methods/test_host.py",),
     "collect/selection": ("methods/test_host.py",),
@@ -192,8 +188,8 @@ def in_a_fork(work, log: Path, limit: float | None) -> dict | None:
 class Bench:
     """A module with its tests, a copy of the package to write mutants into, and what a run without a mutant says."""
 
-    def __init__(self, module: Path, folder: Path):
-        self.module, self.tests, self.folder = module, tests_of(module), folder
+    def __init__(self, module: Path, tests: list[Path], folder: Path):
+        self.module, self.tests, self.folder = module, tests, folder
         self.copy = folder / "package"
         self.wrong = self.copy / module.relative_to(ROOT)
         shutil.copytree(ROOT / "sdjax", self.copy / "sdjax", ignore=shutil.ignore_patterns("__pycache__"))
@@ -256,19 +252,20 @@ def chosen(module: Path, most: int | None, seed: int) -> tuple[list[Mutant], int
     return [found[i] for i in sorted(picked)], len(found)
 
 
-def report(module: Path, most: int | None, seed: int, verbose: bool, folder: Path) -> collections.Counter:
+def report(module: Path, options: argparse.Namespace, folder: Path) -> collections.Counter:
     """Tries a sample of a module's mutants and prints those that survive.  Returns how many met which fate."""
-    sample, total = chosen(module, most, seed)
+    sample, total = chosen(module, options.most, options.seed)
+    tests = [p.resolve() for p in options.tests] or tests_of(module)
     name, fates = module.relative_to(ROOT).as_posix(), collections.Counter()
-    if not tests_of(module) or not sample:
+    if not tests or not sample:
         print(f"{name}: {'no tests' if sample else 'nothing to make wrong'}", flush=True)
         return fates
-    bench = Bench(module, folder)
+    bench = Bench(module, tests, folder)
     bench.measure()
     for mutant in sample:
         fate, by = bench.fate(mutant)
         fates[fate] += 1
-        if verbose or fate in (SURVIVED, NOT_REACHED):
+        if options.verbose or fate in (SURVIVED, NOT_REACHED):
             print(f"{name}:{mutant.line}: {fate} {by}\n  - {mutant.key[0]}\n  + {mutant.key[1]}", flush=True)
     lived = fates[SURVIVED] + fates[NOT_REACHED]
     said = f"{name}: {lived} of {len(sample)} mutants survive, {fates[NOT_REACHED]} of them not reached"
@@ -288,6 +285,7 @@ def main() -> int:
     parser.add_argument("paths", nargs="+", type=Path, help="modules of sdjax, or folders of them")
     parser.add_argument("--most", type=int, help="how many mutants of each module are tried; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--tests", nargs="+", type=Path, default=[], help="run these test files instead")
     parser.add_argument("--verbose", action="store_true", help="print those that are killed, and by which test, too")
     options = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -301,7 +299,7 @@ def main() -> int:
         for number, module in enumerate(modules(options.paths)):
             place = Path(folder) / str(number)
             place.mkdir()
-            fates += report(module, options.most, options.seed, options.verbose, place)
+            fates += report(module, options, place)
     lived = fates[SURVIVED] + fates[NOT_REACHED]
     print(f"{lived} of {fates.total()} survive")
     return int(lived > 0)

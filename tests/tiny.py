@@ -18,7 +18,7 @@ from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer, initialise
 from sdjax.tasks.recall import recall, vocabulary
 from sdjax.tasks.words import CHAT, word_tokenizer
-from sdjax.types import Batch, Context, Verdict
+from sdjax.types import Batch, Context, Rollout, Verdict
 
 KEYS = 8
 TASK = recall(keys=KEYS)
@@ -162,3 +162,12 @@ def log(*probabilities):
 def logit_gradient(function, dist):
     """The gradient of `function(log-probabilities [..., V]) -> scalar` with respect to logits, at a distribution."""
     return np.asarray(jax.grad(lambda z: function(normalise(z)))(jnp.asarray(dist)))
+
+
+# ---- rollouts without a model ---------------------------------------------------------------------------------------
+
+
+def row(text="", reward=0.0, group=0, *, tokens=(1,), example=None, **more):
+    """A `Rollout` of the recall task's first example, or of `example`."""
+    example = TASK.train[0] if example is None else example
+    return Rollout(example, tokens, (0.0,) * len(tokens), text, group, reward=reward, **more)

@@ -74,7 +74,7 @@ def gradients(how, data, window, **more):
 
 def assert_same(found, wanted, atol):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, atol=atol)
+        np.testing.assert_allclose(one, other, atol=atol, rtol=1e-6)
 
 
 @WINDOWS
