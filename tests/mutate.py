@@ -46,9 +46,9 @@ MORE = {
     "kernels/distributions": ("kernels/test_divergences.py",),
     "collect/critiques": ("collect/test_lessons.py", "methods/test_roles.py"),
     "collect/lessons": ("methods/test_roles.py",),
-    "collect/plans": ("methods/test_host.py",),
+    "collect/plans": ("collect/test_lessons.py", "methods/test_host.py"),
     "collect/playbook": ("methods/test_host.py",),
-    "collect/selection": ("methods/test_host.py",),
+    "collect/selection": ("collect/test_lessons.py", "methods/test_host.py"),
     "collect/continuations": ("methods/test_rethinking_opd.py",),
     "engine/needs": ("run/test_memory.py",),
 }

@@ -75,7 +75,7 @@ def test_demonstrations_stand_between_system_turn_and_question():
 def test_a_suffix_keeps_what_is_privileged():
     last = contexts.with_suffix(contexts.with_solution(CHAT, SECRET), " /think")[-1]
     assert last["content"].endswith(" /think") and last["privileged"] == SECRET and last["question"] == ASKED
-    assert contexts.with_suffix(CHAT, "!")[-1] == {"role": "user", "content": ASKED + "!"}
+    assert contexts.with_suffix(CHAT, "!") == (SYSTEM, {"role": "user", "content": ASKED + "!"})
 
 
 THINKING = {
@@ -94,3 +94,8 @@ THINKING = {
 @pytest.mark.parametrize("text", list(THINKING))
 def test_thinking_is_removed_also_where_its_opening_tag_stands_in_the_prompt(text):
     assert contexts.without_thinking(text) == THINKING[text]
+
+
+def test_an_attempt_without_an_answer_says_so():
+    assert contexts.attempt_text("<think>a</think>b") == "b"
+    assert contexts.attempt_text("<think>a") == "(no answer was reached)"

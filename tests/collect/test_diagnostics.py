@@ -111,6 +111,17 @@ def test_overlap_on_the_papers_fixture():
     assert got["extreme_token_gap"] == pytest.approx(0.2)  # token 0: |-.32375| > |.193664|
 
 
+def test_positions_are_apart():
+    """The extreme token is no position's first, and each position has its own."""
+    student = jnp.log(jnp.array([[0.3, 0.5, 0.2], [0.2, 0.1, 0.7]]))
+    teacher = jnp.log(jnp.array([[0.3, 0.1, 0.6], [0.3, 0.6, 0.1]]))
+    got = diagnostics.overlap_statistics(student, teacher, 3)
+    np.testing.assert_allclose(got["extreme_token_gap"], (0.4, 0.6), atol=1e-6)
+    for name, value in got.items():
+        alone = [diagnostics.overlap_statistics(s, t, 3)[name] for s, t in zip(student, teacher, strict=True)]
+        np.testing.assert_allclose(value, alone, atol=1e-6, err_msg=name)
+
+
 def test_entropy_gap_on_the_papers_fixture():
     assert diagnostics.entropy_gap(jnp.array(STUDENT), jnp.array(TEACHER)) == pytest.approx(0.023586, abs=1e-6)
 
@@ -199,10 +210,29 @@ def test_auroc_equals_counting_pairs():
     assert diagnostics.auroc(reward, correct) == pytest.approx(np.mean(pairs))
 
 
+def test_auroc_per_prompt_on_arrays_and_on_lists():
+    """Four prompts, interleaved: mixed with a tie, mixed, only right, and one whose only wrong row does not count."""
+    group = np.array([0, 1, 0, 1, 2, 0, 3, 2, 3, 0])
+    correct = np.array([1, 0, 0, 1, 1, 0, 1, 1, 0, 1], bool)
+    over = np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 1], bool)
+    reward = np.array([2.0, 5.0, 1.0, 4.0, 9.0, 2.0, 3.0, 8.0, 0.0, 0.5])
+    wanted = np.mean([(1.0 + 0.5 + 0.0 + 0.0) / 4, 0.0])
+    share, mixed = map(np.asarray, diagnostics.auroc_of_groups(*map(jnp.asarray, (reward, correct, over, group))))
+    assert mixed.sum() == 2 and {*group[mixed]} == {0, 1} and share[mixed].mean() == pytest.approx(wanted)
+    assert diagnostics.auroc_by_prompt(reward[over], correct[over], group[over]) == pytest.approx(wanted)
+    alike = np.ones(10, bool)
+    share, rows = map(np.asarray, diagnostics.auroc_of_groups(*map(jnp.asarray, (reward, alike, over, group))))
+    np.testing.assert_array_equal(share[rows], 0.5)
+    np.testing.assert_array_equal(rows, over)
+    assert np.isnan(diagnostics.auroc_by_prompt(reward, alike, group))
+
+
 def test_agreement_by_outcome():
-    log_ratio, present = np.array([[0.1, -2.0], [0.0, 0.2]]), np.array([[1, 1], [1, 0]], bool)
+    """At the threshold they agree; every cell has another number of tokens."""
+    log_ratio = np.array([[0.5, -0.5, 0.0, 3.0, 4.0, -2.0, 0.6, 0.1], [0.1, 9.0, -9.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    present = np.array([[1] * 7 + [0], [1] * 3 + [0] * 5], bool)
     got = diagnostics.agreement_by_outcome(log_ratio, present, np.array([True, False]), threshold=0.5)
-    np.testing.assert_allclose(got, [[1 / 3, 1 / 3], [1 / 3, 0]])
+    np.testing.assert_allclose(got, [[0.3, 0.1], [0.4, 0.2]])
     assert np.isnan(diagnostics.agreement_by_outcome(log_ratio, present & False, np.array([1, 0]), 0.5)).all()
 
 

@@ -86,6 +86,22 @@ def test_what_somebody_writes_after_is_cut_too():
     assert encoded(tiny.tokenizer(), PROMPT, shapes(limit)) == render(tiny.tokenizer(), PROMPT)
 
 
+def test_a_chat_of_exactly_the_context_is_whole():
+    """However little a lesson may have; one token more is a lesson to cut, a prompt to shorten, or an error."""
+    lesson = with_solution(PROMPT, SECRET)
+    own = Shapes(context=count(lesson), completion=8, rows=8, teacher_context=count(PROMPT))
+    assert encoded(tiny.tokenizer(), lesson, own) == render(tiny.tokenizer(), lesson)
+    shorter = dataclasses.replace(own, context=own.context - 1)
+    assert encoded(tiny.tokenizer(), lesson, shorter) is None
+    with pytest.raises(LengthError, match="of --context"):
+        encoded(tiny.tokenizer(), lesson, dataclasses.replace(shorter, teacher_context=None))
+    prompt, seen = ({"role": "user", "content": SECRET},), []
+    shown = lambda chat, counted, limit: seen.append((chat, counted(chat), limit)) or PROMPT
+    given = dataclasses.replace(own, context=count(prompt) - 1, teacher_context=99, too_long=shown)
+    assert encoded(tiny.tokenizer(), prompt, given) == render(tiny.tokenizer(), PROMPT)
+    assert seen == [(prompt, count(prompt), count(prompt) - 1)]
+
+
 def test_a_writer_who_can_read_nothing_writes_nothing():
     policy = Policy(tiny.model(), tiny.pretrained().params, tiny.tokenizer(), shapes(count(PROMPT)))
     chats = [PROMPT, with_solution(PROMPT, SECRET)]

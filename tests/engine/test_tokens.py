@@ -1,5 +1,7 @@
 """Chats to token ids and rollouts to batches: what goes where, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from networks import WORDS, tokenizer
@@ -8,6 +10,7 @@ from sdjax.collect.contexts import after_demonstrations, with_solution
 from sdjax.engine import tokens
 from sdjax.engine.chats import render
 from sdjax.engine.tokens import (
+    FieldError,
     LengthError,
     Shapes,
     bucket,
@@ -19,7 +22,7 @@ from sdjax.engine.tokens import (
     shorten,
 )
 from sdjax.models.templates import stop_tokens
-from sdjax.types import REFERENCE, STUDENT, Example, Rollout, View
+from sdjax.types import REFERENCE, STUDENT, UNUSED, ByField, Example, Rollout, Scored, Scores, View
 
 
 def user(text):
@@ -217,6 +220,37 @@ def test_completions_are_padded_on_the_right_with_their_logprobs():
     np.testing.assert_allclose(found.behavior_logprobs[0], [-0.5, -1.5, -2.5] + [0] * 9)
     np.testing.assert_array_equal(found.mask, found.present)
     assert not found.behavior_logprobs[~found.present].any() and not found.completion[~found.present].any()
+
+
+def test_a_batch_has_as_many_groups_as_are_given_or_a_multiple():
+    assert collate(UNEQUAL[:1], VIEWS, tokenizer(), SHAPES).completion.shape[0] == 1
+    assert collate(UNEQUAL, VIEWS, tokenizer(), SHAPES, multiple=4).valid.tolist() == [True] * 4 + [False] * 8
+
+
+def test_each_row_is_read_by_the_policy_that_its_example_names():
+    """The first row with something to read speaks for its group; a group without one, and padding, is the first policy's."""
+    views = {**VIEWS, "teacher": View(ByField("who", ("left", "right")), per_rollout=True)}
+    named = lambda who, row: dataclasses.replace(row, example=dataclasses.replace(row.example, meta={"who": who}))
+    silent = rollout(7, 2, 0, teacher=False)
+    rows = [silent, named("right", rollout(7, 3, 1)), named("left", rollout(2, 3)), rollout(4, 3, teacher=False)]
+    found = collated(rows, views, groups=4)
+    assert found.contexts["teacher"].member.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert found.contexts["student"].member is None and found.contexts["student"].scores is None
+    for row, said in ((named("up", rollout(7, 3)), "has who='up'"), (rollout(7, 3), "has no field 'who'")):
+        with pytest.raises(FieldError, match=f"example '7' {said}: it must name one of the teachers left, right"):
+            collated([row], views)
+
+
+def test_scores_of_a_server_are_padded_to_the_batch():
+    views = {**VIEWS, "teacher": View(Scored("far"), per_rollout=True)}
+    scores = lambda tokens, entries: Scores(np.full((tokens, entries), 5), np.full((tokens, entries), -0.5, np.float32))
+    rows = [rollout(7, 3).scored(teacher=scores(3, 2)), rollout(7, 2, 1), rollout(2, 1).scored(teacher=scores(1, 4))]
+    ids, logprobs = collated(rows, views).contexts["teacher"].scores
+    assert ids.shape == logprobs.shape == (4, collated(rows).completion.shape[1], 4)
+    wanted = np.full(ids.shape, UNUSED)
+    wanted[0, :3, :2], wanted[2, :1, :4] = 5, 5
+    np.testing.assert_array_equal(ids, wanted)
+    np.testing.assert_array_equal(logprobs, np.where(wanted == 5, -0.5, 0.0))
 
 
 def test_shared_contexts_are_stored_once_per_group_and_own_ones_per_rollout():

@@ -461,6 +461,34 @@ def test_trust_region_teacher():
     np.testing.assert_allclose(shifted, dst.interpolate(first, second, 0.25), atol=1e-6)
 
 
+def test_entries_of_every_position_are_its_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    student, teacher, by = (dst.normalise(jax.random.normal(key, (2, 3, 6))) for key in keys)
+    places = np.argsort(-np.asarray(by), axis=-1)[..., :2]
+    for found, dist in zip(dst.top_k_entries(student, teacher, by=by, k=2), (student, teacher), strict=True):
+        np.testing.assert_array_equal(found, np.take_along_axis(np.asarray(dist), places, axis=-1))
+
+
+@pytest.mark.parametrize("bound", [0.3, 1.0, 1e9])
+def test_advantages_are_clipped_on_both_sides(bound):
+    """Value and gradient in float64; without a clip the gradient is that of the reverse KL."""
+    logits, teacher = (
+        jax.random.normal(jax.random.key(0), (4, 6)),
+        dst.normalise(jax.random.normal(jax.random.key(1), (4, 6))),
+    )
+    loss = lambda z: div.advantage_clipped_reverse_kl(dst.normalise(z), teacher, bound)
+    p, q = (np.exp(np.asarray(x, np.float64)) for x in (dst.normalise(logits), teacher))
+    cost = np.clip(np.log(p / q), -bound, bound)
+    np.testing.assert_allclose(loss(logits), (p * cost).sum(-1), rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda z: loss(z).sum())
+    np.testing.assert_allclose(slope(logits), p * (cost - (p * cost).sum(-1, keepdims=True)), rtol=1e-4, atol=1e-6)
+    if bound > 100:
+        exact = jax.grad(lambda z: div.reverse_kl(dst.normalise(z), teacher).sum())
+        np.testing.assert_allclose(slope(logits), exact(logits), atol=1e-6)
+    never = jnp.asarray([0.0, -jnp.inf])
+    np.testing.assert_allclose(div.advantage_clipped_reverse_kl(never, jnp.asarray([-jnp.inf, 0.0]), 2.0), 2.0)
+
+
 def test_shapes_are_checked():
     with pytest.raises(AssertionError):
         div.forward_kl(jnp.zeros((2, 3)), jnp.zeros((3,)))
