@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 
-from sdjax.devices.sharding import to_host
 from sdjax.models import adapters, pretrained, templates
 from sdjax.models.pretrained import Pretrained
 from sdjax.run import places
@@ -42,8 +41,8 @@ def export(
     if not isinstance(name, str):
         raise RunError(f"{start.folder} does not say what it trained: name a model with --model")
     template = templates.parsed(arguments.get("template", ""))
-    student = pretrained.load(name, chat_template=arguments.get("chat_template"), template=template)
-    params = to_host(whole(start, student, arguments, name))
+    student = pretrained.opened(name, chat_template=arguments.get("chat_template"), template=template)
+    params = whole(start, student, arguments, name)
     write_model(target, student._replace(params=params), None if dtype == "original" else dtype)
     return f"{start}: model written to {target}"
 
@@ -57,7 +56,7 @@ def whole(start: Source, student: Pretrained, arguments: dict[str, Any], name: s
         if lora is None or adapters.fingerprint(student.params, lora) != host.get("base"):
             raise other
         frozen = adapters.base(student.config, student.params, lora)
-        return adapters.folded(adapters.completed({adapters.BASE: frozen, "live": live})["live"])
+        return adapters.completed({adapters.BASE: frozen, "live": live})["live"]
     shapes = lambda tree: [(path, x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
     if shapes(live) != shapes(student.params):
         raise other

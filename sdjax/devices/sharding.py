@@ -198,9 +198,21 @@ def copies(head: Array) -> Array:
 
 
 def place_parameters(tree: Any, least: float | None = None) -> Any:
-    """Parameters from the host or from elsewhere, split by the rules."""
+    """Parameters from the host, from files or from elsewhere, split by the rules; on one device, on that.
+
+    Leaves may be anything with `shape` and `dtype` that is read by `x[part]`, such as `sdjax.models.unread.Unread`: a
+    process reads the parts that its devices hold, and no more.
+    """
     mesh = current()
-    return tree if mesh is None else jax.tree.map(place, tree, parameter_specs(tree, mesh.shape, least))
+    if mesh is None:
+        return jax.tree.map(lambda x: x if isinstance(x, Array) else jax.device_put(np.asarray(x)), tree)
+    return jax.tree.map(place, tree, parameter_specs(tree, mesh.shape, least))
+
+
+def own_parameters(tree: Any) -> Any:
+    """`place_parameters` in arrays that nobody else holds, so that a program may be given them for good."""
+    copied = lambda old, new: jnp.array(new) if isinstance(old, Array | np.ndarray) else new
+    return jax.tree.map(copied, tree, place_parameters(tree))
 
 
 # ---- rows and activations -------------------------------------------------------------------------------------------
@@ -272,12 +284,14 @@ def place_whole(tree: Any) -> Any:
 def place(x: Any, spec: P) -> Array:
     """An array that every process has, from the host or a device, laid over the entered mesh."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    if isinstance(x, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(x, sharding)
     if isinstance(x, Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
         return jax.device_put(x, sharding)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(place(jax.random.key_data(x), spec))
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+    x = np.asarray(x) if isinstance(x, Array) else x
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.asarray(x[part]))
 
 
 # ---- back to the host -----------------------------------------------------------------------------------------------

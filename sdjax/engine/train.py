@@ -21,8 +21,8 @@ from sdjax.devices.sharding import (
     current,
     make_mesh,
     named,
+    own_parameters,
     parameter_specs,
-    place_parameters,
     place_whole,
 )
 from sdjax.engine.score import policies_of, token_signals
@@ -213,19 +213,19 @@ def frozen_and_trained(experiment: Experiment) -> tuple[dict[str, Any], Any]:
     student, lora = experiment.student, experiment.lora
     if lora is None:
         return {}, student.params
-    frozen = adapters.base(student.config, place_parameters(student.params), lora)
+    frozen = adapters.base(student.config, student.params, lora)
     return {adapters.BASE: frozen}, adapters.initial(student.config, lora, jax.random.key(experiment.seed))
 
 
 def initial_state(experiment: Experiment, params: Any) -> State:
-    """The state before the first step.  Snapshots start as copies of `params`."""
-    params, start = place_parameters(params), experiment.optimizer.init
+    """The state before the first step.  Snapshots start as copies of `params`, which are read once if they lie in files."""
+    params, start = own_parameters(params), experiment.optimizer.init
     copy = lambda: jax.tree.map(jnp.array, params)
     if current() is not None:  # split from the start: no device could hold it whole
         start = jax.jit(lambda params: constrain_parameters(experiment.optimizer.init(params)))
     return State(
         step=place_whole(jnp.zeros((), jnp.int32)),
-        params=copy(),
+        params=params,
         opt_state=start(params),
         snapshots={name: copy() for name in experiment.method.snapshots},
         key=place_whole(jax.random.key(experiment.seed)),

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.fields import ModelError
-from sdjax.models.weights import Stored, fill
+from sdjax.models.safetensors_files import Stored
+from sdjax.models.weights import unread
 
 
 def open_gguf(path: str | os.PathLike) -> Any:
@@ -69,13 +71,13 @@ def load_gguf(reader: Any, config: ModelConfig, where: str) -> dict:
     Raises: ModelError once for all tensors that are missing, not expected or of another shape.
     """
     stored = {tensor.name: _gguf_stored(tensor, config, where) for tensor in reader.tensors}
-    return fill(config, stored, lambda place: place.gguf, where)
+    return jax.tree.map(np.asarray, unread(config, stored, lambda place: place.gguf, where))
 
 
 def _gguf_stored(tensor: Any, config: ModelConfig, where: str) -> Stored:
     import gguf
 
-    def read() -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
@@ -83,9 +85,9 @@ def _gguf_stored(tensor: Any, config: ModelConfig, where: str) -> Stored:
                 f"{where}: {tensor.name} is quantised as {tensor.tensor_type.name}, not supported"
             ) from error
         heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(tensor.name.split(".")[-2])
-        return array if heads is None else _halves(array, heads)
+        return (array if heads is None else _halves(array, heads))[index]
 
-    return Stored(Path(where).name, tuple(int(size) for size in tensor.shape[::-1]), "F32", read)
+    return Stored(Path(where).name, tuple(int(size) for size in tensor.shape[::-1]), "F32", read, whole=True)
 
 
 def _halves(array: np.ndarray, heads: int) -> np.ndarray:

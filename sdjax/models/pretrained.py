@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from sdjax.devices import processes
 from sdjax.models import gguf_files, weights
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.fields import ModelError, read_fields
@@ -45,7 +46,9 @@ UNKNOWN = Origin()
 
 
 class Pretrained(NamedTuple):
-    """A model as published: its configuration, its float32 parameters on the host, and its tokenizer.
+    """A model as published: its configuration, its parameters and its tokenizer.
+
+    The parameters are float32 arrays on the host (`load`), or still lie in their files (`opened`).
 
     The tokenizer has a chat template, an end token (`eos_token_id`) and a padding token (the end token if none).
     `origin` is what `save` writes again, and what a policy needs to know where a turn ends.
@@ -69,6 +72,17 @@ def load(
       template: defaults for the template's options, such as `{"enable_thinking": False}`.
 
     Raises: ModelError, one sentence, if there is no such model or it is damaged or not supported; TemplateError.
+    """
+    found = opened(name, chat_template=chat_template, template=template)
+    return found._replace(params=jax.tree.map(np.asarray, found.params))
+
+
+def opened(
+    name: str | os.PathLike, *, chat_template: str | os.PathLike | None = None, template: Mapping[str, Any] = NOTHING
+) -> Pretrained:
+    """`load` without reading the weights of a folder: its files are checked, and read where parameters are placed.
+
+    On a mesh each process then reads what its own devices hold, straight into their arrays.
     """
     return _found(name, lambda tokenizer: prepared(tokenizer, chat_template, template))
 
@@ -102,7 +116,8 @@ def save(
     """Writes a folder that `load` and the transformers library open: config.json, safetensors and the tokenizer.
 
     generation_config.json is the original's; without one it gets the ids that end a turn in training.  Weights are of
-    type `dtype`: float32, bfloat16 or float16, by default the original's.
+    type `dtype`: float32, bfloat16 or float16, by default the original's.  Every process of a run must call it; the
+    first one writes (`sdjax.models.weights.save`).
 
     Raises: ModelError if the tokenizer or the parameters do not fit the configuration, or the folder cannot be written.
     """
@@ -112,9 +127,13 @@ def save(
     tokens["eos_token_id"] = origin.generation.get("eos_token_id", ends if len(ends) > 1 else tokenizer.eos_token_id)
     weights.save(folder, config, params, dtype=dtype or origin.dtype, **tokens)
     generation = {**tokens, **origin.generation}
-    try:
+
+    def write() -> None:
         tokenizer.save_pretrained(folder)
         (Path(folder) / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+    try:
+        processes.by_first(write)
     except OSError as error:
         raise ModelError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
 
@@ -123,7 +142,7 @@ def kept_in(params: dict, dtype: Any) -> dict:
     """Parameters in another floating type, on the host; as they are for `None`."""
     if dtype is None:
         return params
-    return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 # ---- transformers folders -----------------------------------------------------------------------------------------
@@ -137,8 +156,8 @@ def _from_folder(folder: Path, name: str, prepare: Callable[[Any], None]) -> Pre
     tokenizer = _folder_tokenizer(folder)  # before the weights: its errors come in a second, not in a minute
     prepare(tokenizer)
     _check_tokenizer(config, tokenizer, str(folder))
-    params = weights.load(folder, config)
-    return Pretrained(config, params, tokenizer, Origin(name, weights.stored_dtype(folder), generation))
+    params, dtype = weights.opened(folder, config)
+    return Pretrained(config, params, tokenizer, Origin(name, dtype, generation))
 
 
 def _generation(path: Path) -> Mapping[str, Any]:

@@ -7,109 +7,70 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sdjax.devices import processes
+from sdjax.devices.sharding import to_host
+from sdjax.models.adapters import Adapted
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.layout import Place, layout, shapes, stored_shapes
+from sdjax.models.safetensors_files import FLOATS, INDEX, SINGLE, Stored, common_dtype, open_folder
+from sdjax.models.unread import Unread
 from sdjax.models.wrapped import text_tensors
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-class Stored(NamedTuple):
-    """One tensor of a file: where it is, what it is, and how to read it."""
+def opened(folder: str | os.PathLike, config: ModelConfig) -> tuple[dict, str]:
+    """Parameters in the safetensors of a folder of the transformers library, not read yet, and the type of most of them.
 
-    file: str
-    shape: tuple[int, ...]
-    kind: str
-    read: Callable[[], np.ndarray]
-
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def load(folder: str | os.PathLike, config: ModelConfig) -> dict:
-    """Parameters from the safetensors of a folder of the transformers library, in one file or in shards.
-
-    Tensors are read one at a time, whatever their float type, into float32 numpy arrays: they stay on the host until
-    somebody places them on devices.
+    Every tensor of the files is checked by its header.  The leaves (`sdjax.models.unread.Unread`) are read in float32 or,
+    after `astype`, in another type, where they are placed on devices: each process reads what its devices hold.
 
     Raises: ModelError for a file that is absent or damaged, and once for all tensors that are missing, not expected or
     of another shape or type than the configuration says.
     """
-    folder = Path(folder)
-    files = _safetensors_files(folder)
-    stored = {}
-    for path in files:
-        stored |= _open_safetensors(path)
-    where = str(files[0]) if len(files) == 1 else str(folder)
+    stored, where = open_folder(Path(folder))
     stored = text_tensors(stored, where)
     if config.tied_embeddings and "lm_head.weight" in stored:
         _check_tied(stored, where)
         stored.pop("lm_head.weight")
-    return fill(config, stored, lambda place: place.name, where)
+    return unread(config, stored, lambda place: place.name, where), common_dtype(stored.values())
+
+
+def load(folder: str | os.PathLike, config: ModelConfig) -> dict:
+    """`opened`, read whole into float32 numpy arrays on the host."""
+    return jax.tree.map(np.asarray, opened(folder, config)[0])
 
 
 def _check_tied(stored: Mapping[str, Stored], where: str) -> None:
     """Some checkpoints repeat the embeddings as the head.  Another head was trained, and must not be dropped."""
     head, embed = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
-    if embed is not None and (head.shape != embed.shape or not np.array_equal(head.read(), embed.read())):
+    if embed is None:
+        return
+    starts = range(0, head.shape[0], TIED_ROWS)
+    blocks = [slice(row, min(row + TIED_ROWS, head.shape[0])) for row in starts]
+    if head.shape != embed.shape or not all(np.array_equal(head.read(some), embed.read(some)) for some in blocks):
         raise ModelError(
             f"{where}: config.json says 'tie_word_embeddings', but lm_head.weight differs from the embeddings: set "
             "'tie_word_embeddings' to false in config.json to use that head"
         )
 
 
-def stored_dtype(folder: str | os.PathLike) -> str:
-    """The type of most of the numbers in a folder's safetensors, as config.json names it."""
-    count: dict[str, int] = {}
-    for path in _safetensors_files(Path(folder)):
-        for tensor in _open_safetensors(path).values():
-            count[tensor.kind] = count.get(tensor.kind, 0) + math.prod(tensor.shape)
-    return {"BF16": "bfloat16", "F16": "float16"}.get(max(count, key=count.get, default=""), "float32")
+TIED_ROWS = 4096
+"""Rows of a head that are compared with the embeddings' at a time."""
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ModelError(f"there is neither {single.name} nor {index.name} in {folder}")
-    try:
-        shards = sorted(
-            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"cannot read the list of shards in {index}: {error!r}") from error
-    absent = [shard.name for shard in shards if not shard.is_file()]
-    if absent:
-        raise ModelError(f"{index} names {', '.join(absent)}, which {folder} does not hold")
-    return shards
-
-
-def _open_safetensors(path: Path) -> dict[str, Stored]:
-    try:
-        file = safe_open(path, "numpy")
-        names = file.keys()
-        slices = {name: file.get_slice(name) for name in names}
-        # `file` is memory-mapped and stays open as long as one of these readers lives.
-        return {
-            name: Stored(path.name, tuple(part.get_shape()), part.get_dtype(), lambda name=name: file.get_tensor(name))
-            for name, part in slices.items()
-        }
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def fill(config: ModelConfig, stored: Mapping[str, Stored], named: Callable[[Place], str], where: str) -> dict:
-    """Our parameters from the tensors of a file, after checking all of them."""
+def unread(config: ModelConfig, stored: Mapping[str, Stored], named: Callable[[Place], str], where: str) -> dict:
+    """Our parameters in the tensors of a file, after checking all of them; none is read."""
     places = layout(config)
     problems = list(_problems(stored_shapes(places, named), stored))
     if problems:
@@ -117,12 +78,11 @@ def fill(config: ModelConfig, stored: Mapping[str, Stored], named: Callable[[Pla
         raise ModelError(
             f"{where} does not hold the {config.family} model of its configuration:\n  " + "\n  ".join(shown)
         )
-    arrays = {path: np.empty(shape, np.float32) for path, shape in shapes(config).items()}
+    pieces: dict[str, list[tuple[Place, Stored]]] = {}
     for place in places:
-        place.part(arrays[place.path])[...] = place.read(
-            stored[named(place)].read()[place.row : place.row + place.shape[0]]
-        )
-    return unflatten_dict(arrays, sep="/")
+        pieces.setdefault(place.path, []).append((place, stored[named(place)]))
+    found = {path: Unread(shape, tuple(pieces[path])) for path, shape in shapes(config).items()}
+    return unflatten_dict(found, sep="/")
 
 
 def _problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> Iterator[str]:
@@ -133,8 +93,8 @@ def _problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored
         found = stored[name]
         if found.shape != shape:
             yield f"{name} in {found.file} has shape {list(found.shape)}, expected {list(shape)}"
-        if found.kind not in _FLOATS:
-            yield f"{name} in {found.file} has type {found.kind}, expected one of {', '.join(_FLOATS)}"
+        if found.kind not in FLOATS:
+            yield f"{name} in {found.file} has type {found.kind}, expected one of {', '.join(FLOATS)}"
     for name in sorted(stored.keys() - wanted.keys()):
         if not name.endswith(".rotary_emb.inv_freq"):  # old checkpoints keep what follows from config.json
             yield f"{name} in {stored[name].file} {list(stored[name].shape)} is not expected"
@@ -153,8 +113,11 @@ def save(
 ) -> None:
     """Writes config.json and safetensors of one `dtype` (float32, bfloat16 or float16) that the transformers library opens, replacing those in the folder.
 
+    Every process of a run must call it: arrays are gathered from the devices one at a time, adapters added into their
+    weights, and the first process writes.
+
     Args:
-      shard_bytes: above this, the weights are split over several files; host memory needed is one file's.
+      shard_bytes: above this, the weights are split over several files; host memory needed is one file's and one array.
       fields: further fields of config.json (`eos_token_id=2`).
 
     Raises: ModelError if the parameters do not fit the configuration or the type, or the folder cannot be written.
@@ -164,23 +127,30 @@ def save(
     _check_params(config, params)
     shards = _shards(layout(config), shard_bytes // kind.itemsize)
     names = _shard_names(len(shards))
+    arrays = flatten_dict(dict(params), sep="/")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        processes.by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
         for name, places in zip(names, shards, strict=True):
-            _write_shard(folder / name, places, params, kind)
-        # Files of an earlier save under other names would be read instead of these, or beside them.
-        for old in [*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors"]:
-            if old.name not in names:
-                old.unlink(missing_ok=True)
-        _write_index(folder / "model.safetensors.index.json", names, shards, kind.itemsize)
-        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            tensors, lost = _tensors(places, arrays, kind)
+            processes.by_first(lambda name=name, some=tensors, lost=lost: _write_shard(folder / name, some, lost))
+        processes.by_first(lambda: _finish(folder, names, shards, kind.itemsize, written))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write the model to {folder}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def _finish(folder: Path, names: list[str], shards: list[list[Place]], itemsize: int, config: dict[str, Any]) -> None:
+    # Files of an earlier save under other names would be read instead of these, or beside them.
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE]:
+        if old.name not in names:
+            old.unlink(missing_ok=True)
+    _write_index(folder / INDEX, names, shards, itemsize)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
     expected = shapes(config)
-    found = {path: tuple(np.shape(array)) for path, array in flatten_dict(dict(params), sep="/").items()}
+    size = lambda array: tuple(array.weight.shape if isinstance(array, Adapted) else np.shape(array))
+    found = {path: size(array) for path, array in flatten_dict(dict(params), sep="/").items()}
     problems = [
         f"{path}: found {list(found[path]) if path in found else 'nothing'}, "
         f"expected {list(expected[path]) if path in expected else 'nothing'}"
@@ -209,25 +179,32 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_shard(path: Path, places: list[Place], params: Mapping[str, Any], kind: np.dtype) -> None:
-    arrays = flatten_dict(dict(params), sep="/")
-    tensors, ours = {}, {}
+def _tensors(places: list[Place], arrays: Mapping[str, Any], kind: np.dtype) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors of one file, and those that `kind` cannot hold, on the first process; others help to gather them."""
+    tensors, lost, ours = {}, [], {}
     for place in places:
         if place.path not in ours:  # one array is fetched from the devices at a time
-            ours = {place.path: np.asarray(arrays[place.path], np.float32)}
-        part = _converted(place.written(ours[place.path]), kind, place.name)
-        tensors[place.name] = np.concatenate([tensors[place.name], part]) if place.row else part
+            array = arrays[place.path]
+            whole = to_host(array.folded() if isinstance(array, Adapted) else array)
+            ours = {place.path: np.asarray(whole, np.float32) if processes.first() else None}
+        if processes.first():
+            exact = place.written(ours[place.path])
+            with np.errstate(over="ignore"):
+                part = exact.astype(kind, copy=False)
+            if kind == np.float16 and not np.array_equal(np.isfinite(part), np.isfinite(exact)):
+                lost.append(place.name)
+            tensors[place.name] = np.concatenate([tensors[place.name], part]) if place.row else part
+    return tensors, lost
+
+
+def _write_shard(path: Path, tensors: dict[str, np.ndarray], lost: list[str]) -> None:
+    if lost:
+        raise ModelError(
+            f"{lost[0]} has numbers that float16 cannot hold: export with --export-dtype bfloat16 or float32"
+        )
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
-
-
-def _converted(tensor: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        found = tensor.astype(kind, copy=False)
-    if kind == np.float16 and not np.array_equal(np.isfinite(found), np.isfinite(tensor)):
-        raise ModelError(f"{name} has numbers that float16 cannot hold: export with --export-dtype bfloat16 or float32")
-    return found
 
 
 def _write_index(path: Path, names: list[str], shards: list[list[Place]], itemsize: int) -> None:

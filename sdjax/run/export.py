@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> di
     names its base.  Raises: ModelError.
     """
     student, lora = experiment.student, experiment.lora
-    params = to_host(adapters.folded(whole))
-    model = student._replace(params=params)
-    processes.by_first(lambda: write_model(folder / "model", model, experiment.export_dtype))
+    write_model(folder / "model", student._replace(params=whole), experiment.export_dtype)
     if lora is None:
         return {"model": folder / "model"}
     own, target = to_host(trained), folder / "adapter"
@@ -37,6 +36,6 @@ def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> di
 
 
 def write_model(folder: Path, model: Pretrained, dtype: str | None) -> None:
-    """Writes a model folder, on a disk or in a bucket."""
-    with places.to_write(folder) as here:
+    """Writes a model folder, on a disk or in a bucket, file by file; every process must call it."""
+    with places.to_write(folder) if processes.first() else contextlib.nullcontext(folder) as here:
         pretrained.save(here, *model, dtype=dtype)

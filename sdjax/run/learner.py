@@ -42,9 +42,10 @@ class Learner:
         arrays = checkpoint.arrays_of(self.state)
         processes.by_first(lambda: checkpoint.check_space(self.folder, arrays))
         # Once, not in every step: published parameters lie on the host.
-        put = jax.device_put if sharding.current() is None else sharding.place_parameters
         kept = lambda teacher: pretrained.kept_in(teacher.params, experiment.teacher_dtype)
-        self.teachers = {name: put(kept(teacher)) for name, teacher in experiment.teachers.items()}
+        self.teachers = {
+            name: sharding.place_parameters(kept(teacher)) for name, teacher in experiment.teachers.items()
+        }
         without = lambda model: model._replace(params=None)
         self.experiment = dataclasses.replace(
             experiment,

@@ -160,7 +160,7 @@ class Settings:
 
     def student(self) -> Pretrained:
         """The model that is trained, with its chat template.  Raises `ModelError`."""
-        return pretrained.load(self.model, chat_template=self.chat_template, template=templates.parsed(self.template))
+        return pretrained.opened(self.model, chat_template=self.chat_template, template=templates.parsed(self.template))
 
     def chosen_teachers(self) -> Teachers:
         """The models that teach, by the name of their policy."""

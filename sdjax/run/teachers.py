@@ -38,7 +38,7 @@ class TeacherError(InputError, ValueError):
 class Teachers:
     """Models by the name of their policy; with several, `field` is the example's field that names one of them.
 
-    A model is what `sdjax.models.pretrained.load` loads, or the address of a server; all of them are one or the other.
+    A model is what `sdjax.models.pretrained.opened` opens, or the address of a server; all of them are one or the other.
     Servers are of the kind `engine` and serve a model of the name `served`.
 
     Raises: TeacherError, EngineError.
@@ -222,7 +222,7 @@ def load(
     """
     found = {}
     for name, model in ({} if teachers.remote else teachers.models).items():
-        whole = pretrained.load(model, chat_template=chat_template)
+        whole = pretrained.opened(model, chat_template=chat_template)
         shared = same_vocabulary(whole.tokenizer, student.tokenizer)
         tokenizer = student.tokenizer if shared else whole.tokenizer
         found[name] = whole._replace(params=pretrained.kept_in(whole.params, dtype), tokenizer=tokenizer)

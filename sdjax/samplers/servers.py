@@ -27,13 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.devices import processes
-from sdjax.devices.sharding import to_host
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy, Sample
 from sdjax.engine.tokens import decode_text, thinking_opened
 from sdjax.engine.vocabulary import is_token
 from sdjax.errors import InputError
-from sdjax.models import adapters, pretrained
+from sdjax.models import pretrained
 from sdjax.types import Method
 
 Writer = Callable[..., list[list[Sample]]]
@@ -100,10 +99,7 @@ def reloaded(
     """
 
     def push(policy: Policy) -> None:
-        params = to_host(adapters.folded(policy.params))
-        processes.by_first(
-            lambda: pretrained.save(folder, policy.model.config, params, policy.tokenizer, policy.origin)
-        )
+        pretrained.save(folder, policy.model.config, policy.params, policy.tokenizer, policy.origin)
         processes.by_first(lambda: ask(url, body, {}, timeout=timeout, retries=0))
         if then is not None:
             processes.by_first(lambda: ask(then, {}, {}, timeout=timeout, retries=0))
