@@ -55,6 +55,7 @@ from sdjax.kernels.top_k import top_k
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention, transformer
 from sdjax.models.adapters import Lora
+from sdjax.models.configs import to_hf
 from sdjax.planning import scaling
 from sdjax.run.fit import fit
 from sdjax.types import ByField, Scored, Scores, Task
@@ -233,6 +234,32 @@ def test_layers_in_a_loop_are_those_of_one_device(layout):
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted[1]))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["4x2", "2x4"])
+def test_experts_that_are_split_are_those_of_one_device(layout):
+    """Values, and gradients of everything: experts over the model axis, each with its part of the tokens."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    moe = tiny.from_hf({**to_hf(config()), "model_type": "qwen3_moe", "architectures": None, **sizes})
+    model = transformer.Transformer(moe)
+    params = jax.jit(transformer.initialise, static_argnums=0)(model, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    tokens = np.random.default_rng(0).integers(6, 28, (8, 16)).astype(np.int32)
+    mask = np.arange(16) >= np.arange(8)[:, None]
+
+    def loss(params):
+        states, _ = transformer.hidden(model, params, tokens, transformer.positions_of(mask), mask)
+        return jnp.sum(jnp.where(mask[..., None], jnp.sin(states), 0))
+
+    of = jax.jit(jax.value_and_grad(loss))
+    wanted = jax.device_get(of(params))
+    with on(layout):
+        placed = sharding.place_parameters(params)
+        assert placed["layers_0"]["mlp"]["down"].sharding.spec[0] == "model"
+        found = jax.device_get(jax.jit(jax.value_and_grad(loss))(placed))
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted[1]))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * largest, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["4x2", "1x8"])

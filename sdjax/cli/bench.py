@@ -61,7 +61,7 @@ def bandwidth_ceiling(dtype: Any, size: int = 8192) -> float:
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Parameters in the blocks' matrix products, and in the head's."""
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    return config.layers * (attention + 3 * config.width * config.mlp_width), config.vocab_size * config.width
+    return config.layers * (attention + 3 * config.width * config.hidden_units), config.vocab_size * config.width
 
 
 def update_flops(config: ModelConfig, prompts: int, group: int, student: int, teacher: int, completion: int) -> float:

@@ -114,6 +114,10 @@ RULES = (
     Rule(r"(^|/)mlp/gate_up$", 3, 2, "hidden units"),
     Rule(r"(^|/)mlp/gate_up_bias$", 2, 1, "hidden units"),
     Rule(r"(^|/)mlp/down$", 2, 0, "hidden units"),
+    Rule(r"(^|/)mlp/gate_up$", 4, 0, "experts"),
+    Rule(r"(^|/)mlp/gate_up_bias$", 3, 0, "experts"),
+    Rule(r"(^|/)mlp/down$", 3, 0, "experts"),
+    Rule(r"(^|/)mlp/down_bias$", 2, 0, "experts"),
 )
 """First match wins.  Queries lie with the key and value that they read, so heads are split by groups."""
 

@@ -166,14 +166,14 @@ def kept_per_layer(config: ModelConfig, reading: Reading, item: int, *, remat: b
     parts = axis_size(MODEL)
     if remat:
         return reading.tokens * item * (config.width + 2 * config.kv_heads * config.head_dim) / parts
-    own = reading.tokens * item * (WIDTHS * config.width + MLP_WIDTHS * config.mlp_width / parts)
+    own = reading.tokens * item * (WIDTHS * config.width + MLP_WIDTHS * config.hidden_units / parts)
     scores = [s for s in reading.scores(config.heads / parts) if s <= SCORES]  # others are computed again
     return own + SCORE_COPIES * 4.0 * sum(scores)
 
 
 def in_one_layer(config: ModelConfig, reading: Reading, item: int) -> float:
     """Bytes that lie about while one layer is read, or read backwards."""
-    own = reading.tokens * item * (WIDTHS * config.width + MLP_WIDTHS * config.mlp_width / axis_size(MODEL))
+    own = reading.tokens * item * (WIDTHS * config.width + MLP_WIDTHS * config.hidden_units / axis_size(MODEL))
     return own + 2 * SCORE_COPIES * 4.0 * min(SCORES, max(reading.scores(config.heads / axis_size(MODEL))))
 
 

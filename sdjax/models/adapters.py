@@ -149,9 +149,10 @@ def folded(params: Any) -> Any:
 
 
 def targeted(config: ModelConfig, lora: Lora) -> list[tuple[str, str, Place]]:
-    """Block, short name and place of every matrix that has an adapter; of each part, where it lies in several."""
+    """Block, short name and place of every matrix that has an adapter, of each part where it lies in several; experts have none."""
     short = lambda place: place.name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return [(p.path.split("/")[0], short(p), p) for p in layout(config) if short(p) in lora.targets and "/" in p.path]
+    own = [p for p in layout(config) if short(p) in lora.targets and "/" in p.path and p.expert is None]
+    return [(p.path.split("/")[0], short(p), p) for p in own]
 
 
 def initial(config: ModelConfig, lora: Lora, key: Array) -> dict:
@@ -218,7 +219,9 @@ def base(config: ModelConfig, params: Mapping[str, Any], lora: Lora) -> Base:
 
     Raises: ModelError if qwix is asked for and not installed.
     """
-    places = {place.path: place for place in layout(config) if place.name.split(".")[-2] in TARGETS}
+    places = {
+        place.path: place for place in layout(config) if place.name.split(".")[-2] in TARGETS and place.expert is None
+    }
     flat = flatten_dict(dict(params), sep="/")
     wanted = {path for path, place in places.items() if not place.name.endswith(".bias") and lora.base != "float"}
     weights = {}

@@ -10,6 +10,7 @@ from sdjax.models.adapters import Adapted
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.caches import put
 from sdjax.models.configs import ModelConfig
+from sdjax.models.experts import Experts
 from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, grown, project, rotate
 
 
@@ -84,7 +85,7 @@ def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
 
 def mlp_of(config: ModelConfig, layer: int) -> nn.Module:
     """What follows it, token by token: `x [B, S, D]` -> `[B, S, D]`."""
-    return MLP(config, name="mlp")
+    return (Experts if config.has_experts(layer) else MLP)(config, name="mlp")
 
 
 class Block(nn.Module):

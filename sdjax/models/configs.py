@@ -10,6 +10,7 @@ from typing import Any
 from sdjax.models.families import FAMILIES, FULL, LAYER_KINDS, OPTIONAL, SLIDING, Family, full, supported
 from sdjax.models.fields import Fields, ModelError, read_fields
 from sdjax.models.ropes import NO_ROPE, ORIGINAL, Rope, rope
+from sdjax.models.routing import Moe
 from sdjax.models.wrapped import text_fields
 
 
@@ -50,6 +51,7 @@ class ModelConfig:
     query_scalar: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
+    moe: Moe | None = None
 
     def reaching(self, tokens: int | None) -> ModelConfig:
         """The same model for texts of up to so many tokens: LongRoPE has other frequencies for long ones."""
@@ -57,9 +59,20 @@ class ModelConfig:
             return self
         return dataclasses.replace(self, ropes=tuple(rope.reaching(tokens) for rope in self.ropes))
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a mixture of experts stands in place of a layer's MLP."""
+        return self.moe is not None and layer not in self.moe.dense
+
+    @property
+    def hidden_units(self) -> int:
+        """Hidden units of a layer that a token goes through, at most."""
+        dense = self.moe is None or any(not self.has_experts(layer) for layer in range(self.layers))
+        return max(self.mlp_width if dense else 0, self.moe.per_token * self.moe.width if self.moe else 0)
+
     def of_layers(self) -> list[tuple[Any, ...]]:
         """What one layer may have that another has not, for each layer: layers with equal entries do the same."""
-        return list(zip(*(getattr(self, name) for name in PER_LAYER), strict=True))
+        mixed = [self.has_experts(layer) for layer in range(self.layers)]
+        return list(zip(*(getattr(self, name) for name in PER_LAYER), mixed, strict=True))
 
     def first(self, layers: int) -> ModelConfig:
         """The same model with its first layers alone."""
@@ -156,6 +169,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         qk_norm=family.qk_norm,
         norms=family.norms,
         norm_offset=family.norm_offset,
+        moe=family.experts and family.experts.read(fields, len(kinds)),
         activation=_ACTIVATIONS[fields.values.get(family.activation_field) or _named_activation(family.activation)],
         fused=family.fused,
         embedding_scale=width**0.5 if family.scaled_embedding else 1.0,
@@ -268,6 +282,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         result["sliding_window"] = windows[0] if windows else None
     if "mlp_bias" in family.named_biases:
         result["mlp_bias"] = config.mlp_bias
+    if config.moe is not None:
+        result |= family.experts.written(config.moe)
     if family.window_by_choice:
         first = next((layer for layer, window in enumerate(config.windows) if window is not None), config.layers)
         result["use_sliding_window"] = first < config.layers

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from sdjax.models.fields import Fields
+from sdjax.models.routing import MixtralExperts, OlmoeExperts, QwenExperts
 from sdjax.models.wrapped import WRAPPERS
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
@@ -98,6 +100,7 @@ class Family:
     norm_offset: float = 0.0
     activation: str = "silu"
     activation_field: str = "hidden_act"
+    experts: Any = None  # what reads and writes the fields of a mixture of experts (`sdjax.models.routing`)
     fused: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by the root of the width
     query_scalar: float | None = None
@@ -186,6 +189,27 @@ FAMILIES = {
         optional=("query_pre_attn_scalar", "final_logit_softcapping"),
     ),
     "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        kinds=windowed_by_choice,
+        layer_types=False,
+        window=4096,
+        window_by_choice=True,
+        head_dim=None,
+        qk_norm="head",
+        named_biases=("attention_bias",),
+        experts=QwenExperts,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM", kinds=windowed_if_named, layer_types=False, rope_theta=1_000_000.0, experts=MixtralExperts
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        layer_types=False,
+        qk_norm="flat",
+        named_biases=("attention_bias",),
+        experts=OlmoeExperts,
+    ),
 }
 """The supported families by their `model_type` in config.json."""
 

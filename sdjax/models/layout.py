@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,19 @@ _MLP = """
 layers_#/mlp/gate_up            model.layers.#.mlp.gate_proj             blk.#.ffn_gate      1F,D  -> D.1F
 layers_#/mlp/gate_up            model.layers.#.mlp.up_proj               blk.#.ffn_up        1F,D  -> D.1F
 layers_#/mlp/down               model.layers.#.mlp.down_proj             blk.#.ffn_down      D,F   -> FD
+"""
+# One row for all experts of a layer: `@` is the expert's number, `E` how many there are, `X` one of them, `M` its width.
+_EXPERTS = """
+layers_#/mlp/router             model.layers.#.mlp.gate                  -                   E,D   -> DE
+layers_#/mlp/gate_up            model.layers.#.mlp.experts.@.gate_proj   -                   X1M,D -> XD.1M
+layers_#/mlp/gate_up            model.layers.#.mlp.experts.@.up_proj     -                   X1M,D -> XD.1M
+layers_#/mlp/down               model.layers.#.mlp.experts.@.down_proj   -                   XD,M  -> XMD
+"""
+_MIXTRAL = """
+layers_#/mlp/router             model.layers.#.block_sparse_moe.gate     -                   E,D   -> DE
+layers_#/mlp/gate_up            model.layers.#.block_sparse_moe.experts.@.w1 -               X1M,D -> XD.1M
+layers_#/mlp/gate_up            model.layers.#.block_sparse_moe.experts.@.w3 -               X1M,D -> XD.1M
+layers_#/mlp/down               model.layers.#.block_sparse_moe.experts.@.w2 -               XD,M  -> XMD
 """
 _OUT_BIAS = """
 layers_#/attention/out_bias     model.layers.#.self_attn.o_proj.bias     blk.#.attn_output.bias D    -> D
@@ -98,15 +112,27 @@ class Place(NamedTuple):
     axis: int  # ours, along which it shares the array
     start: int
     row: int = 0  # the first of these rows in the file's tensor
+    expert: int | None = None  # whose it is: its number along our first axis
 
     @property
     def ours(self) -> tuple[int, ...]:
         """The shape of the part of our array that this tensor fills."""
         return tuple(self.view[axis] for axis in self.axes)
 
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """Where that part begins along each axis of our array."""
+        along = [self.start if axis == self.axis else 0 for axis in range(len(self.axes))]
+        return (self.expert, *along[1:]) if self.expert is not None else tuple(along)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where it ends."""
+        return tuple(begin + size for begin, size in zip(self.begins, self.ours, strict=True))
+
     def part(self, array: np.ndarray) -> np.ndarray:
         """This tensor's part of our array: a view."""
-        return array[(slice(None),) * self.axis + (slice(self.start, self.start + self.ours[self.axis]),)]
+        return array[tuple(map(slice, self.begins, self.ends))]
 
     def read(self, stored: np.ndarray) -> np.ndarray:
         """The file's tensor in our order of axes."""
@@ -117,15 +143,16 @@ class Place(NamedTuple):
         return np.ascontiguousarray(self.part(array).transpose(np.argsort(self.axes)).reshape(self.shape))
 
 
-def layout(config: ModelConfig) -> list[Place]:
+@functools.lru_cache(maxsize=32)
+def layout(config: ModelConfig) -> tuple[Place, ...]:
     """Every tensor of a file with this configuration, and where it lies in our parameters."""
     table = _MODEL + ("" if config.tied_embeddings else _HEAD)
     table += "".join(_block(config, layer).replace("#", str(layer)) for layer in range(config.layers))
     places, ends, rows = [], {}, {}
     for line in table.split("\n"):
-        if line:
-            places.append(_place(config, line, ends, rows))
-    return places
+        for expert in range(config.moe.experts) if "@" in line else (None,) if line else ():
+            places.append(_place(config, line, ends, rows, expert))
+    return tuple(places)
 
 
 def stored_shapes(
@@ -147,17 +174,23 @@ def _mixer(config: ModelConfig, layer: int) -> str:
 
 
 def _mlp(config: ModelConfig, layer: int) -> str:
+    if config.has_experts(layer):
+        return _MIXTRAL if config.family == "mixtral" else _EXPERTS
     return (_FUSED_MLP if config.fused else _MLP) + (_MLP_BIAS if config.mlp_bias else "")
 
 
-def _place(config: ModelConfig, line: str, ends: dict[str, int], rows: dict[str, int]) -> Place:
-    path, name, gguf, stored, _, ours = line.split()
+def _place(
+    config: ModelConfig, line: str, ends: dict[Any, int], rows: dict[str, int], expert: int | None = None
+) -> Place:
+    path, name, gguf, stored, _, ours = line.replace("@", str(expert)).split()
     sizes = {"D": config.width, "K": config.kv_heads, "G": config.heads // config.kv_heads, "H": config.head_dim}
     sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
     sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
+    if config.moe is not None:
+        sizes |= {"E": config.moe.experts, "X": 1, "M": config.moe.width}
     letters = stored.replace(",", "")
-    start, axis = ends.get(path, 0), max(ours.find("."), 0)
-    ends[path] = start + sizes[ours.replace(".", "")[axis]]
+    start, axis = ends.get((path, expert), 0), max(ours.find("."), 0)
+    ends[path, expert] = start + sizes[ours.replace(".", "")[axis]]
     shape = tuple(math.prod(sizes[letter] for letter in group) for group in stored.split(","))
     row = rows.get(name, 0)
     rows[name] = row + shape[0]
@@ -171,6 +204,7 @@ def _place(config: ModelConfig, line: str, ends: dict[str, int], rows: dict[str,
         axis=axis,
         start=start,
         row=row,
+        expert=expert,
     )
 
 
@@ -178,6 +212,5 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every one of our parameters, by path: "layers_0/attention/qkv"."""
     result: dict[str, tuple[int, ...]] = {}
     for place in layout(config):  # the last tensor of an array ends where the array ends
-        end = place.start + place.ours[place.axis]
-        result[place.path] = (*place.ours[: place.axis], end, *place.ours[place.axis + 1 :])
+        result[place.path] = place.ends
     return result

@@ -63,9 +63,8 @@ class Unread:
 def fill(result: np.ndarray, box: list[range], place: Place, stored: Stored) -> None:
     """Writes into `result`, the part `box` of our array, what one tensor of a file holds of it, block by block."""
     own, target = [], []
-    for axis, (wanted, size) in enumerate(zip(box, place.ours, strict=True)):
-        begin = place.start if axis == place.axis else 0
-        first, end = max(wanted.start, begin), min(wanted.stop, begin + size)
+    for wanted, begin, end in zip(box, place.begins, place.ends, strict=True):
+        first, end = max(wanted.start, begin), min(wanted.stop, end)
         if first >= end:
             return
         own.append(range(first - begin, end - begin))

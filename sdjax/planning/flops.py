@@ -19,11 +19,18 @@ def product_flops(jaxpr: Any, trips: int = 1) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+        elif name == "ragged_dot_general":
+            total += grouped_flops(*(x.aval.shape for x in (*equation.invars[:2], equation.outvars[0])))
         elif name == "cond":
             total += max(inner, default=0.0)
         else:
             total += sum(inner) * runs(equation, trips)
     return total
+
+
+def grouped_flops(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
+    """FLOP of a grouped product: each of the `m` rows `[m, k]` meets one group's matrix `[k, n]` (or makes a part of it)."""
+    return 2.0 * left[0] * left[1] * (out[-1] if len(out) == 2 else right[-1])
 
 
 def runs(equation: Any, trips: int) -> int:

@@ -1,0 +1,142 @@
+"""Which experts a token goes to: what a config.json says of it, the choice itself, and how evenly experts are used."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.models.fields import Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+    """A mixture of experts in place of a layer's MLP: each token is read by `per_token` of `experts` MLPs of a `width`.
+
+    A token's weights are its probabilities over all experts or, `renormalised`, over those that it goes to alone.
+    `dense` are the layers that keep an ordinary MLP.  With `clamped` gates and inputs are cut at this number, the gate is
+    `x sigmoid(1.702 x)`, and router and experts have biases (gpt-oss).
+    """
+
+    experts: int
+    per_token: int
+    width: int
+    renormalised: bool = True
+    dense: tuple[int, ...] = ()
+    clamped: float | None = None
+
+
+class Routes(NamedTuple):
+    """Where tokens go: `weights [..., k]` float32, most first, and `experts [..., k]` int32."""
+
+    weights: Array
+    experts: Array
+
+
+def route(logits: Array, moe: Moe) -> Routes:
+    """The `k` most probable experts of each token by a router's float32 logits `[..., E]`.
+
+    `p = softmax(logits)`; weights are `p_i`, or `p_i / sum_j p_j` over those chosen if `renormalised`, which is the
+    softmax of their logits alone.
+    Source: Shazeer et al. 2017, arXiv:1701.06538; as in Qwen3-MoE, Mixtral and gpt-oss.
+    """
+    chosen, experts = jax.lax.top_k(logits, moe.per_token)
+    if moe.renormalised:
+        return Routes(jax.nn.softmax(chosen, axis=-1), experts)
+    return Routes(jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), experts)
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+
+def _checked(fields: Fields, moe: Moe) -> Moe:
+    if moe.per_token > moe.experts:
+        fields.refuse(f"'num_experts_per_tok' {moe.per_token} exceeds the number of experts, {moe.experts}")
+    return moe
+
+
+def _count(fields: Fields, default: int) -> int:
+    """The number of experts, by either of its names."""
+    return fields.integer("num_local_experts" if fields.has("num_local_experts") else "num_experts", default)
+
+
+class QwenExperts:
+    """Qwen3-MoE: every `decoder_sparse_step`-th layer has experts, but those of `mlp_only_layers`."""
+
+    @staticmethod
+    def read(fields: Fields, layers: int) -> Moe:
+        only, step = fields.values.get("mlp_only_layers") or [], fields.integer("decoder_sparse_step", 1)
+        if not isinstance(only, list) or not all(isinstance(layer, int) for layer in only):
+            fields.refuse(f"'mlp_only_layers' must be a list of layers, found {only!r}")
+        dense = tuple(layer for layer in range(layers) if layer in only or (layer + 1) % step)
+        return _checked(
+            fields,
+            Moe(
+                _count(fields, 128),
+                fields.integer("num_experts_per_tok", 8),
+                fields.integer("moe_intermediate_size", 768),
+                fields.flag("norm_topk_prob"),
+                dense,
+            ),
+        )
+
+    @staticmethod
+    def written(moe: Moe) -> dict[str, Any]:
+        return {
+            "num_experts": moe.experts,
+            "num_experts_per_tok": moe.per_token,
+            "moe_intermediate_size": moe.width,
+            "norm_topk_prob": moe.renormalised,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(moe.dense),
+        }
+
+
+class MixtralExperts:
+    """Mixtral: experts in every layer, as wide as `intermediate_size`."""
+
+    @staticmethod
+    def read(fields: Fields, layers: int) -> Moe:
+        width = fields.integer("intermediate_size")
+        return _checked(fields, Moe(_count(fields, 8), fields.integer("num_experts_per_tok", 2), width))
+
+    @staticmethod
+    def written(moe: Moe) -> dict[str, Any]:
+        return {"num_local_experts": moe.experts, "num_experts_per_tok": moe.per_token}
+
+
+class OlmoeExperts:
+    """OLMoE: as Mixtral, and weights need not sum to one."""
+
+    @staticmethod
+    def read(fields: Fields, layers: int) -> Moe:
+        sizes = _count(fields, 64), fields.integer("num_experts_per_tok", 8), fields.integer("intermediate_size")
+        return _checked(fields, Moe(*sizes, fields.flag("norm_topk_prob")))
+
+    @staticmethod
+    def written(moe: Moe) -> dict[str, Any]:
+        sizes = {"num_experts": moe.experts, "num_experts_per_tok": moe.per_token}
+        return {**sizes, "norm_topk_prob": moe.renormalised}
+
+
+class GptOssExperts:
+    """gpt-oss: as Mixtral, with biases, and numbers that are cut."""
+
+    @staticmethod
+    def read(fields: Fields, layers: int) -> Moe:
+        if fields.number("swiglu_alpha", ALPHA) != ALPHA:
+            fields.refuse(f"'swiglu_alpha' other than {ALPHA} is not supported")
+        sizes = _count(fields, 128), fields.integer("num_experts_per_tok", 4), fields.integer("intermediate_size")
+        return _checked(fields, Moe(*sizes, clamped=fields.number("swiglu_limit", 7.0)))
+
+    @staticmethod
+    def written(moe: Moe) -> dict[str, Any]:
+        sizes = {"num_local_experts": moe.experts, "num_experts_per_tok": moe.per_token}
+        return {**sizes, "swiglu_limit": moe.clamped, "swiglu_alpha": ALPHA}
+
+
+ALPHA = 1.702
+"""What gpt-oss multiplies a gate by before the sigmoid."""

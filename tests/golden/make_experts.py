@@ -1,0 +1,33 @@
+"""Makes the tiny mixtures of experts in this folder, as `make_models.py` makes the others; all, or those that are named."""
+
+import sys
+
+import torch
+import transformers
+from make_models import SIZES, make
+
+
+def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dtype]]:
+    """Weights renormalised and not, a layer without experts, norms of both kinds, files of every naming."""
+    qwen3_moe = transformers.Qwen3MoeConfig(
+        **{**SIZES, "num_hidden_layers": 3},
+        head_dim=12,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=20,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    )
+    mixtral = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=7)
+    olmoe = transformers.OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=2, norm_topk_prob=False)
+    return {
+        "qwen3_moe": (qwen3_moe, torch.bfloat16),
+        "mixtral": (mixtral, torch.bfloat16),
+        "olmoe": (olmoe, torch.bfloat16),
+    }
+
+
+if __name__ == "__main__":
+    for name, (config, dtype) in configurations().items():
+        if name in (sys.argv[1:] or [name]):
+            make(name, config, dtype)

@@ -1,0 +1,211 @@
+"""Mixtures of experts: the choice against closed forms, groups against all experts, whole models against transformers."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sdjax.devices.sharding import MeshError, parameter_spec
+from sdjax.models import adapters, experts, transformer, weights
+from sdjax.models.configs import from_hf, to_hf
+from sdjax.models.fields import ModelError
+from sdjax.models.layout import layout, shapes
+from sdjax.models.routing import Moe, Routes, route
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ("qwen3_moe", "mixtral", "olmoe")
+unoptimised = pytest.fixture(scope="module", autouse=True)(networks.unoptimised)
+
+
+class Golden:
+    """One committed model and what transformers computes."""
+
+    def __init__(self, name):
+        self.config = from_hf(GOLDEN / name)
+        self.params = jax.tree.map(jnp.asarray, weights.load(GOLDEN / name, self.config))
+        self.model = transformer.Transformer(self.config)
+        with np.load(GOLDEN / name / "logits.npz") as file:
+            self.tokens, lengths, self.logits, self.padded = (
+                file[key] for key in ("tokens", "lengths", "logits", "padded")
+            )
+        self.mask = np.arange(self.tokens.shape[1]) >= self.tokens.shape[1] - lengths[:, None]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def golden(request):
+    return Golden(request.param)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, tokens, mask, past=None, positions=None):
+    positions = transformer.positions_of(mask) if positions is None else positions
+    hidden, own = transformer.hidden(model, params, tokens, positions, mask, past)
+    return transformer.logits(model, params, hidden), own
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(model, params, token, position, past, cache, column):
+    place = transformer.Column(column, column + 1)
+    hidden, cache = transformer.decode(model, params, token, position, past, cache, place)
+    return transformer.logits(model, params, hidden), cache
+
+
+def close(found, wanted, share=1e-5):
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(np.asarray(found), wanted, rtol=0, atol=share * np.abs(wanted).max())
+
+
+def test_logits_are_those_of_transformers(golden):
+    whole = np.ones_like(golden.mask)
+    close(run(golden.model, golden.params, golden.tokens, whole)[0][0], golden.logits)
+    found = run(golden.model, golden.params, golden.tokens, golden.mask)[0]
+    close(np.where(golden.mask[..., None], found, 0), golden.padded)
+
+
+def test_decoding_takes_the_routes_of_scoring(golden):
+    """Padded prompts are read once, the rest token by token: the logits of one pass, to rounding."""
+    prefix, tokens, mask = 14, jnp.asarray(golden.tokens), jnp.asarray(golden.mask)
+    positions = transformer.positions_of(mask)
+    past = run(golden.model, golden.params, tokens[:, :prefix], mask[:, :prefix])[1]
+    cache = transformer.empty_cache(golden.model, 2, tokens.shape[1] - prefix)
+    for column in range(tokens.shape[1] - prefix):
+        here = prefix + column
+        logits, cache = step(golden.model, golden.params, tokens[:, here], positions[:, here], past, cache, column)
+        close(logits, golden.padded[:, here])
+
+
+def test_files_say_the_same_when_they_are_written_again(golden, tmp_path):
+    assert from_hf(to_hf(golden.config)) == golden.config
+    assert {path: x.shape for path, x in flat(golden.params).items()} == shapes(golden.config)
+    weights.save(tmp_path, golden.config, golden.params, shard_bytes=40_000)
+    again = weights.opened(tmp_path, from_hf(tmp_path))[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, again), golden.params)
+    array, whole = again["layers_0"]["mlp"]["gate_up"], np.asarray(golden.params["layers_0"]["mlp"]["gate_up"])
+    np.testing.assert_array_equal(array[1:3, 4:9, 1:, 3:17], whole[1:3, 4:9, 1:, 3:17])
+
+
+def flat(tree):
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("renormalised", [False, True])
+def test_routes_are_the_most_probable_experts(renormalised):
+    logits = np.random.default_rng(0).normal(size=(3, 5, 7)) * 3
+    found = route(jnp.asarray(logits, jnp.float32), Moe(7, 3, 1, renormalised))
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    order = np.argsort(-logits, axis=-1)[..., :3]
+    wanted = np.take_along_axis(probabilities, order, -1)
+    np.testing.assert_array_equal(found.experts, order)
+    np.testing.assert_allclose(
+        found.weights, wanted / wanted.sum(-1, keepdims=True) if renormalised else wanted, rtol=1e-5
+    )
+
+
+def case(config, seed=0):
+    """Tokens, routes and weights of a layer; one expert has no token, and one has most."""
+    moe, draw = config.moe, np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)
+    logits = array(2, 9, moe.experts) + jnp.asarray([4.0, -99.0, *[0.0] * (moe.experts - 2)])
+    mlp = {
+        "gate_up": array(moe.experts, config.width, 2, moe.width),
+        "down": array(moe.experts, moe.width, config.width),
+    }
+    if moe.clamped is not None:
+        mlp |= {"gate_up_bias": array(moe.experts, 2, moe.width), "down_bias": array(moe.experts, config.width)}
+    return array(2, 9, config.width), route(logits, moe), mlp
+
+
+@functools.partial(jax.jit, static_argnums=(3, 5))
+def by_groups(x, routes, mlp, config, first=0, how=experts.by_groups):
+    return how(x, routes, mlp, config, first) if how is experts.by_groups else how(x, routes, mlp, config)
+
+
+def one_by_one(x, routes, mlp, config):
+    """The same in float64, token by token."""
+    result = np.zeros(x.shape)
+    mlp = {name: np.asarray(array, np.float64) for name, array in mlp.items()}
+    for at in np.ndindex(*x.shape[:2]):
+        for weight, e in zip(np.asarray(routes.weights[at]), np.asarray(routes.experts[at]), strict=True):
+            gate, up = np.einsum("d,dcf->cf", np.asarray(x[at], np.float64), mlp["gate_up"][e])
+            if config.moe.clamped is None:
+                inner = gate / (1 + np.exp(-gate)) * up
+                result[at] += weight * (inner @ mlp["down"][e])
+                continue
+            gate, up = gate + mlp["gate_up_bias"][e, 0], up + mlp["gate_up_bias"][e, 1]
+            gate, up = np.minimum(gate, config.moe.clamped), np.clip(up, -config.moe.clamped, config.moe.clamped)
+            inner = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+            result[at] += weight * (inner @ mlp["down"][e] + mlp["down_bias"][e])
+    return result
+
+
+@pytest.mark.parametrize("clamped", [None, 2.0])
+def test_groups_are_the_experts_one_by_one_and_all_of_them(clamped):
+    config = dataclasses.replace(from_hf(GOLDEN / "qwen3_moe"), moe=Moe(6, 2, 5, clamped=clamped))
+    x, routes, mlp = case(config)
+    wanted = one_by_one(x, routes, mlp, config)
+    close(by_groups(x, routes, mlp, config), wanted)
+    close(by_groups(x, routes, mlp, config, how=experts.by_all), wanted)
+    halves = [{name: array[part] for name, array in mlp.items()} for part in (slice(0, 4), slice(4, 6))]
+    close(
+        sum(by_groups(x, routes, half, config, first) for half, first in zip(halves, (0, 4), strict=True)),
+        wanted,
+    )
+
+
+def test_gradients_of_groups_are_those_of_all():
+    config = dataclasses.replace(from_hf(GOLDEN / "qwen3_moe"), moe=Moe(6, 2, 5))
+    x, routes, mlp = case(config)
+
+    def loss(how, x, shares, mlp):
+        return jnp.sum(jnp.sin(by_groups(x, Routes(shares, routes.experts), mlp, config, how=how)))
+
+    of = lambda how: jax.jit(jax.grad(functools.partial(loss, how), argnums=(0, 1, 2)))(x, routes.weights, mlp)
+    jax.tree.map(lambda one, other: close(one, other, 1e-4), of(experts.by_groups), of(experts.by_all))
+    assert not np.any(of(experts.by_groups)[2]["down"][1])  # nobody goes there
+
+
+# ---- files, meshes, adapters ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_experts_per_tok": 9}, "'num_experts_per_tok' 9 exceeds the number of experts, 8"),
+        ({"mlp_only_layers": "1"}, "'mlp_only_layers' must be a list of layers"),
+    ],
+)
+def test_experts_that_make_no_sense_are_refused(change, words):
+    with pytest.raises(ModelError, match=words):
+        from_hf({**to_hf(from_hf(GOLDEN / "qwen3_moe")), **change})
+
+
+def test_every_other_layer_may_have_experts():
+    config = from_hf({**to_hf(from_hf(GOLDEN / "qwen3_moe")), "decoder_sparse_step": 2, "mlp_only_layers": []})
+    assert [config.has_experts(layer) for layer in range(3)] == [False, True, False]
+    assert transformer.period_of(config) == 3 and config.first(1).has_experts(0) is False
+
+
+def test_experts_are_split_over_the_model_axis():
+    shape = shapes(from_hf(GOLDEN / "qwen3_moe"))["layers_0/mlp/gate_up"]
+    assert parameter_spec("layers_0/mlp/gate_up", shape, {"data": 2, "model": 4}, 1) == P("model", "data", None, None)
+    with pytest.raises(MeshError, match="8 experts do not divide by 3"):
+        parameter_spec("layers_0/mlp/down", (8, 20, 32), {"data": 1, "model": 3})
+
+
+def test_adapters_leave_experts_alone():
+    config = from_hf(GOLDEN / "qwen3_moe")
+    found = adapters.targeted(config, adapters.Lora())
+    assert {name for block, name, _ in found if block == "layers_0"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name for block, name, _ in found if block == "layers_1"} == {*adapters.TARGETS}
+    assert any(place.expert is not None for place in layout(config))
