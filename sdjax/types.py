@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import flax.struct
 from jax import Array
 
-Messages = tuple[Mapping[str, str], ...]
-"""A chat: turns with `role` ("system", "user" or "assistant") and `content`."""
+Messages = tuple[Mapping[str, Any], ...]
+"""A chat: turns with `role` ("system", "user", "assistant" or "tool") and `content`, and further keys that no model reads."""
 
 STUDENT, TEACHER, REFERENCE, SYNTHETIC = range(4)
 """Who wrote a completion (`Rollout.source`, `Batch.source`)."""
@@ -64,13 +64,43 @@ class Verdict(NamedTuple):
     measures: Mapping[str, float] = {}
 
 
+class Step(NamedTuple):
+    """What a world says after a turn of the policy.
+
+    `messages` are the turns that the policy reads next ("tool" or "user"), `reward` is added to the conversation's.  After
+    `done` nothing is read any more.  `feedback` says why the conversation did not go better, `measures` are numbers for the run's
+    log, added up over the conversation.
+    """
+
+    messages: Messages = ()
+    reward: float = 0.0
+    done: bool = False
+    feedback: str | None = None
+    measures: Mapping[str, float] = {}
+
+
+class World(NamedTuple):
+    """An environment in the sense of RL: whom a policy talks with.  Both functions are pure, and what they say is JSON-able.
+
+    `reset(example)` is the chat that the policy reads first; it ends with a user turn.  `step(example, messages)` reads the
+    conversation so far, the policy's turn last; that turn also has the key `raw`, its text with all special tokens.  A world with
+    a state keeps it in the messages, under keys of its own, which no chat template reads.  `turns` is how many turns the policy
+    has at most.  `step` may be marked with `sdjax.tasks.judging.from_threads`.
+    """
+
+    reset: Callable[[Example], Messages]
+    step: Callable[[Example, Messages], Step]
+    turns: int = 8
+
+
 class Task(NamedTuple):
     """Problems and how to judge answers to them.
 
     `train` and `test` are disjoint; `verify(example, text)` is deterministic and safe on any text, thinking included.
     `sdjax.tasks.judging` has two marks for it: `reads_answers` (a text that was cut off earns nothing without a marked
     answer) and `from_threads` (many verdicts are worked out at once).  `read` says, as JSON, how the problems were read
-    and split; a run keeps it, and prints the lines under "said".
+    and split; a run keeps it, and prints the lines under "said".  With a `world` the policy's attempts are
+    conversations, which the world rewards; `sdjax.tasks.worlds.in_world` makes such a task.
     """
 
     name: str
@@ -78,6 +108,7 @@ class Task(NamedTuple):
     test: tuple[Example, ...]
     verify: Callable[[Example, str], Verdict]
     read: Mapping[str, Any] = {}
+    world: World | None = None
 
 
 class Scores(NamedTuple):
@@ -95,6 +126,19 @@ UNUSED = 2**30
 """The token id of an entry of `Scores` that says nothing."""
 
 
+class Turn(NamedTuple):
+    """One turn of the policy in a conversation: its tokens are `tokens[start:end]` of the rollout.
+
+    `observations` are the messages that followed, `reward` is what it earned.
+    """
+
+    start: int
+    end: int
+    text: str
+    observations: Messages = ()
+    reward: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """One completion of one example, with what each view reads before it.
@@ -104,6 +148,9 @@ class Rollout:
     kept out of the loss.  `contexts` maps a view's name to a chat, or to `None`: nothing to say about this row.
     `finished` is False when the completion was cut by the length limit.  `scores` holds what a server said of the tokens,
     by the view that it stands for.
+
+    A conversation is one completion, too: `tokens` are all that the policy wrote and all that it read between its `turns`, in
+    order, `trained` is True for the former, and `text` is the conversation for people.  Its reward is the world's.
     """
 
     example: Example
@@ -120,6 +167,7 @@ class Rollout:
     trained: tuple[bool, ...] | None = None
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
 
     @property
     def returns(self) -> float:

@@ -11,6 +11,7 @@ import jax
 from jax import Array
 
 from sdjax.collect.contexts import question
+from sdjax.collect.conversations import converse
 from sdjax.devices.processes import divided_parts
 from sdjax.engine import policies
 from sdjax.engine.chats import encode_text
@@ -40,7 +41,13 @@ def sample(
     source: int = STUDENT,
     limit: int | None = None,
 ) -> list[Rollout]:
-    """`n` rollouts of each example, one group per example, in order.  `context` is what the policy reads."""
+    """`n` rollouts of each example, one group per example, in order.  `context` is what the policy reads.
+
+    Where the policy has a world, each is a conversation with it (`sdjax.collect.conversations`).
+    """
+    if policy.world is not None:
+        how = {"sampling": sampling or Sampling(), "limit": limit or policy.shapes.completion}
+        return converse(policy, examples, [context(e) for e in examples], key, n=n, source=source, **how)
     written = policies.sample(policy, [context(e) for e in examples], key, n=n, sampling=sampling, limit=limit)
     age = lambda s: {} if s.staleness is None else {"staleness": s.staleness}
     return [
@@ -67,9 +74,13 @@ def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout
 
 
 def verdicts(verify: Callable[[Example, str], Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
-    """The verdict on each rollout, by `sdjax.tasks.judging`; each is given by one of several processes."""
-    cases = [Case(r.example, r.text, r.finished) for r in rollouts]
-    return [Verdict(*said) for said in divided_parts(lambda some: judging.verdicts(verify, some), cases)]
+    """The verdict on each rollout, by `sdjax.tasks.judging`; each is given by one of several processes.
+
+    Of a conversation the world has said it.
+    """
+    cases = [Case(r.example, r.text, r.finished) for r in rollouts if not r.turns]
+    said = iter(divided_parts(lambda some: judging.verdicts(verify, some), cases))
+    return [Verdict(r.reward, r.feedback, r.measures) if r.turns else Verdict(*next(said)) for r in rollouts]
 
 
 def attempts(

@@ -142,4 +142,5 @@ def closeness(
 
 def cut(row: Rollout, length: int) -> Rollout:
     """The row trained on its first `length` tokens only."""
-    return dataclasses.replace(row, trained=tuple(i < length for i in range(len(row.tokens))))
+    trained = row.trained or (True,) * len(row.tokens)
+    return dataclasses.replace(row, trained=tuple(t and i < length for i, t in enumerate(trained)))

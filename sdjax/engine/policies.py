@@ -22,7 +22,7 @@ from sdjax.engine.vocabulary import limited
 from sdjax.models.pretrained import UNKNOWN, Origin
 from sdjax.models.templates import stop_tokens
 from sdjax.models.transformer import Transformer
-from sdjax.types import Batch, ByField, Example, Messages, Method, Objective, Rollout, Scored, Verdict, View
+from sdjax.types import Batch, ByField, Example, Messages, Method, Objective, Rollout, Scored, Verdict, View, World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Policy:
     Ids that the tokenizer does not have get no mass (`sdjax.engine.vocabulary`).  `template` are the options of the chat
     template with which it writes: in a run those of the view that it reads.
     `writer`, if there is one, samples in place of `sdjax.engine.generate.generate`: see `sdjax.samplers.servers`.
+    `world`, if there is one, is whom its attempts at examples talk with (`sdjax.collect.conversations`).
     """
 
     model: Transformer
@@ -41,6 +42,7 @@ class Policy:
     writer: Callable[..., list[list[Sample]]] | None = None
     origin: Origin = UNKNOWN
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    world: World | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "model", limited(self.model, self.tokenizer))
@@ -164,8 +166,9 @@ def generated(
 
 @functools.partial(jax.jit, static_argnames="n")
 def row_keys(key: Array, rows: Array, n: int) -> Array:
-    """Keys `[len(rows) * n]`: `fold_in(fold_in(key, row), j)`."""
-    of_row = lambda row: jax.vmap(lambda j: jax.random.fold_in(jax.random.fold_in(key, row), j))(jnp.arange(n))
+    """Keys `[len(rows) * n]`: `fold_in(fold_in(key, row), j)`; of an array of keys, one per row, `fold_in(key[row], j)`."""
+    own = (lambda row: key[row]) if key.ndim else (lambda row: jax.random.fold_in(key, row))
+    of_row = lambda row: jax.vmap(lambda j: jax.random.fold_in(own(row), j))(jnp.arange(n))
     return jax.vmap(of_row)(rows).reshape(-1)
 
 
@@ -245,6 +248,13 @@ def reading(method: Method, policy: str, other: str | ByField | Scored) -> Metho
         return objective._replace(views=own)
 
     return method._replace(objectives=tuple(changed(o) for o in method.objectives))
+
+
+def templated(method: Method, options: Mapping[str, Any]) -> Method:
+    """The method in which all views' chats are written with these options of the chat template, too; a view's own go first."""
+    own = lambda views: {n: v._replace(template={**options, **v.template}) for n, v in views.items()}
+    objectives = tuple(o._replace(views=own(o.views)) for o in method.objectives)
+    return method._replace(objectives=objectives, early=own(method.early))
 
 
 # ---- snapshots: (live, old, step) -> new ---------------------------------------------------------------------------

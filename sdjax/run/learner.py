@@ -89,7 +89,8 @@ class Learner:
         """A policy with these parameters."""
         e = self.experiment
         source, template = e.teachers.get(name, e.student), train.template_of(e.method, name)
-        return Policy(self.models[name], params, source.tokenizer, e.shapes, origin=source.origin, template=template)
+        own = {"origin": source.origin, "template": template, "world": e.task.world}
+        return Policy(self.models[name], params, source.tokenizer, e.shapes, **own)
 
     # ---- updates ------------------------------------------------------------------------------------------------
 

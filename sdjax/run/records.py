@@ -82,6 +82,7 @@ def described(rollout: Rollout, tokenizer: Any) -> dict[str, Any]:
         "pieces": pieces(tokenizer, rollout.tokens),
         "logprobs": numbers(rollout.logprobs),
         "trained": None if rollout.trained is None else [bool(t) for t in rollout.trained],
+        "turns": [{**turn._asdict(), "observations": chat(turn.observations)} for turn in rollout.turns],
         "contexts": {name: chat(turns) for name, turns in rollout.contexts.items()},
         "extras": {name: numbers(value) for name, value in rollout.extras.items()},
     }

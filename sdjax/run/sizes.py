@@ -72,7 +72,7 @@ def planned(experiment: Experiment, longest: int) -> Load:
     widths = {v: bucket(longest, shapes.context) if v in plain else shapes.lesson for v in views}
     own = {v for v, view in views.items() if view.per_rollout and v not in plain}
     whole = sketch.sized(batch, groups(e), sketch.rows_per_prompt(batch), shapes.completion, widths, own)
-    return Load(e, whole, bucket(longest, shapes.context))
+    return Load(e, whole, read_at_most(e, longest))
 
 
 def groups(experiment: Experiment) -> int:
@@ -89,10 +89,16 @@ def guessed(experiment: Experiment, longest: int, rows: int) -> Load:
     contexts = dict.fromkeys(train.all_views(experiment.method), read)
     nothing = {f.name: None for f in dataclasses.fields(Batch)}
     batch = Batch(**nothing | {"completion": array(count, shapes.completion), "contexts": contexts})
-    return Load(experiment, batch, bucket(longest, shapes.context))
+    return Load(experiment, batch, read_at_most(experiment, longest))
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+def read_at_most(experiment: Experiment, longest: int) -> int:
+    """The most tokens that the sampler reads before it writes: the longest prompt, in conversations with all that was said."""
+    said = 0 if experiment.task.world is None else experiment.shapes.completion
+    return bucket(longest, experiment.shapes.context) + said
 
 
 def halves(most: int) -> list[int]:

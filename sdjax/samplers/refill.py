@@ -25,6 +25,7 @@ from sdjax.devices.sharding import constrain_parameters
 from sdjax.engine.generate import Completions, Sampling, draw
 from sdjax.engine.policies import Policy, Sample, one_sample, row_keys
 from sdjax.engine.tokens import ROWS, bucket, left_pad, thinking_opened
+from sdjax.engine.waves import reach
 from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.samplers.servers import Writer
 
@@ -43,7 +44,7 @@ def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int 
         size = min(slots or policy.shapes.rows or ROWS, len(contexts) * n)
         keys = row_keys(key, jnp.arange(len(contexts)), n)
         chosen = Drawing(sampling, jnp.asarray(policy.stop, jnp.int32), jnp.asarray(limit, jnp.int32))
-        lengths = (policy.shapes.context, policy.shapes.completion)
+        lengths = (reach(policy.shapes, contexts), policy.shapes.completion)
         found = refill(
             policy.model, policy.params, contexts, keys, chosen, lengths, size, swap or max(1, size // 8), buckets
         ).completions

@@ -4,7 +4,7 @@ A writer is any callable
 
     writer(policy, contexts, key, *, n, sampling, limit) -> [len(contexts)][n] samples
 
-`contexts` are lists of token ids; a `sdjax.engine.policies.Sample` holds the tokens (the stop token last where there was one),
+`contexts` are lists of token ids, `key` is one key or one per context; a `sdjax.engine.policies.Sample` holds the tokens (the stop token last where there was one),
 as many log-probabilities at temperature 1 before any filter, the text, and whether it ended by itself.  A method is
 given one by `written_by(writer, method)`; evaluation and teachers keep the compiled sampler.
 """
@@ -166,8 +166,9 @@ def check_url(url: str) -> None:
 
 
 def seeds_of(key: jax.Array, count: int) -> np.ndarray:
-    """One seed of 31 bits per context, from `fold_in(key, i)`."""
-    bits = lambda i: jax.random.bits(jax.random.fold_in(key, i), dtype=jnp.uint32)
+    """One seed of 31 bits per context, from `fold_in(key, i)`, or from `key[i]` of an array of keys."""
+    own = (lambda i: key[i]) if key.ndim else (lambda i: jax.random.fold_in(key, i))
+    bits = lambda i: jax.random.bits(own(i), dtype=jnp.uint32)
     return np.asarray(jax.vmap(bits)(jnp.arange(count)) >> 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sdjax.tasks import answers, bounded
 from sdjax.tasks.completions import split
@@ -49,10 +49,20 @@ def verdicts(verify: Verify, cases: Sequence[Case]) -> list[Verdict]:
             return Verdict(0.0, CUT_OFF if case.example.feedback is None else case.example.feedback)
         return verify(case.example, case.text)
 
-    if not _is(verify, "from_threads") or len(cases) < 2:
-        return [verdict(case) for case in cases]
+    return side_by_side(verdict, cases, threads=marked_from_threads(verify))
+
+
+def marked_from_threads(function: Callable) -> bool:
+    """Whether a function has the mark `from_threads`."""
+    return _is(function, "from_threads")
+
+
+def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], *, threads: bool) -> list[Any]:
+    """`[function(item) for item in items]`, with `threads` as many at once as there are cores."""
+    if not threads or len(items) < 2:
+        return [function(item) for item in items]
     with ThreadPoolExecutor(bounded.cores()) as pool:
-        return list(pool.map(verdict, cases))
+        return list(pool.map(function, items))
 
 
 def has_marked_answer(text: str) -> bool:
