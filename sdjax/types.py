@@ -67,9 +67,8 @@ class Verdict(NamedTuple):
 class Step(NamedTuple):
     """What a world says after a turn of the policy.
 
-    `messages` are the turns that the policy reads next ("tool" or "user"), `reward` is added to the conversation's.  After
-    `done` nothing is read any more.  `feedback` says why the conversation did not go better, `measures` are numbers for the run's
-    log, added up over the conversation.
+    `messages` are the turns that the policy reads next ("tool" or "user"); after `done` nothing is read any more.  Rewards and
+    `measures` (numbers for the run's log) are added up; `feedback` says why the conversation did not go better.
     """
 
     messages: Messages = ()
@@ -82,10 +81,9 @@ class Step(NamedTuple):
 class World(NamedTuple):
     """An environment in the sense of RL: whom a policy talks with.  Both functions are pure, and what they say is JSON-able.
 
-    `reset(example)` is the chat that the policy reads first; it ends with a user turn.  `step(example, messages)` reads the
-    conversation so far, the policy's turn last; that turn also has the key `raw`, its text with all special tokens.  A world with
-    a state keeps it in the messages, under keys of its own, which no chat template reads.  `turns` is how many turns the policy
-    has at most.  `step` may be marked with `sdjax.tasks.judging.from_threads`.
+    `reset(example)` is the chat that the policy reads first.  `step(example, messages)` reads the conversation so far, the
+    policy's turn last, which also has the key `raw`: its text with all special tokens.  A state is kept in the messages, under
+    keys that no chat template reads.  The policy has at most `turns` turns.  `step` may have the mark `judging.from_threads`.
     """
 
     reset: Callable[[Example], Messages]
@@ -127,10 +125,7 @@ UNUSED = 2**30
 
 
 class Turn(NamedTuple):
-    """One turn of the policy in a conversation: its tokens are `tokens[start:end]` of the rollout.
-
-    `observations` are the messages that followed, `reward` is what it earned.
-    """
+    """One turn of the policy, `tokens[start:end]` of a rollout; the `observations` that followed, and what it earned."""
 
     start: int
     end: int
@@ -149,8 +144,8 @@ class Rollout:
     `finished` is False when the completion was cut by the length limit.  `scores` holds what a server said of the tokens,
     by the view that it stands for.
 
-    A conversation is one completion, too: `tokens` are all that the policy wrote and all that it read between its `turns`, in
-    order, `trained` is True for the former, and `text` is the conversation for people.  Its reward is the world's.
+    A conversation is one completion, too: `tokens` are what the policy wrote in its `turns` (`trained`) and what it read
+    between them, in order; `text` is all of it for people, and the reward is the world's.
     """
 
     example: Example
