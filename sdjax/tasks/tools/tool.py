@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sdjax.errors import nearest
+from sdjax.errors import InputError, nearest
 from sdjax.tasks.errors import TaskError
 
 LONGEST = 2000
 """Characters of an observation; the middle of a longer one is left out."""
 
 
-class CallError(Exception):
+class CallError(InputError):
     """A call that cannot be answered; its text is what the policy reads."""
 
 
