@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from networks import tokenizer as word_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sdjax.engine import chats
@@ -257,6 +257,18 @@ def test_bos_is_there_once():
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
+def test_texts_are_without_what_a_tokenizer_adds_around_them():
+    """Also those that hold a control token."""
+    inner = bytes_model([])
+    inner.add_special_tokens([AddedToken("<s>", normalized=False, special=True)])
+    start = inner.token_to_id("<s>")
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template="<s>{{ messages[0]['content'] }}")
+    assert tokenizer("a")["input_ids"][0] == start
+    for text in ("a b", "a <s> b", "<s>"):
+        assert start not in encode_text(tokenizer, text) and tokenizer.decode(encode_text(tokenizer, text)) == text
+
+
 # ---- options --------------------------------------------------------------------------------------------------------
 
 QUESTION = ({"role": "user", "content": "12?"},)
@@ -327,6 +339,10 @@ def test_a_view_whose_chats_end_within_a_word_is_refused():
         check_view(ends, "teacher", {})
     ends.chat_template = "{{ messages[0]['content'] }} Answer:"
     check_view(ends, "teacher", {})
+    # Some words may be joined: a completion has others to begin with.
+    inner.model = models.BPE({**bytes_model([]).get_vocab(), "ĠT": 900}, [*MERGES, ("Ġ", "T")])
+    some = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template="{{ messages[0]['content'] }} Answer: ")
+    check_view(some, "teacher", {})
 
 
 def test_a_view_may_not_ask_for_an_option_that_the_template_has_not():
