@@ -51,6 +51,7 @@ MORE = {
     "collect/selection": ("collect/test_lessons.py", "methods/test_host.py"),
     "collect/continuations": ("methods/test_rethinking_opd.py",),
     "engine/needs": ("run/test_memory.py",),
+    "engine/train": ("run/test_teachers.py",),
 }
 """Test files beyond those of a module's own room, by module."""
 METHODS = ("methods/test_defaults.py", "methods/test_references.py", "methods/test_roles.py")

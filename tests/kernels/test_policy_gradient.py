@@ -108,6 +108,11 @@ def test_without_dual_clip_a_bad_token_is_unbounded():
     np.testing.assert_allclose(jax.grad(loss)(log([4.0])), [4.0], rtol=1e-5)
 
 
+def test_dual_clip_scales_with_the_advantage():
+    loss = lambda r, a: pg.clipped_surrogate(log([r]), jnp.zeros(1), jnp.array([a]), dual_clip=3.0)[0]
+    np.testing.assert_allclose([loss(4.0, -0.5), loss(2.0, -0.5), loss(4.0, -2.0)], (1.5, 1.0, 6.0), rtol=1e-5)
+
+
 def test_symmetric_clip_of_stableopd():
     loss = lambda r, a: pg.clipped_surrogate(log([r]), jnp.zeros(1), jnp.array([a]), (0.2, 0.2))[0]
     np.testing.assert_allclose([-loss(1.3, 0.5), -loss(0.7, -0.5)], (0.6, -0.4), atol=1e-6)
@@ -246,6 +251,16 @@ def test_importance_hand_values():
     """mopd-peers 6.7: log-ratio 5 is capped at 2, -1 is e^-1."""
     weight = pg.importance_weight(jnp.array([5.0, -1.0, 0.0]), jnp.zeros(3), cap=2.0)
     np.testing.assert_allclose(weight, (2.0, 0.367879, 1.0), atol=1e-6)
+
+
+def test_rows_beyond_the_limit_count_for_nothing_or_for_the_cap():
+    """The product decides: 4 + 2.9 is within e^7, 4 + 4 is not, though each token is."""
+    logprobs = jnp.array([[4.0, 2.9], [4.0, 4.0], [0.0, jnp.nan], [0.0, jnp.inf], [0.0, -jnp.inf]])
+    over = jnp.ones((5, 2), bool)
+    free = pg.sequence_importance_weight(logprobs, jnp.zeros((5, 2)), over)
+    np.testing.assert_allclose(free, (np.exp(6.9), 0.0, 0.0, 0.0, 0.0), rtol=1e-5)
+    capped = pg.sequence_importance_weight(logprobs, jnp.zeros((5, 2)), over, cap=3.0)
+    np.testing.assert_allclose(capped, (3.0, 3.0, 0.0, 0.0, 0.0), rtol=1e-5)
 
 
 def test_importance_is_one_on_policy_and_constant():
