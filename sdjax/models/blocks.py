@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,12 +11,16 @@ from sdjax.models.adapters import Adapted
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.caches import put
 from sdjax.models.configs import ModelConfig
+from sdjax.models.delta import DeltaNet
 from sdjax.models.experts import Experts
 from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, grown, project, rotate
 
 
 class Attention(nn.Module):
-    """Grouped-query attention.  `qkv [width, kv_heads, per_kv + 2, head_dim]` holds each group's queries, key, value."""
+    """Grouped-query attention.  `qkv [width, kv_heads, per_kv + 2, head_dim]` holds each group's queries, key, value.
+
+    With gates, a group has a gate after each query.
+    """
 
     config: ModelConfig
     layer: int
@@ -24,12 +29,15 @@ class Attention(nn.Module):
     def __call__(self, x, positions, mask, past, cache, column, bias):
         c = self.config
         per_kv = c.heads // c.kv_heads
-        qkv = self.param("qkv", INIT, (c.width, c.kv_heads, per_kv + 2, c.head_dim))
+        queries = 2 * per_kv if c.gated_attention else per_kv
+        qkv = self.param("qkv", INIT, (c.width, c.kv_heads, queries + 2, c.head_dim))
         out = self.param("out", INIT, (c.kv_heads, per_kv, c.head_dim, c.width))
         mixed = project(x, qkv)
         if c.qkv_bias:
-            mixed = biased(self, mixed, "qkv_bias", (c.kv_heads, per_kv + 2, c.head_dim))
-        query, key, value = mixed[..., :per_kv, :], mixed[..., per_kv, :], mixed[..., per_kv + 1, :]
+            mixed = biased(self, mixed, "qkv_bias", (c.kv_heads, queries + 2, c.head_dim))
+        query, key, value = mixed[..., :queries, :], mixed[..., queries, :], mixed[..., queries + 1, :]
+        if c.gated_attention:  # each query stands before its gate
+            query, gate = query[..., ::2, :], query[..., 1::2, :]
         if c.qk_norm != "none":
             query, key = self.normalised(query, key)
         rope = c.ropes[self.layer]
@@ -42,6 +50,8 @@ class Attention(nn.Module):
         else:
             own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
             read = attend_written(query, positions, before, own, column.written, c.windows[self.layer], c.score_cap)
+        if c.gated_attention:
+            read = read * jax.nn.sigmoid(gate)
         if isinstance(out, Adapted):
             mixed = out.applied(read, inputs=3)
         else:
@@ -80,7 +90,7 @@ class MLP(nn.Module):
 
 def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
     """What mixes the tokens of a layer: `(x, positions, mask, past, cache, column, bias)` -> output, keys, values."""
-    return Attention(config, layer, name="attention")
+    return DeltaNet(config, name="delta") if config.has_delta(layer) else Attention(config, layer, name="attention")
 
 
 def mlp_of(config: ModelConfig, layer: int) -> nn.Module:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdjax.models.families import FAMILIES, FULL, LAYER_KINDS, OPTIONAL, SLIDING, Family, full, supported
+from sdjax.models.delta_shapes import DeltaShape
+from sdjax.models.families import DELTA, FAMILIES, FULL, LAYER_KINDS, OPTIONAL, SLIDING, Family, full, supported
 from sdjax.models.fields import Fields, ModelError, read_fields
-from sdjax.models.ropes import NO_ROPE, ORIGINAL, Rope, rope
+from sdjax.models.ropes import NO_ROPE, ORIGINAL, PARTIAL, Rope, rope
 from sdjax.models.routing import Moe
 from sdjax.models.wrapped import text_fields
 
@@ -24,6 +25,8 @@ class ModelConfig:
     output ("after", OLMo), or "both" (Gemma); a norm multiplies by `norm_offset` plus its scale.  Attention scores are
     divided by the root of `query_scalar` (`None`: of `head_dim`); a cap `c` turns scores or logits `x` into
     `c tanh(x / c)`.  `fused` is of files only: one tensor holds queries, keys and values, one gate and up (Phi-3).
+    Layers of `delta_layers` are gated delta nets of the shape `delta`; with `gated_attention` what a head reads is
+    multiplied by the sigmoid of a gate (Qwen3.5).
     """
 
     family: str
@@ -52,6 +55,9 @@ class ModelConfig:
     score_cap: float | None = None
     logit_cap: float | None = None
     moe: Moe | None = None
+    gated_attention: bool = False
+    delta: DeltaShape | None = None
+    delta_layers: tuple[bool, ...] = ()
 
     def reaching(self, tokens: int | None) -> ModelConfig:
         """The same model for texts of up to so many tokens: LongRoPE has other frequencies for long ones."""
@@ -72,7 +78,11 @@ class ModelConfig:
     def of_layers(self) -> list[tuple[Any, ...]]:
         """What one layer may have that another has not, for each layer: layers with equal entries do the same."""
         mixed = [self.has_experts(layer) for layer in range(self.layers)]
-        return list(zip(*(getattr(self, name) for name in PER_LAYER), mixed, strict=True))
+        return list(zip(*(getattr(self, name) or (None,) * self.layers for name in PER_LAYER), mixed, strict=True))
+
+    def has_delta(self, layer: int) -> bool:
+        """Whether a layer is a gated delta net instead of attention."""
+        return bool(self.delta_layers) and self.delta_layers[layer]
 
     def first(self, layers: int) -> ModelConfig:
         """The same model with its first layers alone."""
@@ -80,8 +90,8 @@ class ModelConfig:
         return dataclasses.replace(self, layers=min(layers, self.layers), **per_layer)
 
 
-PER_LAYER = ("windows", "ropes")
-"""The fields of `ModelConfig` with one entry per layer."""
+PER_LAYER = ("windows", "ropes", "delta_layers")
+"""The fields of `ModelConfig` with one entry per layer (or none, for what no layer has)."""
 
 
 # ---- config.json to ModelConfig and back --------------------------------------------------------------------------
@@ -99,8 +109,8 @@ def _rope_parameters(fields: Fields, family: Family, kinds: tuple[str, ...]) -> 
     if found and not nested and family.rope_by_kind:
         fields.refuse(f"'rope_parameters' of a {family.architecture} must be given per layer type")
     shared = {"rope_theta": fields.number("rope_theta", family.rope_theta)}
-    if fields.has("partial_rotary_factor"):
-        shared["partial_rotary_factor"] = fields.values["partial_rotary_factor"]
+    if fields.has(PARTIAL) or family.partial_rotary not in (None, 1.0):
+        shared[PARTIAL] = fields.values.get(PARTIAL) or family.partial_rotary
     if family.original_context is not None:
         for section in filter(None, (found, scaling)):
             section[ORIGINAL] = fields.integer(ORIGINAL, family.original_context)
@@ -111,13 +121,16 @@ def _rope_parameters(fields: Fields, family: Family, kinds: tuple[str, ...]) -> 
         given = {kind: {**shared, **(local if kind == SLIDING else {}), **(nested.get(kind) or {})} for kind in kinds}
     else:
         given = {kind: {**shared, **(found or scaling)} for kind in kinds}
-    return {kind: parameters if family.partial_rotary else _whole(parameters) for kind, parameters in given.items()}
+    return {
+        kind: parameters if family.partial_rotary is not None else _whole(parameters)
+        for kind, parameters in given.items()
+    }
 
 
 def _whole(parameters: dict[str, Any]) -> dict[str, Any]:
     """Of a family whose class always rotates whole heads: plain ropes, whatever `partial_rotary_factor` says."""
     scaled = (parameters.get("rope_type") or parameters.get("type") or "default") != "default"
-    return {name: value for name, value in parameters.items() if scaled or name != "partial_rotary_factor"}
+    return {name: value for name, value in parameters.items() if scaled or name != PARTIAL}
 
 
 def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
@@ -148,7 +161,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         kind: rope(head_dim, max_context, parameters, fields.where)
         for kind, parameters in _rope_parameters(fields, family, tuple(dict.fromkeys(kinds))).items()
     }
-    rotates = family.rotates(fields, len(kinds)) if family.rotates else [True] * len(kinds)
+    rotates = family.rotates(fields, len(kinds)) if family.rotates else [kind != DELTA for kind in kinds]
     return ModelConfig(
         family=name,
         vocab_size=fields.integer("vocab_size"),
@@ -172,6 +185,9 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         moe=family.experts and family.experts.read(fields, len(kinds)),
         activation=_ACTIVATIONS[fields.values.get(family.activation_field) or _named_activation(family.activation)],
         fused=family.fused,
+        gated_attention=family.gated_attention,
+        delta=DeltaShape.read(fields) if DELTA in kinds else None,
+        delta_layers=tuple(kind == DELTA for kind in kinds) if DELTA in kinds else (),
         embedding_scale=width**0.5 if family.scaled_embedding else 1.0,
         **{ours: _optional(fields, family, name, ours) for name, ours in OPTIONAL.items()},
     )
@@ -230,9 +246,10 @@ def _attention_kinds(fields: Fields, family: Family) -> tuple[list[str], tuple[i
     kinds = [FULL] * layers if unused else family.kinds(fields, layers)
     if family.layer_types and not unused:
         kinds = fields.names("layer_types", kinds)
-    unknown = [kind for kind in kinds if kind not in LAYER_KINDS]
+    known = (*LAYER_KINDS, DELTA) if family.delta else LAYER_KINDS
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown:
-        fields.refuse(f"layer type {unknown[0]!r} is not supported; supported are {', '.join(LAYER_KINDS)}")
+        fields.refuse(f"layer type {unknown[0]!r} is not supported; supported are {', '.join(known)}")
     if len(kinds) != layers:
         fields.refuse(f"'layer_types' names {len(kinds)} layers, 'num_hidden_layers' says {layers}")
     window = fields.integer("sliding_window", family.window) if SLIDING in kinds else None
@@ -247,6 +264,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.family not in FAMILIES:
         raise ModelError(f"family {config.family!r} is not supported; supported are {', '.join(FAMILIES)}")
     family, kinds = FAMILIES[config.family], [LAYER_KINDS[window is not None] for window in config.windows]
+    kinds = [DELTA if config.has_delta(layer) else kind for layer, kind in enumerate(kinds)]
     listed = lambda value: list(value) if isinstance(value, tuple) else value
     parameters = {
         kind: {name: listed(value) for name, value in entry.source}
@@ -292,6 +310,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         result[ORIGINAL] = next(iter(parameters.values()), {}).get(ORIGINAL, family.original_context)
     if family.rotates:
         result["no_rope_layers"] = [int(entry != NO_ROPE) for entry in config.ropes]
+    if config.delta is not None:
+        result |= config.delta.written()
     result |= {name: getattr(config, OPTIONAL[name]) for name in family.optional}
     _check_expressible(config, result)
     return result

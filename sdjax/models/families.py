@@ -17,6 +17,10 @@ LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 """What `layer_types` can call a layer that attends: to everything before it, or to a window."""
 
 
+DELTA = "linear_attention"
+"""What it calls a gated delta net."""
+
+
 # ---- which layers have a window, where `layer_types` does not say ------------------------------------------------------
 
 
@@ -49,6 +53,12 @@ def full_every(period: int, named: str = "") -> Callable[[Fields, int], list[str
         return [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(layers)]
 
     return kinds
+
+
+def delta_but_every_fourth(fields: Fields, layers: int) -> list[str]:
+    """Gated delta nets, and attention in the last of every four layers (Qwen3.5)."""
+    every = fields.integer("full_attention_interval", 4)
+    return [FULL if (layer + 1) % every == 0 else DELTA for layer in range(layers)]
 
 
 def windowed_without_rope(fields: Fields, layers: int) -> list[str]:
@@ -92,7 +102,7 @@ class Family:
     )
     local_theta: float | None = None  # `rope_theta` of layers with a window, where it differs
     rotates: Callable[[Fields, int], list[bool]] | None = None  # layers with a rope, where not all have one
-    partial_rotary: bool = False  # `partial_rotary_factor` counts
+    partial_rotary: float | None = None  # default of `partial_rotary_factor`; None: that field does not count
     qkv_bias: bool = False
     named_biases: tuple[str, ...] = ()
     qk_norm: str = "none"
@@ -102,6 +112,8 @@ class Family:
     activation_field: str = "hidden_act"
     experts: Any = None  # what reads and writes the fields of a mixture of experts (`sdjax.models.routing`)
     fused: bool = False
+    gated_attention: bool = False
+    delta: bool = False  # layers may be gated delta nets
     scaled_embedding: bool = False  # embeddings are multiplied by the root of the width
     query_scalar: float | None = None
     score_cap: float | None = None
@@ -162,7 +174,7 @@ FAMILIES = {
         "Phi3ForCausalLM",
         kinds=windowed_if_named,
         layer_types=False,
-        partial_rotary=True,
+        partial_rotary=1.0,
         original_context=4096,
         fused=True,
     ),
@@ -187,6 +199,17 @@ FAMILIES = {
         local_theta=10_000.0,
         qk_norm="head",
         optional=("query_pre_attn_scalar", "final_logit_softcapping"),
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM",
+        kinds=delta_but_every_fourth,
+        head_dim=256,
+        partial_rotary=0.25,
+        norm_offset=1.0,
+        qk_norm="head",
+        gated_attention=True,
+        delta=True,
+        named_biases=("attention_bias",),
     ),
     "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
     "qwen3_moe": Family(

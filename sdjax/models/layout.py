@@ -12,7 +12,9 @@ import numpy as np
 from sdjax.models.configs import ModelConfig
 
 # One row per tensor in a file: our path, its name in transformers, its name in GGUF, and how its axes lie.
-# `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary.
+# `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary;
+# `J` queries (and their gates) per key-value head.  Of a delta net: `N` key heads, `R` value heads to each, `S` and `W`
+# their widths, `U` = `R W`, `C` kernel.
 # "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
 # stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
 # Rows with the same name in the file are parts of one tensor, behind one another along its first axis.
@@ -24,13 +26,28 @@ _HEAD = """
 head                            lm_head                                  output              V,D   -> VD
 """
 _ATTENTION = """
-layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.attn_q        KGH,D -> DK.GH
+layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.attn_q        KJH,D -> DK.JH
 layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.attn_k        K1H,D -> DK.1H
 layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
 layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
 """
+_DELTA = """
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkv   -                   NS,D  -> DN.S
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkv   -                   NS,D  -> DN.S
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkv   -                   NU,D  -> DN.U
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_z     -                   NU,D  -> DN.U
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_b     -                   NR,D  -> DN.R
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_a     -                   NR,D  -> DN.R
+layers_#/delta/convolution      model.layers.#.linear_attn.conv1d        -                   NS,1,C -> N.S1C
+layers_#/delta/convolution      model.layers.#.linear_attn.conv1d        -                   NS,1,C -> N.S1C
+layers_#/delta/convolution      model.layers.#.linear_attn.conv1d        -                   NU,1,C -> N.U1C
+layers_#/delta/decay_rate       model.layers.#.linear_attn.A_log         -                   NR    -> NR
+layers_#/delta/step_bias        model.layers.#.linear_attn.dt_bias       -                   NR    -> NR
+layers_#/delta/norm/scale       model.layers.#.linear_attn.norm          -                   W     -> W
+layers_#/delta/out              model.layers.#.linear_attn.out_proj      -                   D,NU  -> NUD
+"""
 _FUSED_ATTENTION = """
-layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      KGH,D -> DK.GH
+layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      KJH,D -> DK.JH
 layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      K1H,D -> DK.1H
 layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      K1H,D -> DK.1H
 layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
@@ -67,7 +84,7 @@ layers_#/mlp/gate_up_bias       model.layers.#.mlp.up_proj.bias          blk.#.f
 layers_#/mlp/down_bias          model.layers.#.mlp.down_proj.bias        blk.#.ffn_down.bias D       -> D
 """
 _QKV_BIAS = """
-layers_#/attention/qkv_bias     model.layers.#.self_attn.q_proj.bias     blk.#.attn_q.bias   KGH   -> K.GH
+layers_#/attention/qkv_bias     model.layers.#.self_attn.q_proj.bias     blk.#.attn_q.bias   KJH   -> K.JH
 layers_#/attention/qkv_bias     model.layers.#.self_attn.k_proj.bias     blk.#.attn_k.bias   K1H   -> K.1H
 layers_#/attention/qkv_bias     model.layers.#.self_attn.v_proj.bias     blk.#.attn_v.bias   K1H   -> K.1H
 """
@@ -100,6 +117,10 @@ layers_#/mlp_out_norm/scale     model.layers.#.post_feedforward_layernorm blk.#.
 }
 
 
+WHOLE = (".bias", ".A_log", ".dt_bias")
+"""How names end that have no ".weight" behind them."""
+
+
 class Place(NamedTuple):
     """Where one tensor of a file, or rows of it, lie in our parameters, for one configuration."""
 
@@ -108,6 +129,7 @@ class Place(NamedTuple):
     gguf: str
     shape: tuple[int, ...]  # in the file: of these rows alone
     view: tuple[int, ...]  # the file's shape with every axis apart
+    groups: tuple[int, ...]  # how many of them make one axis of the file
     axes: tuple[int, ...]  # of the view, in our order
     axis: int  # ours, along which it shares the array
     start: int
@@ -169,6 +191,8 @@ def _block(config: ModelConfig, layer: int) -> str:
 
 
 def _mixer(config: ModelConfig, layer: int) -> str:
+    if config.has_delta(layer):
+        return _DELTA
     biases = (_QKV_BIAS if config.qkv_bias else "") + (_OUT_BIAS if config.out_bias else "")
     return (_FUSED_ATTENTION if config.fused else _ATTENTION) + biases + _QK_NORM[config.qk_norm]
 
@@ -184,10 +208,15 @@ def _place(
 ) -> Place:
     path, name, gguf, stored, _, ours = line.replace("@", str(expert)).split()
     sizes = {"D": config.width, "K": config.kv_heads, "G": config.heads // config.kv_heads, "H": config.head_dim}
+    sizes["J"] = sizes["G"] * (2 if config.gated_attention else 1)
     sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
     sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
     if config.moe is not None:
         sizes |= {"E": config.moe.experts, "X": 1, "M": config.moe.width}
+    if config.delta is not None:
+        shape = config.delta
+        sizes |= {"N": shape.heads, "S": shape.key, "R": shape.per_key, "U": shape.values, "W": shape.value}
+        sizes["C"] = shape.kernel
     letters = stored.replace(",", "")
     start, axis = ends.get((path, expert), 0), max(ours.find("."), 0)
     ends[path, expert] = start + sizes[ours.replace(".", "")[axis]]
@@ -196,10 +225,11 @@ def _place(
     rows[name] = row + shape[0]
     return Place(
         path=path,
-        name=name if name.endswith(".bias") else f"{name}.weight",
+        name=name if name.endswith(WHOLE) else f"{name}.weight",
         gguf=gguf if gguf.endswith(".bias") else f"{gguf}.weight",
         shape=shape,
         view=tuple(sizes[letter] for letter in letters),
+        groups=tuple(map(len, stored.split(","))),
         axes=tuple(letters.index(letter) for letter in ours.replace(".", "")),
         axis=axis,
         start=start,

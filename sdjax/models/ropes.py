@@ -40,7 +40,7 @@ NO_ROPE = Rope(())
 """A layer that rotates nothing (SmolLM3)."""
 
 
-ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
+ORIGINAL, GROWTH, PARTIAL = "original_max_position_embeddings", "llama_4_scaling_beta", "partial_rotary_factor"
 
 
 def rope(

@@ -21,6 +21,7 @@ from sdjax.kernels.distributions import NEVER
 from sdjax.models.blocks import Block
 from sdjax.models.caches import Column, KeyValues, layer_of, put
 from sdjax.models.configs import ModelConfig
+from sdjax.models.delta import blank
 from sdjax.models.primitives import INIT, RMSNorm
 from sdjax.models.recompute import recomputed
 
@@ -201,9 +202,11 @@ def hidden(
 def empty_cache(model: Transformer, rows: int, length: int) -> KeyValues:
     """A cache of `length` unwritten columns for `decode`."""
     c = model.config
-    empty = lambda: constrain(jnp.zeros((rows, length, c.kv_heads, c.head_dim), model.dtype), DATA, None, MODEL)
-    blank = lambda: tuple(empty() for _ in range(c.layers))
-    return KeyValues(blank(), blank(), jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool))
+    columns = lambda: jnp.zeros((rows, length, c.kv_heads, c.head_dim), model.dtype)
+    pair = lambda layer: blank(c.delta, rows, model.dtype) if c.has_delta(layer) else (columns(), columns())
+    keys, values = zip(*(pair(layer) for layer in range(c.layers)), strict=True)
+    split = lambda arrays: tuple(constrain(x, DATA, None, MODEL) for x in arrays)
+    return KeyValues(split(keys), split(values), jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool))
 
 
 def decode(

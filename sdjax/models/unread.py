@@ -88,8 +88,7 @@ def leading(sizes: Sequence[int]) -> int:
 def read_part(place: Place, stored: Stored, view: list[range]) -> np.ndarray:
     """A box of the file's tensor, seen with every axis apart: the smallest slice that covers it is read."""
     slices, within, shape, axis = [], [], [], 0
-    for size in place.shape:
-        group = grouped(place.view[axis:], size)
+    for group in place.groups:
         sizes, some = place.view[axis : axis + group], view[axis : axis + group]
         outer = leading(sizes)
         inner, rows = math.prod(sizes[outer + 1 :]), some[outer]
@@ -99,13 +98,3 @@ def read_part(place: Place, stored: Stored, view: list[range]) -> np.ndarray:
         within += [slice(None)] * (outer + 1) + [slice(other.start, other.stop) for other in some[outer + 1 :]]
         axis += group
     return stored.read(tuple(slices)).reshape(shape)[tuple(within)]
-
-
-def grouped(view: tuple[int, ...], size: int) -> int:
-    """How many axes of the view make one axis of `size` of the file."""
-    return next(n for n in range(1, len(view) + 1) if math.prod(view[:n]) == size and more_ones(view, n))
-
-
-def more_ones(view: tuple[int, ...], n: int) -> bool:
-    """Whether the axis after the first `n` is not of size 1, which would belong to them."""
-    return n == len(view) or view[n] != 1

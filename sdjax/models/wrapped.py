@@ -21,6 +21,7 @@ class Wrapper(NamedTuple):
 
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", "gemma3_text"),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral"),
 }
 """The supported wrappers by their `model_type` in config.json."""
@@ -28,7 +29,7 @@ WRAPPERS = {
 TEXT = re.compile(r"^(?:language_model\.model|model\.language_model)\.")
 HEAD = re.compile(r"^language_model\.lm_head\.")
 OTHERS = re.compile(
-    r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\."
+    r"^(?:model\.)?(?:vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\.|^mtp\."
 )
 """How a wrapper names the tensors of its language model, of the head, and all others."""
 

@@ -122,6 +122,16 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000.0},
         },
     )
+    qwen3_5 = transformers.Qwen3_5TextConfig(
+        **{**SIZES, "num_hidden_layers": 3},
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    )
     return {
         "llama": (llama, torch.float32),
         "llama_biased": (llama_biased, torch.bfloat16),
@@ -139,6 +149,7 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
         "phi4_long": (long, torch.bfloat16),
         "gemma2": (gemma2, torch.bfloat16),
         "gemma3_text": (gemma3, torch.bfloat16),
+        "qwen3_5_text": (qwen3_5, torch.float32),
     }
 
 

@@ -38,7 +38,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = np.random.default_rng(0).integers(1, 60, (2, 9)).astype(np.int32)
 needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="sdjax[lora] is not installed")
 each_family = pytest.mark.parametrize(
-    "family", ["gemma3_text", "llama", "llama_biased", "olmo3", "phi4", "qwen2", "qwen3"]
+    "family", ["gemma3_text", "llama", "llama_biased", "olmo3", "phi4", "qwen2", "qwen3", "qwen3_5_text"]
 )
 """Between them every kind of matrix, in one tensor of a file and in several."""
 

@@ -23,6 +23,8 @@ from sdjax.models.transformer import Transformer
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 LENGTH, PREFIX = 20, 12
+SIZES = {"qwen3_5_text": 5e-5}
+"""What the largest logit may be off by, relatively: norms of what a delta net reads enlarge the rounding of small numbers."""
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -85,10 +87,10 @@ def test_logits_are_those_of_transformers(name):
     config, params, arrays = golden(name)
     model, mask = Transformer(config, reach=LENGTH), masks(arrays)
     tokens = np.concatenate([arrays["tokens"]] * 2)
-    found = in_one_run(model, params, tokens, mask)
-    close(found[0], arrays["logits"])
-    close(np.where(mask[2:, :, None], found[2:], 0), arrays["padded"])
-    close(decoded(model, params, tokens, mask)[2:], arrays["padded"][:, PREFIX:])
+    found, size = in_one_run(model, params, tokens, mask), SIZES.get(name, 4e-6)
+    close(found[0], arrays["logits"], size)
+    close(np.where(mask[2:, :, None], found[2:], 0), arrays["padded"], size)
+    close(decoded(model, params, tokens, mask)[2:], arrays["padded"][:, PREFIX:], size)
 
 
 CHANGES = {
@@ -162,7 +164,7 @@ def test_transformers_opens_what_is_written(name, tmp_path):
     )
     with torch.no_grad():
         found = theirs(input_ids=torch.tensor(arrays["tokens"]).long()).logits.numpy()
-    close(found[0], arrays["logits"])
+    close(found[0], arrays["logits"], SIZES.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model"])
