@@ -106,3 +106,17 @@ def reward_to_go(reward: Array, over: Array, discount: float = 1.0, *, normalise
     if normalised:
         total = total / jnp.maximum(to_go(over.astype(jnp.float32)), 1e-6)
     return jax.lax.stop_gradient(jnp.where(over, total, 0.0))
+
+
+def reward_after(reward: Array, over: Array, discount: float = 1.0, *, normalised: bool = False) -> Array:
+    """`reward_to_go` without the token itself, `sum_{i >= 1} discount^i r_{t+i}`: `[B, T] -> [B, T]`.
+
+    Defined at every position, also before one that is not in `over`.  `normalised`: the discounted mean of what is to
+    come; 0 where nothing is, and for `discount` 0.
+    Source: the return beside the single step of Gu et al. 2024 (MiniLLM), arXiv:2306.08543.
+    """
+    after = lambda x: jnp.pad(jnp.where(over, x.astype(jnp.float32), 0.0)[:, 1:], ((0, 0), (0, 1)))
+    to_go = lambda x: reward_to_go(after(x), jnp.ones_like(over), discount)
+    if normalised and discount:
+        return to_go(reward) / jnp.maximum(to_go(jnp.ones_like(reward)), 1e-6)
+    return discount * to_go(reward)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-from jax import Array
 
 from sdjax.collect.contexts import question
 from sdjax.collect.lessons import before_writing
@@ -14,7 +13,7 @@ from sdjax.collect.rollouts import judge, written
 from sdjax.collect.synthesis import together
 from sdjax.engine.generate import mixture
 from sdjax.engine.policies import Environment, frozen, score, teacher_name
-from sdjax.kernels.advantages import reward_to_go
+from sdjax.kernels.advantages import reward_after, reward_to_go
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
@@ -47,13 +46,6 @@ def read_beside(environment: Environment, documents: Sequence[Example], start: i
     texts = [(e, e.solution or e.main_answer) for e in some]
     rows = [written(e, t, environment.live, group=first + i, source=REFERENCE) for i, (e, t) in enumerate(texts)]
     return [r.read_by(student=question(r.example), teacher=None) for r in rows]
-
-
-def later_returns(gap: Array, over: Array, discount: float, length_normalised: bool) -> Array:
-    """Every token's return without the token itself, whose share the single step has counted: `[B, T] -> [B, T]`."""
-    later = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
-    total = reward_to_go(later(gap), later(over), discount, normalised=length_normalised)
-    return total if length_normalised and discount else discount * total
 
 
 def minillm(
@@ -124,7 +116,7 @@ def minillm(
 
     def returns(gap, over):
         if single_step and not count_present:
-            return later_returns(gap, over, discount, length_normalised)
+            return reward_after(gap, over, discount, normalised=length_normalised)
         return reward_to_go(gap, over, discount, normalised=length_normalised)
 
     def terms(batch, sig, step):
