@@ -108,7 +108,9 @@ def material(name):
         method, rows = base.made(factory), base.written(factory)
     else:
         known = inspect.signature(factory).parameters
-        method = factory(**{k: v for k, v in {"group_size": 4, "lesson": told}.items() if k in known})
+        # With more than an eighth of the vocabulary, the devices' candidates would be the vocabulary.
+        options = {"group_size": 4, "lesson": told, "top_k": 4}
+        method = factory(**{k: v for k, v in options.items() if k in known})
         rows, _ = method.collect(tiny.environment(method), tiny.TASK.train[:2], jax.random.key(0), method.memory)
     others, networks = tiny.others(tiny.environment(method))
     # Another teacher than the student: else some methods have nothing to learn from the first batch.

@@ -110,8 +110,11 @@ def overlap_statistics(student: Array, teacher: Array, k: int) -> dict[str, Arra
     Source: Li et al. 2026, arXiv:2604.13016, Eqs. 6-8 and appendix B.2.  The released code and verl use other weights.
     """
     chex.assert_equal_shape([student, teacher])
-    student, teacher = jnp.maximum(student, NEVER), jnp.maximum(teacher, NEVER)
-    shared = _top(student, k) & _top(teacher, k)
+    # On the student's top k alone: an array over the vocabulary, which devices may share, is read and never written.
+    student, places = top_k(jnp.maximum(student, NEVER), k)
+    theirs = top_k(teacher, k)[1]
+    teacher = jnp.maximum(jnp.take_along_axis(teacher, places, axis=-1), NEVER)
+    shared = (places[..., :, None] == theirs[..., None, :]).any(-1)
     size = jnp.sum(shared, axis=-1)
     student_inside, teacher_inside = (_renormalised(dist, shared) for dist in (student, teacher))
     advantage = jnp.where(shared, jnp.exp(student_inside) * (teacher_inside - student_inside), 0.0)
@@ -262,12 +265,6 @@ def gap_recovery(before: float, after: float, teacher: float) -> float:
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------
-
-
-def _top(dist: Array, k: int) -> Array:
-    """Which entries are among the k likeliest: `[..., V] -> [..., V]` bool; ties go to the smaller index."""
-    chosen = top_k(dist, k)[1]
-    return jnp.put_along_axis(jnp.zeros(dist.shape, bool), chosen, True, axis=-1, inplace=False)
 
 
 def _renormalised(dist: Array, inside: Array) -> Array:
