@@ -5,7 +5,7 @@ METHOD ?= sdpo
 OUT ?= runs/quickstart-$(METHOD)
 OPTIONS ?=
 
-.PHONY: quickstart test test-slow lint install
+.PHONY: quickstart test test-slow test-torture lint install
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: install
 
 test-slow: install
 	$(VENV)/bin/python -m pytest -q -m slow
+
+# Kills, full disks, damaged files, two runs in one folder, buckets: about 20 minutes on two cores; KILLS=100 for more.
+test-torture: install
+	$(VENV)/bin/python -m pytest -q -m slow tests/run/test_torture.py tests/run/test_buckets.py tests/run/test_saving.py
 
 lint: install
 	$(VENV)/bin/ruff check .

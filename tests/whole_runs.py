@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sdjax.__main__ import main
 from sdjax.cli.options import Choice, load_experiment, method_factory
@@ -17,6 +19,7 @@ from sdjax.engine import train
 from sdjax.run import checkpoint
 
 FILE = Path(__file__).parent / "tiny_run.py"
+ROOT = Path(__file__).parents[1]
 STEPS = 10
 OPTIONS = ("--steps", str(STEPS), "--save-every", "2", "--evaluate-every", "3")
 
@@ -26,15 +29,35 @@ def arguments(folder, *more) -> list[str]:
     return ["train", str(FILE), "--out", str(folder), *OPTIONS, *more]
 
 
-def start(folder, *more, programs, stdout=subprocess.PIPE, **environment) -> subprocess.Popen:
+def start(folder, *more, programs, stdout=subprocess.PIPE, cwd=None, **environment) -> subprocess.Popen:
     """Starts a run as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "sdjax", *arguments(folder, *more)],
         stdin=subprocess.DEVNULL if stdout == subprocess.PIPE else stdout,
         stdout=stdout,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **kept_in(programs), "COLUMNS": "100", **environment},
+        cwd=cwd,
+        env={**os.environ, **kept_in(programs), "COLUMNS": "100", "PYTHONPATH": str(ROOT), **environment},
     )
+
+
+def joining(count: int) -> list[dict[str, str]]:
+    """The environments of processes that join one another on a free port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    # These programs are compiled by every process and hardly run.
+    common = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return [{**common, "JAX_PROCESS_ID": str(p)} for p in range(count)]
+
+
+def start_all(folder, count, programs, *more, **environment) -> list[subprocess.Popen]:
+    """Starts a run as `count` processes."""
+    return [start(folder, *more, programs=programs, **own, **environment) for own in joining(count)]
 
 
 def kept_in(programs) -> dict[str, str]:
@@ -102,6 +125,21 @@ def assert_same_end(folder, reference) -> None:
     assert repeatable(folder) == repeatable(reference)
     for name in ("rollouts.txt", "rollouts.jsonl", "result.json"):
         assert (Path(folder) / name).read_text() == (Path(reference) / name).read_text()
+
+
+def assert_same_run(folder, reference) -> None:
+    """Both runs ended with the same state and numbers, up to rounding, and each step was recorded once."""
+    (arrays, host), (expected, expected_host) = saved(folder), saved(reference)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, expected[name], atol=2e-3, rtol=1e-3, err_msg=name)
+    assert host["position"] == expected_host["position"]
+    assert host["memory"]["batches"] == expected_host["memory"]["batches"]
+    assert [line["step"] for line in lines(folder)] == [line["step"] for line in lines(reference)]
+    for line, other in zip(repeatable(folder), repeatable(reference), strict=True):
+        assert line.keys() == other.keys()
+        if "evaluation" not in line:
+            assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
 @contextlib.contextmanager

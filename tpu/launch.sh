@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Trains on all hosts of a Cloud TPU slice; everything after the script's name goes to `sdjax train`.
-#   export TPU=mine ZONE=us-west4-a SLICE=v5litepod-32 VERSION=v2-alpha-tpuv5-lite SHARED=10.0.0.2:/runs
-#   tpu/launch.sh experiments/chain_sum.py --method sdpo --out shared/mine
+#   export TPU=mine ZONE=us-west4-a SLICE=v5litepod-32 VERSION=v2-alpha-tpuv5-lite OUT=gs://my-bucket/runs/mine
+#   tpu/launch.sh experiments/chain_sum.py --method sdpo
+# OUT is the run's folder, as --out is: in a bucket that the slice's service account may write; no disk is shared then.
+# Otherwise all hosts must see it: SHARED=10.0.0.2:/runs is mounted at shared/, and --out shared/mine lies there.
 # The slice is made if there is none of this name, and kept afterwards:
 #   gcloud compute tpus tpu-vm delete mine --zone us-west4-a
 # Each host's output lands in LOGS (tpu-logs/), one file per host.  Ctrl-C and SIGTERM reach the run, which saves; go on
@@ -10,6 +12,9 @@ set -euo pipefail
 : "${TPU:?set TPU to the name of the slice}"
 : "${ZONE:?set ZONE to the zone of the slice, such as us-west4-a}"
 : "${1:?name an experiment: tpu/launch.sh experiments/chain_sum.py ...}"
+if [ -n "${OUT:-}" ]; then
+  set -- "$@" --out "$OUT"
+fi
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 logs=${LOGS:-tpu-logs}
 mkdir -p "$logs"

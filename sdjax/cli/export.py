@@ -53,7 +53,9 @@ def whole(start: Source, student: Pretrained, arguments: dict[str, Any], name: s
     live, lora = policies["live"], adapters.chosen(arguments.get("lora_rank", 0), arguments.get("lora_base", "float"))
     other = RunError(f"{start} was trained from another model than {name}: name its model with --model")
     if adapters.is_adapters(live):
-        if lora is None or adapters.fingerprint(student.params, lora) != host.get("base"):
+        if lora is None:
+            raise RunError(f"{start} holds adapters, and {start.folder}/arguments.json does not say of which rank")
+        if adapters.fingerprint(student.params, lora) != host.get("base"):
             raise other
         frozen = adapters.base(student.config, student.params, lora)
         return adapters.completed({adapters.BASE: frozen, "live": live})["live"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import LengthError, encode_context, refuse
 from sdjax.engine.train import Experiment
 from sdjax.run import checkpoint, data, memory, places
-from sdjax.run.folder import RunError, check_folder, claim
+from sdjax.run.folder import RunError, check_folder, claim, held
 from sdjax.run.interrupts import Interrupts, SharedInterrupts
 from sdjax.run.log import NoLog, RunLog
 from sdjax.run.loop import Result, Run
@@ -59,7 +60,7 @@ def fit(
     folder, arguments = places.place(folder), dict(arguments or {})
     task = experiment.task
     shared, mesh = processes.many(), train.mesh_of(experiment)
-    with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh):
+    with SharedInterrupts() if shared else Interrupts() as interrupts, sharding.on(mesh), contextlib.ExitStack() as own:
         processes.by_first(lambda: places.try_writing(folder))
         processes.by_first(lambda: check_folder(folder, resume, arguments))
         processes.by_first(lambda: data.check(folder, task))
@@ -70,7 +71,8 @@ def fit(
             print(*task.read.get("said", ()), said, sep="\n", flush=True)
         mirror = Mirror(folder)
         try:
-            processes.by_first(lambda: prepare(folder, arguments, resume, task, record))
+            processes.by_first(lambda: own.enter_context(taken(folder, arguments, resume)))
+            processes.by_first(lambda: prepare(folder, task, record))
             processes.by_first(mirror.fetch)
             run = Run(experiment, mirror, interrupts)
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
@@ -81,6 +83,9 @@ def fit(
                 run.log.say(going_on(step, recorded))
             try:
                 return run.go(step)
+            except Exception:
+                run.saver.abandon()
+                raise
             finally:
                 run.log.close()
                 mirror.close()
@@ -115,9 +120,16 @@ def check_contexts(experiment: Experiment) -> None:
         check_view(experiment.student.tokenizer, name, view.template)
 
 
-def prepare(folder: Path, arguments: Mapping[str, Any], resume: bool, task: Task, sizes: Mapping[str, Any]) -> None:
-    """Makes the run's folder and writes what a resumed run must find: its arguments, its problems, its sizes."""
-    claim(folder, arguments, resume)
+@contextlib.contextmanager
+def taken(folder: Path, arguments: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """Inside, the run's folder is there, with its arguments, and this run's alone."""
+    with held(folder):
+        claim(folder, arguments, resume)
+        yield
+
+
+def prepare(folder: Path, task: Task, sizes: Mapping[str, Any]) -> None:
+    """Writes what a resumed run must find: its problems, its sizes."""
     data.write(folder, task)
     memory.write(folder, sizes)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +79,38 @@ def claim(folder: Path, arguments: Mapping[str, Any], resume: bool) -> None:
     except FileExistsError as error:
         raise RunError(f"{folder}: another run has begun there just now: name another folder with --out") from error
     except OSError as error:
-        said = error.strerror or str(error)
-        raise RunError(f"{folder} cannot be written ({said}): name another folder with --out") from error
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: Path, error: OSError) -> RunError:
+    """What is said of a folder that a run cannot use."""
+    return RunError(f"{folder} cannot be written ({error.strerror or error}): name another folder with --out")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, the folder is there, and no other process on this machine can go on with the run in it.
+
+    However the process ends, the folder is free again.  Nothing is held in a bucket.  Raises: RunError.
+    """
+    if places.in_bucket(folder):
+        yield
+        return
+    try:
+        places.make(folder)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder}: another process is at this run: wait for its end, or end it") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def as_json(value: Any, what: str) -> Any:

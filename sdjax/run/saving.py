@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from sdjax.devices.processes import ProcessError, by_each, by_first, everyone, first
+from sdjax.devices.processes import ProcessError, by_each, by_first, everyone, first, many
 from sdjax.engine.train import State
 from sdjax.run import manifest, places
 from sdjax.run.checkpoint import CheckpointError, absolute, arrays_of, check_space, described
@@ -122,6 +122,11 @@ class Saver:
             return False
         self.settle()
         return True
+
+    def abandon(self) -> None:
+        """Lets the save under way come to its end, without asking the other processes, where a run ends by an error."""
+        if self.under_way is not None:
+            concurrent.futures.wait([self.under_way], 15 if many() else 60)
 
     def ensure(self, state: State, host: Any, scores: Mapping[int, float], seconds: float | None = None) -> bool:
         """Saves the state if it is not saved, and waits, at most so many seconds; whether it is.

@@ -4,54 +4,29 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import whole_runs
-from whole_runs import STEPS, arguments, ended, kept_in, lines, repeatable, run_here, start, wait_for
+from whole_runs import (
+    STEPS,
+    arguments,
+    assert_same_run,
+    ended,
+    joining,
+    kept_in,
+    lines,
+    run_here,
+    start,
+    start_all,
+    wait_for,
+)
 
 from sdjax.devices import processes
 from sdjax.devices.processes import ProcessError
 from sdjax.run import checkpoint
-
-
-def joining(count: int) -> list[dict[str, str]]:
-    """The environments of processes that join one another on a free port."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    # These programs are compiled by every process and hardly run.
-    common = {
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    return [{**common, "JAX_PROCESS_ID": str(p)} for p in range(count)]
-
-
-def start_all(folder, count, programs, *more, **environment) -> list[subprocess.Popen]:
-    """Starts a run as `count` processes."""
-    return [start(folder, *more, programs=programs, **own, **environment) for own in joining(count)]
-
-
-def assert_same_run(folder, reference) -> None:
-    """Both runs ended with the same state and numbers, up to rounding, and each step was recorded once."""
-    (arrays, host), (expected, expected_host) = whole_runs.saved(folder), whole_runs.saved(reference)
-    assert arrays.keys() == expected.keys()
-    for name, array in arrays.items():
-        np.testing.assert_allclose(array, expected[name], atol=2e-3, rtol=1e-3, err_msg=name)
-    assert host["position"] == expected_host["position"]
-    assert host["memory"]["batches"] == expected_host["memory"]["batches"]
-    assert [line["step"] for line in lines(folder)] == [line["step"] for line in lines(reference)]
-    for line, other in zip(repeatable(folder), repeatable(reference), strict=True):
-        assert line.keys() == other.keys()
-        if "evaluation" not in line:
-            assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
 def batches(folder) -> list[int]:

@@ -16,10 +16,12 @@ import yaml
 from whole_runs import kept_in, lines
 
 from sdjax.planning.chips import TOPOLOGIES
+from sdjax.run import places
 
 TPU = Path(__file__).parents[2] / "tpu"
 SCRIPTS = sorted(TPU.glob("*.sh"))
 SMOKE = ("tests/tiny_run.py", "--smoke")
+CLIENTS = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
 
 GCLOUD = """#!/usr/bin/env bash
 # Two hosts: folders of this machine, found by jax as those of a TPU slice are.
@@ -192,6 +194,20 @@ def test_all_hosts_of_a_new_slice_train_together(cloud):
 
 
 @pytest.mark.slow
+def test_hosts_without_a_shared_disk_train_into_a_bucket(cloud, bucket):
+    """Each host has its own copy of the checkout; OUT names the run's folder."""
+    folder, environment = cloud
+    environment.pop("SLURM_JOB_ID")
+    environment |= {"OUT": bucket} | {name: os.environ[name] for name in CLIENTS}
+    status, output = run("launch.sh", *SMOKE, environment=environment)
+    assert status == 0, output + logs(folder)
+    assert f"run folder {bucket}" in (folder / "logs" / "0.log").read_text()
+    with places.to_read(places.place(bucket)) as copy:
+        assert [line["step"] for line in lines(copy) if "evaluation" not in line] == [1, 2]
+    assert not [path for host in "01" for path in (folder / host).rglob("metrics.jsonl")]
+
+
+@pytest.mark.slow
 def test_a_signal_saves_the_run_and_it_goes_on_on_the_same_slice(cloud):
     folder, environment = cloud
     environment.pop("SLURM_JOB_ID")
@@ -239,6 +255,17 @@ def test_a_job_that_was_told_to_save_queues_again(cloud, tmp_path):
     again = environment | {"SLURM_RESTART_COUNT": "1"}
     run("slurm.sh", *SMOKE, "--out", "x", environment=again, cwd=checkout)
     assert (folder / "task0.log").read_text().endswith("--out x --resume --processes auto\n")
+
+
+def test_a_job_may_name_its_folder_by_a_variable(cloud, tmp_path):
+    folder, environment = cloud
+    checkout = submitted(tmp_path / "checkout", 'echo "$@"')
+    environment["OUT"] = "gs://bucket/runs/mine"
+    for more, out in (((), "gs://bucket/runs/mine"), (("--out", "x"), "x")):
+        status, output = run("slurm.sh", *SMOKE, *more, environment=environment, cwd=checkout)
+        assert status == 0, output
+        said = (folder / "task0.log").read_text().splitlines()[-1]
+        assert said == f"train tests/tiny_run.py --smoke --out {out} --processes auto"
 
 
 @pytest.mark.parametrize("status", [0, 2])
@@ -312,3 +339,24 @@ def test_what_a_pod_runs(manifest):
     assert {*re.findall(r"\$\{?([A-Z]+)", script)} == {*own}
     assert (TPU.parent / own["EXPERIMENT"].split()[0]).exists()
     assert "exec .venv/bin/sdjax train" in script  # signals reach the run
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_pods_go_on_with_a_run_that_has_begun(manifest, tmp_path, begun):
+    """What a pod runs after its set-up, with this package; OUT may be on a disk or in a bucket."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    (tmp_path / ".venv/bin/sdjax").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / ".venv/bin/sdjax").chmod(0o755)
+    out = tmp_path / "run"
+    out.mkdir()
+    if begun:
+        (out / "arguments.json").write_text("{}")
+    _, _, pod = manifest
+    script = pod["containers"][0]["command"][2]
+    lines = [line for line in script.splitlines() if "/shared" not in line and "setup.sh" not in line]
+    environment = {**os.environ, "EXPERIMENT": "x.py --method sdpo", "OUT": str(out), "PYTHONPATH": str(TPU.parent)}
+    command = ["bash", "-c", "\n".join(lines)]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    more = " --resume" if begun else ""
+    assert ran.stdout == f"train x.py --method sdpo --out {out} --processes auto{more}\n"

@@ -1,7 +1,5 @@
 """Runs whose folder is in a bucket: killed, resumed, damaged, and on a server that stops answering."""
 
-import contextlib
-import os
 import random
 import re
 import signal
@@ -10,7 +8,7 @@ import time
 import pytest
 import whole_runs
 from states import assert_same, state
-from whole_runs import STEPS, arguments, assert_same_end, ended, lines, run_here, start
+from whole_runs import STEPS, arguments, assert_same_end, assert_same_run, ended, joining, lines, run_here, start
 
 from sdjax.run import checkpoint, manifest, places, saving
 from sdjax.run.checkpoint import CheckpointError
@@ -83,6 +81,7 @@ def damaged(folder, capfd) -> None:
     places.write_bytes(saves / "10" / largest, whole)
 
 
+@pytest.mark.slow
 def test_a_model_in_a_bucket_is_written_and_measured(bucket, cached, tmp_path, capfd):
     assert run_here("train", whole_runs.FILE, "--out", bucket, "--smoke", "--export") == 0
     assert f"model written to {bucket}/model" in capfd.readouterr().out
@@ -149,23 +148,56 @@ def test_a_bucket_that_is_gone_ends_the_run_after_three_saves(bucket, monkeypatc
         saver.ensure(state(3), None, {})
 
 
-# ---- many kills -----------------------------------------------------------------------------------------------------
+# ---- many hosts without a shared disk -------------------------------------------------------------------------------
+
+
+def start_hosts(bucket, tmp_path, count, programs, *more) -> list:
+    """Starts a run as processes with working folders of their own."""
+    hosts = [tmp_path / str(host) for host in range(count)]
+    for host in hosts:
+        host.mkdir(exist_ok=True)
+    joined = zip(joining(count), hosts, strict=True)
+    return [start(bucket, *more, programs=programs, cwd=host, TINY_SLOW="0.05", **own) for own, host in joined]
 
 
 @pytest.mark.slow
-def test_killed_at_random_instants(bucket, reference, programs):
-    """Some of them inside a save; each time the run goes on from a whole checkpoint, and ends bit for bit the same."""
-    chance, kills = random.SystemRandom(), 0
-    process = start(bucket, programs=programs, TINY_SLOW="0.02")
-    while kills < 6:
-        with contextlib.suppress(AssertionError):
-            wait_for_step(bucket, min(2 + kills, STEPS - 1), process)
-        time.sleep(chance.uniform(0, 1.5))
-        process.kill()
-        ended(process)
-        kills += 1
-        process = start(bucket, "--resume", programs=programs, TINY_SLOW="0.02")
-    status, output = ended(process)
-    assert status == 0, output
-    assert_same_as(bucket, reference)
-    assert os.environ["STORAGE_EMULATOR_HOST"]
+def test_two_hosts_train_into_a_bucket_and_one_goes_on(bucket, reference, programs, cached, tmp_path):
+    """A signal to one saves all; what both have written is restored by one process."""
+    both = start_hosts(bucket, tmp_path, 2, programs)
+    wait_for_step(bucket, 2, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    for status, output in map(ended, both):
+        assert status == 143, output
+    assert run_here(*arguments(bucket, "--resume")) == 0
+    with places.to_read(place(bucket)) as copy:
+        assert_same_run(copy, reference)
+    assert [*tmp_path.rglob("*.json*")] == []  # nothing of the run lies on a host
+
+
+@pytest.mark.slow
+def test_four_hosts_are_killed_at_random_and_go_on(bucket, reference, programs, tmp_path):
+    """One of them, then two, process 0 among them: bit for bit the run that nothing interrupted; then on another mesh."""
+    chance, mesh = random.SystemRandom(), ("--mesh", "2x2")
+    for status, output in map(ended, start_hosts(f"{bucket}-whole", tmp_path, 4, programs, *mesh)):
+        assert status == 0, output
+    resume = ()
+    for victims in ((chance.choice([1, 2, 3]),), (0, chance.choice([1, 2, 3]))):
+        four = start_hosts(bucket, tmp_path, 4, programs, *mesh, *resume)
+        wait_for_step(bucket, 2 + 2 * len(resume), four[0])
+        time.sleep(chance.uniform(0, 1))
+        for victim in victims:
+            four[victim].kill()
+        for host, (status, output) in enumerate(map(ended, four)):
+            assert status not in (0, None) or host in victims, output
+        resume = ("--resume",)
+    for status, output in map(ended, start_hosts(bucket, tmp_path, 4, programs, *mesh, *resume)):
+        assert status == 0, output
+    with places.to_read(place(bucket)) as copy, places.to_read(place(f"{bucket}-whole")) as whole:
+        assert_same_end(copy, whole)
+        assert_same_run(copy, reference)
+    for saved in ("10", "10.json"):
+        places.remove(place(bucket) / "checkpoints" / saved)
+    for status, output in map(ended, start_hosts(bucket, tmp_path, 2, programs, "--mesh", "1x2", "--resume")):
+        assert status == 0, output
+    with places.to_read(place(bucket)) as copy:
+        assert_same_run(copy, reference)
