@@ -6,6 +6,7 @@ One save is under way at a time.  What it writes last, on process 0, is the mani
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -76,7 +77,8 @@ class Saver:
         self.finish()
         started, step, tree = time.perf_counter(), int(state.step), arrays_of(state)
         self.step, target = step, self.folder / str(step)
-        content = {"arrays": described(tree), "host": host}
+        # A copy: methods may change in place what they remember, while it is being written.
+        content = {"arrays": described(tree), "host": copy.deepcopy(host)}
         # Under way on the devices, before any program that changes the state.
         marks = digests(tree)
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)

@@ -175,16 +175,19 @@ def test_donated_buffers_change_nothing(tmp_path):
     params = {f"layer_{n}": jax.random.normal(jax.random.key(n), (256, 512)) for n in range(8)}
     own = state().replace(params=params, opt_state=(), snapshots={})
     expected = jax.tree.map(np.array, params)
-    saver = Saver(tmp_path)
-    saver.start(own, {"at": 3})
+    let, host = threading.Event(), {"at": 3, "seen": [1]}
+    saver = Saver(tmp_path, before=lambda: let.wait(60))
+    saver.start(own, host)
     for _ in range(4):
         params = update(params)
+    host["seen"].append(2)  # what a method remembers, too
+    let.set()
     assert saver.finish() and checkpoint.steps(tmp_path) == [3]
     restored, host = checkpoint.restore(tmp_path, own.replace(params=params))
     for name, array in expected.items():
         np.testing.assert_array_equal(restored.params[name], array)
         assert not np.array_equal(params[name], array)
-    assert host == {"at": 3}
+    assert host == {"at": 3, "seen": [1]}
 
 
 def test_nothing_counts_before_the_manifest(tmp_path):
