@@ -14,21 +14,21 @@ from sdjax.types import Task
 class Reading:
     """How `--data` is read.  An experiment file takes it as an argument `reading: Reading = Reading()`."""
 
-    split: str = option("", "data", "the split of a folder or hub data set to train on; by default train")
-    config: str = option("", "data", "the configuration of a hub data set, where it has several")
+    split: str = option("", "problems", "the split of a folder or hub data set to train on; by default train")
+    config: str = option("", "problems", "the configuration of a hub data set, where it has several")
     fields: str = option(
         "",
-        "data",
+        "problems",
         "columns by field where no layout is recognised, as prompt=question,answer=reward_model.ground_truth",
     )
-    first_rows: int = option(0, "data", "read no more than so many rows; 0 reads all")
-    skip_bad_rows: bool = option(False, "data", "leave bad rows out and say how many, instead of refusing the data")
-    keep_duplicates: bool = option(False, "data", "keep rows that say the same as an earlier one")
-    test_data: str | None = option(None, "data", "problems that are held out: a file, a folder or a hub data set")
-    test_split: str = option("", "data", "the split that is held out, of --test-data or else of --data")
+    first_rows: int = option(0, "problems", "read no more than so many rows; 0 reads all")
+    skip_bad_rows: bool = option(False, "problems", "leave bad rows out and say how many, instead of refusing the data")
+    keep_duplicates: bool = option(False, "problems", "keep rows that say the same as an earlier one")
+    test_data: str | None = option(None, "problems", "problems that are held out: a file, a folder or a hub data set")
+    test_split: str = option("", "problems", "the split that is held out, of --test-data or else of --data")
     test_fraction: float | None = option(
         None,
-        "data",
+        "problems",
         "without test data, the share of the questions that is held out, by a hash of each question (0.1)",
     )
 

@@ -71,7 +71,7 @@ def has_marked_answer(text: str) -> bool:
     return mark is not None and mark.answer is not None
 
 
-def _is(verify: Verify, mark: str) -> bool:
-    while isinstance(verify, functools.partial):
+def _is(verify: Callable, mark: str) -> bool:
+    while isinstance(verify, functools.partial) and not hasattr(verify, mark):
         verify = verify.func
     return getattr(verify, mark, False)
