@@ -110,6 +110,7 @@ def train_options(module: Any, factory: Any) -> type:
 
 def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: str) -> int:
     """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
+    from sdjax.cli.ranges import check_options
     from sdjax.collect.controls import controlled
     from sdjax.collect.selections import selected
     from sdjax.devices import processes
@@ -124,6 +125,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
     out, resume = chosen.pop("out"), chosen.pop("resume")
     processes.join(chosen.pop("processes"))
     groups = {name: options.shallow(chosen.pop(name)) for name in GROUPS if factory}
+    if factory:
+        check_options(factory.__name__, groups["method"])
     for some in (chosen, *groups.values()):
         check_numbers(some)
     check(**groups["sampler"]) if factory else None

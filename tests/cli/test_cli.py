@@ -110,7 +110,7 @@ VALUES = {
     ("--lr", "-0.1"): "lr=-0.1: expected a number above 0",
     ("--lr", "nan"): "lr=nan: expected a number above 0",
     ("--prompts", "4", "--minibatches", "3"): "minibatches=3 does not divide prompts=4",
-    ("--method.group-size", "0"): "group_size=0: expected at least 1",
+    ("--method.group-size", "0"): "--method.group-size 0: expected at least 1",
     ("--save-every", "-1"): "save_every=-1: expected at least 0",
 }
 
