@@ -24,9 +24,10 @@ COMMANDS = """usage: sdjax COMMAND ...
                       --from begins with the parameters of another run's checkpoint
   export RUN@STEP [--out FOLDER]
                       a checkpoint of a run as a model folder, for sdjax and the transformers library
-  evaluate MODEL --data FILE.jsonl
-                      greedy accuracy of a model on a file of problems
-  verify FILE.jsonl --data FILE.jsonl
+  evaluate MODEL [OTHER] --data DATA [--samples 32 --temperature 0.6 --top-p 0.95] [--caps 1024,4096]
+                      accuracy of one or two models with intervals: avg@n, maj@k, pass@k, by length, paired; goes on
+                      where it was ended
+  verify FILE.jsonl --data DATA
                       rewards of given texts, with what was taken for the answer of each
   report RUN [RUN ...] [--out FILE.html] [--microscope]
                       one page of curves, tables and rollouts token by token, and its figures as SVG and PNG

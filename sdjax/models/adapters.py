@@ -11,12 +11,9 @@ Source: Hu et al. 2022 (LoRA), arXiv:2106.09685; Dettmers et al. 2023 (QLoRA, NF
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.struct
@@ -25,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from safetensors.numpy import save_file
 
 from sdjax.devices.sharding import place_parameters
 from sdjax.models.configs import ModelConfig
@@ -270,41 +266,6 @@ def fingerprint(params: Mapping[str, Any], lora: Lora) -> int:
     return total
 
 
-# ---- the peft library's format --------------------------------------------------------------------------------------
-
-
-def save_peft(
-    folder: str | os.PathLike,
-    config: ModelConfig,
-    adapters: Mapping[str, Any],
-    lora: Lora,
-    base_name: str | None = None,
-) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, which the peft library and vLLM open.
-
-    They are loaded onto the base model `base_name`, a hub name or a folder.  Raises: ModelError if the folder cannot be
-    written.
-    """
-    folder, tensors = Path(folder), {}
-    for block, short, place in targeted(config, lora):
-        own, stem = adapters["lora"][block][short], f"base_model.model.{place.name.removesuffix('.weight')}"
-        for letter in ("a", "b"):
-            tensors[f"{stem}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(own[letter], np.float32)
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": lora.rank,
-        "lora_alpha": lora.scale * lora.rank,
-        "lora_dropout": 0.0,
-        "target_modules": [name for name in lora.targets if name in {short for _, short, _ in targeted(config, lora)}],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+def beside(config: ModelConfig, params: Mapping[str, Any], adapters: Any, lora: Lora) -> Any:
+    """A network's parameters with adapters beside their weights."""
+    return completed({BASE: base(config, params, lora), "adapted": adapters})["adapted"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import sample, verdicts
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Policy
+from sdjax.run.estimates import pass_at, wilson
 from sdjax.types import Example, Messages, Rollout, Verdict
 
 
@@ -29,16 +29,6 @@ class Accuracy(NamedTuple):
 
     def __str__(self) -> str:
         return f"{100 * self.solved:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.examples}"
-
-
-def wilson(solved: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927), within [0, 1] for every count; `(0, 1)` for none."""
-    if total == 0:
-        return 0.0, 1.0
-    share, spread = solved / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / total / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def accuracy(
@@ -88,5 +78,4 @@ def pass_at_k(
     """
     rollouts = sample(policy, examples, key, n=n, sampling=sampling)
     right = np.asarray([verdict.reward >= success for verdict in verdicts(verify, rollouts)]).reshape(-1, n).sum(1)
-    miss = lambda c, k: math.comb(n - int(c), k) / math.comb(n, k)
-    return {k: float(np.mean([1.0 - miss(c, k) for c in right])) for k in ks if k <= n}
+    return {k: float(np.mean([pass_at(int(c), n, k) for c in right])) for k in ks if k <= n}

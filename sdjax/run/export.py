@@ -9,7 +9,7 @@ from typing import Any
 from sdjax.devices import processes
 from sdjax.devices.sharding import to_host
 from sdjax.engine.train import Experiment
-from sdjax.models import adapters, pretrained
+from sdjax.models import peft_files, pretrained
 from sdjax.models.pretrained import Pretrained
 from sdjax.run import places
 
@@ -28,7 +28,7 @@ def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> di
 
     def write() -> None:
         with places.to_write(target) as here:
-            adapters.save_peft(here, student.config, own, lora, student.origin.name)
+            peft_files.save(here, student.config, own, lora, student.origin.name)
             student.tokenizer.save_pretrained(here)
 
     processes.by_first(write)

@@ -310,11 +310,40 @@ def test_smoke_exports_a_model_that_evaluate_reads(tmp_path, capfd, monkeypatch,
     data = tmp_path / "problems.jsonl"
     rows = [{"prompt": f"ask key {k} ->", "answer": str(k)} for k in range(5)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = ("--data", data, "--completion", 4, "--context", 32, "--out", tmp_path / "answers")
     for model in (run / "model", run):
-        assert run_here("evaluate", model, "--data", data, "--completion", 4, "--context", 32) == 0
+        assert run_here("evaluate", model, *how) == 0
         assert re.search(r"problems\.jsonl: \d+\.\d % \[\d+\.\d, \d+\.\d\] of 5", capfd.readouterr().out)
-    assert run_here("evaluate", model, "--data", data, "--completion", 4, "--context", 32, "--most", 2) == 0
+    assert run_here("evaluate", model, *how, "--most", 2) == 0
     assert "of 2" in capfd.readouterr().out
+    sampled = (
+        *how,
+        "--base",
+        run / "model",
+        "--samples",
+        3,
+        "--temperature",
+        0.6,
+        "--top-p",
+        0.9,
+        "--caps",
+        "2,3",
+        "--as-json",
+    )
+    written = []
+    for _ in range(2):  # the second time nothing is written again
+        assert run_here("evaluate", run, f"{run}@2", *sampled) == 0
+        shown = capfd.readouterr()
+        both = json.loads(shown.out)
+        assert both["difference"]["value"] == 0.0 < both["difference"]["high"]  # the same weights
+        first, second = both["models"].values()
+        assert first["measures"] == second["measures"] and first["samples"] == 3
+        assert {"avg@3", "pass@3", "maj@3", "avg@3 within 2 tokens", "hedges", "tokens"} <= {*first["measures"]}
+        written.append((both, (Path(first["folder"]) / "answers.jsonl").read_text()))
+    assert written[0] == written[1] and "15 of 15 answers were written before" in shown.err
+    assert "exceed" in sentence(capfd, "evaluate", run, *how, "--context", 10**6)
+    assert "--caps 9: 9 is more than the 4 tokens" in sentence(capfd, "evaluate", run, *how, "--caps", 9)
+    assert "at temperature 0 are all the same" in sentence(capfd, "evaluate", run, *how, "--samples", 2)
     assert "does not exist" in sentence(capfd, "evaluate", run, "--data", tmp_path / "none.jsonl")
     assert "there is no folder" in sentence(capfd, "evaluate", tmp_path / "none", "--data", data)
     assert "rows=0: expected at least 1" in sentence(capfd, "evaluate", run, "--data", data, "--rows", 0)

@@ -25,7 +25,7 @@ from sdjax.engine.policies import frozen
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.methods.sdpo import sdpo
-from sdjax.models import adapters, pretrained, transformer, weights
+from sdjax.models import adapters, peft_files, pretrained, transformer, weights
 from sdjax.models.adapters import TARGETS, Lora, folded, is_adapters
 from sdjax.models.configs import FAMILIES, from_hf
 from sdjax.models.fields import ModelError
@@ -103,7 +103,7 @@ def test_the_peft_folder_gives_the_merged_weights_by_pefts_formula(family, tmp_p
     weights.save(
         tmp_path / "merged", model.config, folded(adapters.base(model.config, params, lora).with_adapters(own))
     )
-    adapters.save_peft(tmp_path / "adapter", model.config, own, lora)
+    peft_files.save(tmp_path / "adapter", model.config, own, lora)
     pairs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     before, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
@@ -117,8 +117,39 @@ def test_the_peft_folder_gives_the_merged_weights_by_pefts_formula(family, tmp_p
             expected = expected + fields["lora_alpha"] / fields["r"] * b @ a
             changed.add(name.split(".")[-2])
         close(merged[name], expected, 1e-6)
-    own = {name for block in own["lora"].values() for name in block}
+    given, own = own, {name for block in own["lora"].values() for name in block}
     assert not pairs and changed == own == set(fields["target_modules"]) <= set(TARGETS)
+    found, tree = peft_files.load(tmp_path / "adapter", model.config)
+    read = folded(adapters.beside(model.config, params, tree, found))
+    expected = folded(adapters.base(model.config, params, lora).with_adapters(given))
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):
+        close(one, other, 1e-6)
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    model, _ = model_of("qwen3")
+    lora = Lora(rank=3, targets=("q_proj",))
+    peft_files.save(tmp_path, model.config, trained(model.config, lora), lora)
+    other, _ = model_of("llama")
+    if other.config.width != model.config.width:
+        with pytest.raises(ModelError, match="has the shape"):
+            peft_files.load(tmp_path, other.config)
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text())
+    for change, said in (
+        ({"use_dora": True}, "DoRA are not supported"),
+        ({"bias": "all"}, "biases are not supported"),
+        ({"peft_type": "IA3"}, "of the type LORA"),
+        ({"r": 0}, "expected a rank"),
+    ):
+        file.write_text(json.dumps({**told, **change}))
+        with pytest.raises(ModelError, match=said):
+            peft_files.load(tmp_path, model.config)
+    file.write_text(json.dumps({**told, "use_rslora": True, "lora_alpha": 6}))
+    assert peft_files.load(tmp_path, model.config)[0].scale == pytest.approx(6 / 3**0.5)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match="cannot read"):
+        peft_files.load(tmp_path, model.config)
 
 
 @pytest.mark.skipif(
@@ -132,7 +163,7 @@ def test_the_peft_library_reads_what_is_written(tmp_path):
     model, params = model_of("qwen3")
     lora = Lora(rank=3, alpha=5.0, targets=("q_proj", "v_proj", "gate_proj"))
     own = trained(model.config, lora)
-    adapters.save_peft(tmp_path, model.config, own, lora)
+    peft_files.save(tmp_path, model.config, own, lora)
     theirs = AutoModelForCausalLM.from_pretrained(GOLDEN / "qwen3", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(theirs, tmp_path).eval()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from sdjax.engine.policies import Policy
-from sdjax.models import adapters, pretrained
+from sdjax.models import adapters, peft_files, pretrained
 from sdjax.models.fields import ModelError
 from sdjax.models.pretrained import Origin
 from sdjax.models.templates import stop_tokens
@@ -145,7 +145,7 @@ def test_a_head_that_differs_from_tied_embeddings_is_refused_and_a_copy_is_not(t
 def test_an_adapter_names_its_base(tmp_path):
     model, lora = tiny.pretrained(), adapters.Lora(rank=2)
     first = adapters.initial(model.config, lora, jax.random.key(0))
-    adapters.save_peft(tmp_path, model.config, first, lora, "owner/base")
+    peft_files.save(tmp_path, model.config, first, lora, "owner/base")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/base"
 
 
