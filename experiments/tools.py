@@ -1,7 +1,7 @@
 """A model learns to use tools: problems that it answers after calls of a calculator or of Python, with every method.
 
     sdjax train experiments/tools.py                                             arithmetic with a calculator, GRPO
-    sdjax train experiments/tools.py --method sdpo                               taught by peers and by what the tools said
+    sdjax train experiments/tools.py --method sdpo --told hindsight              taught by what the tools were going to say
     sdjax train experiments/tools.py --data problems.jsonl --model Qwen/Qwen3-0.6B --tools calculator,python
 
 An attempt is a conversation: a turn that calls tools is answered by them, the first turn without a call is the answer.  Calls
@@ -10,7 +10,10 @@ have the form of the model's chat template.  `--data` is that of `experiments/ow
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sdjax.cli.options import Choice
+from sdjax.collect.hindsight import hindsight
 from sdjax.engine.policies import templated
 from sdjax.engine.train import Experiment
 from sdjax.models.templates import own_options
@@ -48,6 +51,7 @@ def experiment(
     settings: Settings = SETTINGS,
     tools: str = "calculator",
     turns: int = 4,
+    told: Literal["peers", "hindsight"] = "peers",
     data: str | None = None,
     reading: Reading = Reading(),
     terms: int = 3,
@@ -59,13 +63,14 @@ def experiment(
     Args:
       tools: calculator, python (in the sandbox), or both, separated by commas.
       turns: how many turns an attempt has at most, the answer included.
+      told: what SDPO's teacher and others read: a peer's success or feedback; with hindsight also what each call will give.
       data: problems to train on, as in `experiments/own_data.py`; without them sums are drawn.
       terms: numbers of a drawn sum.
       digits: digits of each of them.
       train_size: drawn training problems.
     """
     settings = settings.shortened()
-    algorithm = settings.method(method)
+    algorithm = settings.method(method, hindsight() if told == "hindsight" else None)
     if turns < 1:
         raise TaskError(f"--turns {turns}: expected at least 1.")
     own = chosen(tools)
