@@ -15,6 +15,7 @@ from pathlib import Path
 from sdjax.report.page import part
 from sdjax.report.report import report
 from sdjax.report.runs import ReportError
+from sdjax.run import places
 
 FILES = ("arguments.json", "metrics.jsonl", "alarms.jsonl", "rollouts.jsonl")
 """What a report is made from."""
@@ -28,7 +29,7 @@ class Pages:
 
     def __init__(self, runs: Sequence[str], every: float):
         self.runs, self.every, self.lock = tuple(runs), every, threading.Lock()
-        self.seen: list[tuple[int, int]] | None = None
+        self.seen: list[list | None] | None = None
         self.made, self.version, self.text = -every, 0, ""
 
     def newest(self) -> tuple[int, str]:
@@ -41,11 +42,9 @@ class Pages:
                 self.made = time.monotonic()
             return self.version, self.text
 
-    def state(self) -> list[tuple[int, int]]:
-        """Sizes and times of the runs' files."""
-        files = [Path(run) / name for run in self.runs for name in FILES]
-        found = [file.stat() for file in files if file.is_file()]
-        return [(stat.st_size, stat.st_mtime_ns) for stat in found]
+    def state(self) -> list[list | None]:
+        """Marks of the runs' files."""
+        return [places.mark(places.place(run) / name) for run in self.runs for name in FILES]
 
     def written(self) -> str:
         """The report, or what is missing for one."""
@@ -53,7 +52,7 @@ class Pages:
             page = Path(folder) / "report.html"
             try:
                 report(self.runs, out=str(page))
-            except ReportError as error:
+            except (ReportError, places.PlaceError) as error:
                 said = f"<p>{html.escape(str(error))}</p><p>This page comes anew by itself.</p>"
                 return f'<!doctype html><meta charset="utf-8"><title>waiting</title>{said}'
             return page.read_text(encoding="utf-8", errors="replace")
@@ -97,7 +96,7 @@ def watch(runs: tuple[str, ...], /, *, port: int = 8321, every: float = 10.0) ->
     """Serves the report of run folders on this machine until Ctrl-C; the page comes anew while they go on.
 
     Args:
-      runs: run folders, as for `sdjax report`; they may still be without a finished step.
+      runs: run folders, also in a bucket (gs://...); they may still be without a finished step.
       port: of the page, on loopback only; 0: a free one.
       every: seconds between looks at the runs.
     """
@@ -107,8 +106,9 @@ def watch(runs: tuple[str, ...], /, *, port: int = 8321, every: float = 10.0) ->
         raise ReportError(f"--port {port}: expected a port from 0 to 65535")
     if not every > 0:
         raise ReportError(f"--every {every:g}: expected seconds above 0")
-    for run in runs:
-        if not Path(run).is_dir():
+    for folder, run in ((places.place(run), run) for run in runs):
+        places.try_reading(folder)
+        if not folder.is_dir():
             raise ReportError(f"{run} does not exist: name a folder that `sdjax train` has written")
     server = serve(Pages(runs, every), port)
     print(f"watching {', '.join(runs)} at http://localhost:{server.server_port} (Ctrl-C ends it)", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import time
@@ -22,7 +23,7 @@ from sdjax.engine.chats import check_view, encode_text
 from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import LengthError, encode_context, refuse
 from sdjax.engine.train import Experiment
-from sdjax.run import checkpoint, data, memory, places
+from sdjax.run import checkpoint, data, memory, places, trackers
 from sdjax.run.folder import RunError, check_folder, claim, held
 from sdjax.run.interrupts import Interrupts, SharedInterrupts
 from sdjax.run.log import NoLog, RunLog
@@ -78,7 +79,7 @@ def fit(
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
             step = begun(run, start)
             recorded = processes.by_first(lambda: steps_recorded(mirror.own))
-            run.log = opened(mirror.own, run.experiment, step) if processes.first() else NoLog()
+            run.log = opened(mirror, run.experiment, arguments, step) if processes.first() else NoLog()
             if resume:
                 run.log.say(going_on(step, recorded))
             try:
@@ -146,9 +147,11 @@ def out_of_memory(folder: Path, error: Exception, sizes: Mapping[str, Any]) -> M
     )
 
 
-def opened(folder: Path, experiment: Experiment, step: int) -> RunLog:
+def opened(mirror: Mirror, experiment: Experiment, arguments: Mapping[str, Any], step: int) -> RunLog:
     """The log of a run that goes on after `step` steps."""
-    return RunLog(folder, experiment.steps, step, trackers=experiment.log, project=experiment.log_project)
+    run = trackers.Run(mirror.own, mirror.folder.name, experiment.log_project, arguments, step)
+    told = functools.partial(trackers.Trackers, experiment.log, run)
+    return RunLog(mirror.own, experiment.steps, step, trackers=told)
 
 
 def steps_recorded(folder: Path) -> int:

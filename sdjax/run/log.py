@@ -5,6 +5,7 @@ Steps count from 1 in all of them: `step` 3 is the third batch, and an evaluatio
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from sdjax.run import records
+from sdjax.run import trackers as tracked
 from sdjax.run.places import replace_text
 from sdjax.run.sentinels import Alarm
 from sdjax.run.trackers import Trackers
@@ -42,6 +44,7 @@ class RunLog:
 
     Rollouts stand in `rollouts.txt` for people and in `rollouts.jsonl` for `sdjax report`.
 
+    `trackers` makes the trackers from the function that says what goes wrong with them; by default TensorBoard's alone.
     After a resume at `step`, lines of later steps are dropped first, so that no step is recorded twice.
     """
 
@@ -52,8 +55,7 @@ class RunLog:
         step: int = 0,
         console: Console | None = None,
         *,
-        trackers: Sequence[str] = ("tensorboard",),
-        project: str = "sdjax",
+        trackers: Callable[[Callable[[str], None]], Trackers] | None = None,
     ):
         self.console = console or Console()
         self.file, self.texts = folder / "metrics.jsonl", folder / "rollouts.txt"
@@ -63,7 +65,7 @@ class RunLog:
         drop_metrics_after(self.records, step)  # its lines say their step, too
         self.alarms = folder / "alarms.jsonl"
         drop_metrics_after(self.alarms, step)
-        self.trackers = Trackers(trackers, folder, project, step, self.say)
+        self.trackers = (trackers or on_disk(folder, step))(self.say)
         self.steps, self.last_line = steps, -math.inf
         line = TextColumn("{task.fields[line]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(10), TimeRemainingColumn(compact=True))
@@ -145,6 +147,11 @@ class RunLog:
         if self.console.is_terminal:
             self.progress.stop()
         self.trackers.close()
+
+
+def on_disk(folder: Path, step: int) -> Callable[[Callable[[str], None]], Trackers]:
+    """TensorBoard's event files, and no other tracker."""
+    return functools.partial(Trackers, ["tensorboard"], tracked.Run(folder, folder.name, "sdjax", {}, step))
 
 
 class NoLog:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdjax.run import places, records
 
-LOGS = ("metrics.jsonl", "rollouts.txt", records.ROLLOUTS, "tensorboard")
+LOGS = ("metrics.jsonl", "alarms.jsonl", "rollouts.txt", records.ROLLOUTS, "trackers.json", "tensorboard", "mlflow.db")
 """What a run appends to; everything else in its folder is written in one go."""
 
 

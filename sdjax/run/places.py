@@ -117,6 +117,17 @@ def read_bytes(path: Path) -> bytes:
     return file_system().cat_file(os.fspath(path))
 
 
+def mark(path: Path) -> list | None:
+    """What changes when a file does: its size and time, or its checksum in a bucket; `None` where there is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        if in_bucket(path):
+            about = file_system().info(os.fspath(path))
+            return [about["size"], about.get("crc32c")]
+        about = path.stat()
+        return [about.st_size, about.st_mtime_ns]
+    return None
+
+
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 

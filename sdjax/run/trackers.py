@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from tensorboardX import SummaryWriter
@@ -30,13 +31,17 @@ class TrackerError(InputError, ValueError):
 
 
 class Run(NamedTuple):
-    """What a tracker is told of a run: `begun` says by which id trackers know it, empty where it is new."""
+    """What a tracker is told of a run that goes on after `step` steps.
+
+    `folder` is where files may be written; `begun` says by which id trackers know it, empty where it is new.
+    """
 
     folder: Path
+    name: str
     project: str
     config: Mapping[str, Any]
     step: int
-    begun: Mapping[str, str]
+    begun: Mapping[str, str] = MappingProxyType({})
 
 
 class Tracker(Protocol):
@@ -87,7 +92,7 @@ class WandB:
         self.wandb, self.id = wandb, run.begun.get("wandb") or secrets.token_hex(4)
         self.run = wandb.init(
             project=run.project,
-            name=run.folder.name,
+            name=run.name,
             id=self.id,
             resume="allow",
             dir=str(run.folder),
@@ -122,7 +127,7 @@ class MLflow:
             return
         experiment = self.client.get_experiment_by_name(run.project)
         place = experiment.experiment_id if experiment else self.client.create_experiment(run.project, files)
-        self.id = self.client.create_run(place, run_name=run.folder.name).info.run_id
+        self.id = self.client.create_run(place, run_name=run.name).info.run_id
         for name, value in run.config.items():
             self.client.log_param(self.id, name.replace("@", "-"), str(value)[:6000])
 
@@ -146,7 +151,7 @@ class Trackio:
     def __init__(self, run: Run):
         import trackio
 
-        self.trackio, self.id = trackio, run.begun.get("trackio") or f"{run.folder.name}-{secrets.token_hex(2)}"
+        self.trackio, self.id = trackio, run.begun.get("trackio") or f"{run.name}-{secrets.token_hex(2)}"
         self.run = trackio.init(project=run.project, name=self.id, config=dict(run.config), resume="allow", embed=False)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -235,9 +240,9 @@ class Background:
 class Trackers:
     """All trackers of a run.  Nothing that they do ends it."""
 
-    def __init__(self, names: Sequence[str], folder: Path, project: str, step: int, say: Callable[[str], None]):
-        self.file, self.lock = folder / "trackers.json", threading.Lock()
-        run = Run(folder, project, {**read(folder / "arguments.json"), "revision": revision()}, step, read(self.file))
+    def __init__(self, names: Sequence[str], run: Run, say: Callable[[str], None]):
+        self.file, self.lock = run.folder / "trackers.json", threading.Lock()
+        run = run._replace(config={**run.config, "revision": revision()}, begun=read(self.file))
         own = lambda name: TensorBoard(run) if name == "tensorboard" else Background(name, run, say, self._opened)
         self.all = [own(name) for name in names]
 

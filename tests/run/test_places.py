@@ -156,3 +156,14 @@ def test_folders_on_a_disk_that_cannot_be_written(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert run_here(*arguments(tmp_path / "run")) == 2
     assert "run cannot be written (Permission denied): name another folder with --out" in capfd.readouterr().err
+
+
+def test_a_mark_changes_with_its_file(bucket, tmp_path):
+    for folder in (tmp_path, places.place(bucket)):
+        path = folder / "a.txt"
+        assert places.mark(path) is None
+        places.replace_text(path, "one")
+        first = places.mark(path)
+        assert places.mark(path) == first
+        places.replace_text(path, "two")
+        assert places.mark(path) != first

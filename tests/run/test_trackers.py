@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdjax.run import trackers
-from sdjax.run.trackers import TrackerError, Trackers, chosen
+from sdjax.run.trackers import Run, TrackerError, Trackers, chosen
 
 ROWS = [{"step": 3, "prompt": "2+2?", "completion": "4", "reward": 1.0}]
 
@@ -18,17 +18,20 @@ def run(tmp_path, monkeypatch):
     """A run folder, with every tracker's data below it."""
     folder = tmp_path / "my-run"
     folder.mkdir()
-    (folder / "arguments.json").write_text(json.dumps({"steps": 9, "method.group_size": 4}))
     for name, value in {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
 
 
+def known_of(folder, step=0):
+    return Run(folder, "my-run", "proj", {"steps": 9, "method.group_size": 4}, step)
+
+
 def recorded(folder, *names, step=0, steps=(1, 2)):
     """What is said while some steps are recorded."""
     said = []
-    own = Trackers(names, folder, "proj", step, said.append)
+    own = Trackers(names, known_of(folder, step), said.append)
     for number in steps:
         own.numbers(number, {"reward": 0.1 * number, "evaluation/pass@8": 0.5})
         own.completions(number, ROWS)
@@ -102,7 +105,7 @@ class Refusing:
 def test_what_a_tracker_does_ends_no_run(run, monkeypatch, kind, words):
     monkeypatch.setitem(trackers.KINDS, "wandb", kind)
     said = []
-    own = Trackers(["wandb"], run, "proj", 0, said.append)
+    own = Trackers(["wandb"], known_of(run), said.append)
     for step in range(5):
         own.numbers(step, {"reward": 1.0})
     started = time.monotonic()
@@ -115,7 +118,7 @@ def test_calls_that_pile_up_are_given_up(run, monkeypatch):
     monkeypatch.setitem(trackers.KINDS, "wandb", Stuck)
     monkeypatch.setattr(trackers.Background, "MOST", 10)
     said = []
-    own = Trackers(["wandb"], run, "proj", 0, said.append)
+    own = Trackers(["wandb"], known_of(run), said.append)
     for step in range(20):
         own.numbers(step, {"reward": 1.0})
     assert len(said) == 1 and "10 calls are waiting" in said[0]
