@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 """Of element types whose name does not end with their bits (`f32`, `s8`, `u4`, ...); an unknown one counts nothing."""
@@ -35,20 +36,29 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One exchange between devices: the result's shapes, how many devices take part, how often it happens."""
+    """One exchange between devices: the result's shapes, which devices take part, how often it happens."""
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     bytes: float  # of the result on one device, of one exchange
-    devices: int
+    group: tuple[int, ...]  # the devices that take part, by their number in the mesh
     times: int
 
     @property
     def moved(self) -> float:
         """Bytes that one device receives over all exchanges, with ring algorithms."""
-        others = self.devices - 1
-        share = {"all-reduce": 2 * others / self.devices, "reduce-scatter": others, "collective-permute": 1.0}
-        return self.times * self.bytes * share.get(self.kind, others / self.devices)
+        devices = len(self.group)
+        others = devices - 1
+        share = {"all-reduce": 2 * others / devices, "reduce-scatter": others, "collective-permute": 1.0}
+        return self.times * self.bytes * share.get(self.kind, others / devices)
+
+    def through_network(self, per_host: int) -> float:
+        """Of those the bytes that come through the network adapter of one device, where a host has so many devices.
+
+        A ring that crosses from host to host uses the adapters of all its devices there.
+        """
+        hosts = {device // per_host for device in self.group}
+        return self.moved * len(hosts) / len(self.group) if len(hosts) > 1 else 0.0
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -116,24 +126,46 @@ def loop_trips(parts: Mapping[str, list[Instruction]], loop: Instruction, unknow
     return int(bound) if bound.isdigit() else unknown
 
 
-def group_size(rest: str, everybody: int) -> int:
-    """How many devices exchange with one another: XLA lists groups, or tiles them, or names axes of a mesh.
+def group_of(rest: str, everybody: int) -> tuple[int, ...]:
+    """Which devices exchange with one another, in the first group: XLA lists groups, or tiles them, or names axes of a mesh.
 
-    Raises `ValueError` for another form: a guess would be a wrong figure.
+    Of pairs the two that are farthest apart.  Raises `ValueError` for another form: a guess would be a wrong figure.
     """
-    if "source_target_pairs=" in rest or "replica_groups={}" in rest:
-        return 2 if "source_target_pairs=" in rest else everybody
-    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(tiled[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(listed[1].split(","))
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']*)'=(\d+)", meshed[1]))
-        # A part of an axis is written 'axis':(before)size.
-        named = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", meshed[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    numbers = lambda text: tuple(int(n) for n in re.findall(r"\d+", text))
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
+        return max(map(numbers, re.findall(r"\d+,\d+", pairs[1])), key=lambda pair: abs(pair[0] - pair[1]))
+    if "replica_groups={}" in rest:
+        return tuple(range(everybody))
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return tuple(listed(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return numbers(groups[1])
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
+        return group_on_mesh(*meshed.groups())
     written = rest[rest.find("replica_groups=") :][:200]
     raise ValueError(f"which devices take part cannot be read from {written!r}")
+
+
+def listed(text: str) -> np.ndarray:
+    """Devices in the order that XLA writes as a shape and its transposition: `[4,2]T(1,0)` -> 0 2 4 6 1 3 5 7."""
+    shape, _, order = text.partition("T")
+    sizes = [int(n) for n in re.findall(r"\d+", shape)]
+    there = np.arange(math.prod(sizes)).reshape(sizes)
+    return there.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else there
+
+
+def group_on_mesh(axes: str, ids: str, named: str) -> tuple[int, ...]:
+    """The first group along axes of a mesh: `'data'=4,'model'=2` and `'data'`; part of an axis is `'axis':(before)size`."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
+    count = math.prod(sizes.values())
+    order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", ids)
+    devices = (listed(order[1]) if order else np.arange(count)).reshape(list(sizes.values()))
+    chosen = dict.fromkeys(sizes, np.zeros(1, int))
+    for axis, before, part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", named):
+        size = int(part or sizes[axis])
+        step = sizes[axis] // (int(before or 1) * size)
+        chosen[axis] = (chosen[axis][:, None] + step * np.arange(size)).ravel()
+    return tuple(devices[np.ix_(*chosen.values())].ravel().tolist())
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -154,9 +186,7 @@ def collectives(text: str, trips: int = 1) -> list[Collective]:
             # What starts an exchange in the background lists its operands first.
             arrays = arrays[len(arrays) // 2 :] if x.kind.endswith("-start") and kind != "all-reduce" else arrays
             size = sum(bytes_of(*a) for a in arrays)
-            found.append(
-                Collective(kind, tuple(s for _, s in arrays), size, group_size(x.rest, everybody), often[name])
-            )
+            found.append(Collective(kind, tuple(s for _, s in arrays), size, group_of(x.rest, everybody), often[name]))
     return found
 
 
@@ -166,6 +196,11 @@ def collective_bytes(text: str, trips: int = 1) -> dict[str, float]:
     for c in collectives(text, trips):
         totals[c.kind] = totals.get(c.kind, 0.0) + c.moved
     return totals
+
+
+def network_bytes(text: str, per_host: int, trips: int = 1) -> float:
+    """Bytes that one device receives from other hosts in one call, through its own network adapter."""
+    return sum(c.through_network(per_host) for c in collectives(text, trips))
 
 
 def product_flops(text: str, trips: int = 1) -> float:

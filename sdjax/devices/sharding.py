@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,9 +73,17 @@ def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def current() -> Any:
-    """The mesh that is entered, with its axes' sizes in `.shape`, or `None`."""
+    """The mesh that is entered, with its axes' sizes in `.shape`, or `None`; also `None` if it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.axis_names == AXES else None
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def on_nvidia() -> bool:
+    """Whether what is traced now is for NVIDIA's GPUs: those of the entered mesh, here or not, or the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
 
 
 def axis_size(axis: str) -> int:
@@ -181,6 +190,16 @@ def constrain_parameters(tree: Any, least: float | None = None) -> Any:
     if mesh is None:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, parameter_specs(tree, mesh.shape, least))
+
+
+def by_rows(tree: Any) -> Any:
+    """Inside a compiled program: arrays that lie in memory row by row, on GPUs of a mesh.
+
+    What is gathered along its last axis stays as it came, and products inside a loop copy it in every turn.
+    """
+    if current() is None or not on_nvidia():
+        return tree
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), tree)
 
 
 def with_whole_head(params: Any, dtype: Any = None) -> Any:

@@ -7,26 +7,27 @@ same chosen tokens, and `choose` says whose distribution a token is drawn from.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.devices.sharding import constrain_parameters
+from sdjax.devices.sharding import by_rows, constrain_parameters
 from sdjax.models.transformer import Column, Transformer, decode, empty_cache, hidden, logits, positions_of
 
 BLOCK = 256
 """Vocabulary entries summed together in the first level of the inverse distribution function."""
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; traced, so changing a value compiles nothing.
+    """How tokens are drawn; traced, so changing a value compiles nothing but one program with filters and one without.
 
     `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 filter nothing; they apply in this order, after the
     temperature, each to what the one before has left (as in the transformers library).
@@ -36,6 +37,22 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is filtered; of values that are traced it is taken that they filter."""
+        known = all(isinstance(value, int | float) for value in (self.top_p, self.top_k, self.min_p))
+        return known and self.top_k <= 0 and self.top_p >= 1.0 and self.min_p <= 0.0
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """What is traced: the temperature, and the filters where there are any."""
+        values = self.temperature, self.top_p, self.top_k, self.min_p
+        return values[:1] if self.plain else values, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, values: tuple[Any, ...]) -> Sampling:
+        """The inverse."""
+        return cls(*values)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -123,9 +140,7 @@ def draw(logits: Array, uniform: Array, sampling: Sampling) -> Array:
     """One token per row: `logits [B, V]` float32, `uniform [B]` in [0, 1) -> `[B]` int32."""
     scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     mass = jnp.exp(scaled - scaled.max(-1, keepdims=True))
-    plain = (sampling.top_k <= 0) & (sampling.top_p >= 1.0) & (sampling.min_p <= 0.0)
-    mass = jax.lax.cond(plain, lambda m: m, lambda m: filtered(m, sampling), mass)
-    sampled = inverse_cdf(mass, uniform)
+    sampled = inverse_cdf(mass if sampling.plain else filtered(mass, sampling), uniform)
     return jnp.where(sampling.temperature > 0, sampled, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
@@ -162,7 +177,8 @@ def generate(
     cast = lambda model, tree: jax.tree.map(lambda x: to(x, model.dtype), tree)
     # And gathered once, where a mesh splits them over its data axis.
     params = tuple(
-        constrain_parameters(cast(model, tree), least=math.inf) for model, tree in zip(models, params, strict=True)
+        by_rows(constrain_parameters(cast(model, tree), least=math.inf))
+        for model, tree in zip(models, params, strict=True)
     )
     repeat = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
     limit = jnp.broadcast_to(jnp.minimum(limit, length), (rows,))

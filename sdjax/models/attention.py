@@ -1,7 +1,8 @@
-"""Grouped-query attention over several runs of keys under one softmax: at once, in blocks, or by a kernel on TPUs.
+"""Grouped-query attention over several runs of keys under one softmax: at once, in blocks, or by a kernel.
 
-Long runs never hold their scores, `[B, heads, S, P]`: on TPUs the splash attention of JAX's own library reads them, and
-elsewhere they are computed for a block of queries at a time and again in the backward pass.
+Long runs never hold their scores, `[B, heads, S, P]`: on TPUs the splash attention of JAX's own library reads them, on
+NVIDIA's GPUs cuDNN's where the numbers have 16 bits, and elsewhere they are computed for a block of queries at a time and
+again in the backward pass.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sdjax.devices.sharding import DATA, MODEL, axis_size, current, rows_axis
+from sdjax.devices.sharding import DATA, MODEL, axis_size, current, on_nvidia, rows_axis
 
 LONG = 2**20
 """Queries times keys of a row from which a run is long: what a kernel saves is then more than it costs."""
@@ -75,6 +76,8 @@ def attend(
     """
     length, keys = query.shape[1], sum(run.keys.shape[1] for run in runs)
     if bias is None and length * keys >= LONG and runs[-1].keys.shape[1] == length:
+        if on_nvidia() and of_cudnn(query) and cap is None:
+            return by_cudnn(query, positions, runs, window)
         kernel, blocks = partial(by_kernel, window=window, cap=cap), partial(in_blocks, window=window, cap=cap)
         return jax.lax.platform_dependent(query, positions, tuple(runs), tpu=kernel, default=blocks)
     return in_blocks(query, positions, runs, window, bias, cap)
@@ -92,7 +95,10 @@ def attend_written(
     """`attend` over the runs `before` and a cache of which only the first `written` (`[]`) columns hold anything.
 
     Reads the least number of `prefixes` that holds them: a step of decoding costs what has been written, not what may be.
+    Not on GPUs: there the branches of a condition would copy the cache at every step, which costs more than it saves.
     """
+    if on_nvidia():
+        return attend(query, positions, (*before, cache), window, cap=cap)
     sizes = prefixes(cache.keys.shape[1])
 
     def reads(size: int) -> Callable[[Keys], Array]:
@@ -198,11 +204,8 @@ def by_kernel(
     """
     del positions
     batch, length, kv_heads, per_kv, head_dim = query.shape
-    before = sum(run.keys.shape[1] for run in runs[:-1])
-    joined = lambda parts: jnp.concatenate([jnp.repeat(x, batch // x.shape[0], axis=0) for x in parts], axis=1)
-    keys, values, mask = (joined([getattr(run, name) for run in runs]) for name in ("keys", "values", "mask"))
-    # Garbage that may not be read is weighed by 0, and 0 times an infinity is NaN.
-    keys, values = (jnp.where(mask[..., None, None], x, 0) for x in (keys, values))
+    keys, values, mask = joined(runs, batch)
+    before = keys.shape[1] - length
     tiled = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE)) + ((0, 0),) * (x.ndim - 2))
     heads_first = lambda x: jnp.moveaxis(tiled(x), 1, 2)
     asked = heads_first((query * head_dim**-0.5).reshape(batch, length, kv_heads * per_kv, head_dim))
@@ -216,6 +219,16 @@ def by_kernel(
         call = jax.shard_map(call, in_specs=specs, out_specs=P(rows, MODEL), check_vma=False)
     read = jnp.moveaxis(call(*arguments), 1, 2)[:, :length]
     return read.reshape(query.shape).astype(query.dtype)
+
+
+def joined(runs: Sequence[Keys], batch: int) -> tuple[Array, Array, Array]:
+    """The `keys, values [B, P, K, H]` and the `mask [B, P]` of all runs, one after the other; what is masked is 0.
+
+    Garbage that may not be read is weighed by 0, and 0 times an infinity is NaN.
+    """
+    of = lambda name: [jnp.repeat(getattr(run, name), batch // len(run.mask), axis=0) for run in runs]
+    keys, values, mask = (jnp.concatenate(of(name), axis=1) for name in ("keys", "values", "mask"))
+    return *(jnp.where(mask[..., None, None], x, 0) for x in (keys, values)), mask
 
 
 def splash(
@@ -264,3 +277,89 @@ def kernel_of(
     with ThreadPoolExecutor(1) as pool:
         kernel = pool.submit(make).result()
     return jax.tree.map(np.asarray, kernel), kernels.SegmentIds
+
+
+# ---- by cuDNN ---------------------------------------------------------------------------------------------------------
+
+
+def of_cudnn(query: Array) -> bool:
+    """Whether cuDNN reads such queries: numbers of 16 bits, heads of at most 128 in steps of 8."""
+    return query.dtype.itemsize == 2 and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+
+
+def by_cudnn(
+    query: Array,
+    positions: Array,
+    runs: Sequence[Keys],
+    window: int | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:
+    """`attend` by cuDNN's attention, whose scores never leave the chip; what it reads has 16 bits.
+
+    It reads a square, of which the query of a column reads the keys up to this column, and of every row the first columns.
+    So keys that may be read are moved there, queries with them, and the runs before the last get queries of zeros.  As for
+    `by_kernel` positions must rise by one from one key that may be read to the next.
+
+    Args:
+      implementation: "xla" computes the same on every device, in every type.
+    """
+    del positions
+    batch, length, kv_heads, per_kv, head_dim = query.shape
+    keys, values, mask = joined(runs, batch)
+    before = keys.shape[1] - length
+    asked = query.reshape(batch, length, kv_heads * per_kv, head_dim)
+    asked = jnp.pad(asked, ((0, 0), (before, 0), (0, 0), (0, 0)))
+    # Its gradient takes even numbers of columns only.
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)) + ((0, 0),) * (x.ndim - 2))
+
+    call = partial(causal, window=window, implementation=implementation)
+    if current() is not None:
+        rows = rows_axis(batch)
+        specs = (P(rows, None, MODEL),) * 3
+        call = jax.shard_map(call, in_specs=(*specs, P(rows)), out_specs=specs[0], check_vma=False)
+    read = call(*map(even, (asked, keys, values, mask)))[:, before : before + length]
+    return jnp.where(mask[:, before:, None, None], read, 0).reshape(query.shape)
+
+
+def causal(
+    query: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    *,
+    window: int | None,
+    implementation: Literal["cudnn", "xla"],
+) -> Array:
+    """One device's rows and heads: `query [B, P, heads, H]`, `keys, values [B, P, K, H]`, `mask [B, P]`."""
+    order = jnp.argsort(~mask, axis=-1, stable=True)
+    back = jnp.argsort(order, axis=-1)
+    lengths = jnp.maximum(mask.sum(-1), 1).astype(jnp.int32)
+    read = jax.nn.dot_product_attention(
+        *(reordered(x, order, back) for x in (query, keys, values)),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return reordered(read, back, order)
+
+
+@jax.custom_vjp
+def reordered(x: Array, order: Array, back: Array) -> Array:
+    """Columns of `x [B, P, heads, H]` in the order `[B, P]`, which `back` undoes: its gradient is no scatter but a gather."""
+    return jnp.take_along_axis(x, order[..., None, None], axis=1, mode="promise_in_bounds")
+
+
+def reordered_forward(x: Array, order: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
+    """The value, and what the gradient needs."""
+    return reordered(x, order, back), (order, back)
+
+
+def reordered_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    """The gradient, in the order that `x` has."""
+    order, back = kept
+    return reordered(gradient, back, order), None, None
+
+
+reordered.defvjp(reordered_forward, reordered_backward)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from sdjax.models.adapters import Adapted
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.caches import put
 from sdjax.models.configs import ModelConfig
 from sdjax.models.delta import DeltaNet
 from sdjax.models.experts import Experts
-from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, grown, project, rotate
+from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, grown, project, project_heads, rotate
 
 
 class Attention(nn.Module):
@@ -52,10 +50,7 @@ class Attention(nn.Module):
             read = attend_written(query, positions, before, own, column.written, c.windows[self.layer], c.score_cap)
         if c.gated_attention:
             read = read * jax.nn.sigmoid(gate)
-        if isinstance(out, Adapted):
-            mixed = out.applied(read, inputs=3)
-        else:
-            mixed = jnp.einsum("bskgh,kghd->bsd", read, out.astype(x.dtype))
+        mixed = project_heads(read, out)
         return biased(self, mixed, "out_bias", (c.width,)) if c.out_bias else mixed, own.keys, own.values
 
     def normalised(self, query, key):

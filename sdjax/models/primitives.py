@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.devices.sharding import current
+from sdjax.devices.sharding import MODEL, axis_size, current
 from sdjax.models.adapters import Adapted
 from sdjax.models.ropes import Rope
 
@@ -36,6 +36,16 @@ def project(x: Array, weights: Array) -> Array:
         return jax.lax.dot_general(x, weights.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
     flat = x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype).reshape(x.shape[-1], -1)
     return flat.reshape(*x.shape[:-1], *weights.shape[1:])
+
+
+def project_heads(read: Array, weights: Array) -> Array:
+    """`read [B, S, K, G, H]` times `weights [K, G, H, D]` -> `[B, S, D]`; as one plain product, too, where heads are whole."""
+    if isinstance(weights, Adapted):
+        return weights.applied(read, inputs=3)
+    weights = weights.astype(read.dtype)
+    if axis_size(MODEL) > 1:
+        return jnp.einsum("bskgh,kghd->bsd", read, weights)
+    return read.reshape(*read.shape[:2], -1) @ weights.reshape(-1, weights.shape[-1])
 
 
 def biased(module: nn.Module, x: Array, name: str, shape: tuple[int, ...]) -> Array:

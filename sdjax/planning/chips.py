@@ -1,4 +1,4 @@
-"""Accelerators by what bounds a program on them, and the devices of a slice that is not here."""
+"""Accelerators by what bounds a program on them, and the devices of a slice or of hosts that are not here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 
 from sdjax.devices import memory, sharding
 from sdjax.errors import InputError
+from sdjax.planning import gpus
 
 
 class PlanError(InputError, ValueError):
@@ -23,7 +24,13 @@ class Chip(NamedTuple):
     flops: float
     bandwidth: float
     link: float
-    links: int  # of a chip: two per axis of its torus
+    links: int  # of a chip: two per axis of its torus; 1 to a switch that joins the GPUs of a host
+    network: float = 0.0  # bytes/s of one device to other hosts, where those are not joined by links
+
+    @property
+    def exchange(self) -> float:
+        """Bytes/s that one device receives in an exchange: a ring uses two links of a torus."""
+        return self.link * min(2, self.links)
 
 
 CHIPS = {
@@ -31,18 +38,20 @@ CHIPS = {
     "v5e": Chip(16e9, 197e12, 8.1e11, 4.5e10, 4),
     "v5p": Chip(96e9, 459e12, 2.8e12, 9.0e10, 6),
     "v6e": Chip(32e9, 920e12, 1.6e12, 9.0e10, 4),
-    "h100": Chip(80e9, 989e12, 3.35e12, 4.5e11, 1),
-    "h200": Chip(141e9, 989e12, 4.8e12, 4.5e11, 1),
+    "a100": Chip(80e9, 312e12, 2.04e12, 3.0e11, 1, 2.5e10),
+    "h100": Chip(80e9, 989e12, 3.35e12, 4.5e11, 1, 5.0e10),
+    "h200": Chip(141e9, 989e12, 4.8e12, 4.5e11, 1, 5.0e10),
+    "b200": Chip(180e9, 2250e12, 8.0e12, 9.0e11, 1, 5.0e10),
 }
-"""Published peak figures; TPUs as in Austin et al. 2025, "How to Scale Your Model", GPUs as in their data sheets."""
+"""Published peak figures; TPUs as in Austin et al. 2025, "How to Scale Your Model", GPUs as in their data sheets, without
+sparsity, with the network of a DGX: one adapter of 200 or 400 Gbit/s for each."""
 
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",
     "TPU v6 lite": "v6e",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
+    **{gpu.name: name for name, gpu in gpus.GPUS.items()},
 }
 """Chips by what JAX calls their devices."""
 
@@ -58,15 +67,22 @@ HERE = "here"
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5e:4x8", for compiling only, or of this machine for "here".
+    """The devices of a slice such as "v5e:4x8" or of hosts such as "h100:2x8", for compiling only; "here": this machine's.
 
-    Raises `PlanError` for a name that does not exist, with those that do, and where the TPU compiler is missing.
+    Raises `PlanError` for a name that does not exist, with those that do, and where the compiler is missing.
     """
     if topology == HERE:
         return jax.devices()
     chip, _, shape = topology.partition(":")
-    if chip not in TOPOLOGIES or not shape:
-        raise PlanError(f"topology={topology}: there is none of this name; {valid()}")
+    if chip in TOPOLOGIES and shape:
+        return tpus_of(topology, shape)
+    if chip in gpus.GPUS and (counts := gpus.hosts_and_gpus(shape)):
+        return gpus_of(topology, gpus.GPUS[chip], *counts)
+    raise PlanError(f"topology={topology}: there is none of this name; {valid()}")
+
+
+def tpus_of(topology: str, shape: str) -> list[Any]:
+    """The devices of a slice of TPUs.  Raises `PlanError`."""
     from jax.experimental import topologies
 
     # Else the TPU library looks for the machine that it is on.
@@ -90,9 +106,29 @@ def devices_of(topology: str) -> list[Any]:
         raise PlanError(f"topology={topology}: the TPU compiler says: {said}; {valid()}") from error
 
 
+def gpus_of(topology: str, gpu: gpus.Gpu, hosts: int, each: int) -> list[Any]:
+    """The GPUs of some hosts.  Raises `PlanError`."""
+    if each > gpus.PER_HOST:
+        raise PlanError(
+            f"topology={topology}: a host has at most {gpus.PER_HOST} GPUs; for {hosts * each} of them say "
+            f"{topology.partition(':')[0]}:{-(-hosts * each // gpus.PER_HOST)}x{gpus.PER_HOST}"
+        )
+    try:
+        return gpus.devices_of(gpu, hosts, each)
+    except NotImplementedError as error:
+        raise PlanError(
+            f"topology={topology}: the compiler for GPUs is not installed; pip install 'sdjax[cuda-compiler]', which needs "
+            "no GPU"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise PlanError(f"topology={topology}: the compiler for GPUs says: {said}; {valid()}") from error
+
+
 def valid() -> str:
     """The topologies to choose from, as half a sentence."""
-    return "; ".join(f"{chip}: {shapes.replace(' ', ', ')}" for chip, shapes in TOPOLOGIES.items()) + f"; or {HERE}"
+    slices = "; ".join(f"{chip}: {shapes.replace(' ', ', ')}" for chip, shapes in TOPOLOGIES.items())
+    return f"{slices}; {', '.join(gpus.GPUS)}: 1, 2, 4, 8 GPUs, or hosts of 8 as 2x8, 4x8; or {HERE}"
 
 
 def chip_of(device: Any) -> tuple[str, Chip | None]:
@@ -102,13 +138,17 @@ def chip_of(device: Any) -> tuple[str, Chip | None]:
 
 
 def memory_of(device: Any, chip: Chip | None) -> float | None:
-    """Bytes that a device has for a run: of one that is here what is free, of another what is built in."""
+    """Bytes that a device has for a run: of one that is here what is free, of another what is built in.
+
+    Of a GPU the share that JAX takes: see `gpus.memory_of`.
+    """
     if any(device == other for other in jax.devices()):
         free = memory.room(device=device).free
         return free if math.isfinite(free) else chip and chip.memory
-    return chip and chip.memory
+    gpu = next((gpu for gpu in gpus.GPUS.values() if gpu.name == device.device_kind), None)
+    return gpus.memory_of(gpu) if gpu else chip and chip.memory
 
 
 def mesh_of(topology: str, shape: str) -> Any:
-    """A mesh over a slice: "" lays all devices along the data axis.  Raises `PlanError` and `sharding.MeshError`."""
+    """A mesh over a topology: "" lays all devices along the data axis.  Raises `PlanError` and `sharding.MeshError`."""
     return sharding.make_mesh(sharding.mesh_shape(shape), devices_of(topology))

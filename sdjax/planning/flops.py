@@ -6,11 +6,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""cuDNN's attention as JAX names it, and how many products of the size of the scores each computes."""
+
 
 def product_flops(jaxpr: Any, trips: int = 1) -> float:
     """FLOP of all matrix products in a jaxpr: two per multiply-add, recomputation included, loops counted.
 
-    Of the branches of a condition the dearest counts; the body of a loop of unknown length counts `trips` times.
+    Of the branches of a condition the dearest counts; the body of a loop of unknown length counts `trips` times.  Scores
+    that a mask skips count, too.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -21,6 +25,9 @@ def product_flops(jaxpr: Any, trips: int = 1) -> float:
             total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
         elif name == "ragged_dot_general":
             total += grouped_flops(*(x.aval.shape for x in (*equation.invars[:2], equation.outvars[0])))
+        elif name in ATTENTION:
+            (batch, asked, heads, width), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+            total += ATTENTION[name] * 2.0 * batch * heads * asked * keys * width
         elif name == "cond":
             total += max(inner, default=0.0)
         else:

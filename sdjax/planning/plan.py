@@ -32,7 +32,7 @@ from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
-from sdjax.planning import chips, flops, traffic
+from sdjax.planning import chips, flops, gpus, traffic
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.types import Batch, Method
 
@@ -45,6 +45,7 @@ class Cost(NamedTuple):
     exchanged: dict[str, float]
     accessed: float  # bytes of memory read and written
     compiling: float
+    network: float = 0.0  # bytes that come from other hosts, where those are joined by a network
 
 
 class Plan(NamedTuple):
@@ -58,7 +59,7 @@ class Plan(NamedTuple):
     gradients: float
     sampler: Cost
     cache: float
-    decoding: float  # bytes that one decoding step reads, on average over completions of full length
+    decoding: float  # bytes that one decoding step must read, on average over completions of full length
     steps: int  # decoding steps
     memory: float | None = None  # that a device has for the run; `None` where nothing is known
 
@@ -96,17 +97,26 @@ def laid_state(method: Method, network: Transformer, optimizer: optax.GradientTr
 TOO_LARGE = "it does not fit"
 
 LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
-"""What the compiler is told for a quick plan: the program's speed is not worth its time."""
+"""What the compiler is told for a quick plan: the program's speed is not worth its time.  That for GPUs has no such option."""
+
+NO_CUDNN = "cuDNN not found", "cuDNN is not detected"
+"""What is said where cuDNN is missing, when compiling and when tracing."""
 
 
 def cost(function: Any, *arguments: Any, devices: int, trips: int = 1, quick: bool = False, **static: Any) -> Cost:
-    """Traces and compiles a jitted function for shapes.  Raises `PlanError` if the compiler finds it too large."""
+    """Traces and compiles a jitted function for shapes.
+
+    Raises `PlanError` if the compiler finds it too large, or needs something that is not installed.
+    """
     start = time.perf_counter()
-    traced = function.trace(*arguments, **static)
-    total = flops.product_flops(traced.jaxpr, trips)
+    little = LITTLE_EFFORT if quick and not sharding.on_nvidia() else None
     try:
-        compiled = traced.lower().compile(compiler_options=LITTLE_EFFORT if quick else None)
-    except jax.errors.JaxRuntimeError as error:
+        traced = function.trace(*arguments, **static)
+        total = flops.product_flops(traced.jaxpr, trips)
+        compiled = traced.lower().compile(compiler_options=little)
+    except RuntimeError as error:
+        if any(said in str(error) for said in NO_CUDNN):
+            raise PlanError("cuDNN is not installed; pip install 'sdjax[cuda-compiler]', which needs no GPU") from error
         used = re.search(
             r"Used ([\d.]+\w) of ([\d.]+\w) hbm|\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
         )
@@ -119,7 +129,8 @@ def cost(function: Any, *arguments: Any, devices: int, trips: int = 1, quick: bo
         ) from error
     text = compiled.as_text()
     exchanged, accessed = programs.collective_bytes(text, trips), traffic.accessed_bytes(text, trips)
-    return Cost(programs.memory(compiled), total / devices, exchanged, accessed, time.perf_counter() - start)
+    network = programs.network_bytes(text, gpus.PER_HOST, trips) if sharding.on_nvidia() else 0.0
+    return Cost(programs.memory(compiled), total / devices, exchanged, accessed, time.perf_counter() - start, network)
 
 
 def plan(
@@ -140,10 +151,11 @@ def plan(
     quick: bool = False,
     teacher: str = "",
 ) -> Plan:
-    """What one step of a method costs on every device of a slice.
+    """What one step of a method costs on every device of a slice, or of hosts with GPUs.
 
     Args:
-      topology: "v5e:4x8", "v5p:4x4x4" and so on, or "here": this machine's devices.
+      topology: "v5e:4x8", "v5p:4x4x4" and so on; "h100:8" for the GPUs of a host, "h100:2x8" for two hosts (a100, h100,
+        h200, b200); or "here": this machine's devices.
       model: a public model's name, or a folder with a config.json; weights are not read.
       mesh: devices along the data and the model axis, "8x4"; by default all along data.
       prompts: problems per step; the method says how many attempts at each.
@@ -155,7 +167,8 @@ def plan(
       bf16: compute in bfloat16; parameters and the optimizer stay float32.
       remat: recompute blocks in the backward pass.
       scan: loop over the layers: deep models compile many times faster, for a copy of the parameters and gradients.
-      quick: let the compiler optimise little: three times as fast; the program overlaps less and so needs less memory.
+      quick: let the compiler for TPUs optimise little: three times as fast; the program overlaps less and so needs less
+        memory.  That for GPUs is quick by itself.
       teacher: a public model's name or a folder: the external policy of methods that read one (opd, gkd, vopd, ...), in
         float32 beside the student as in a run; by default the student's initial parameters teach, told the solution.
     """
@@ -270,7 +283,7 @@ def compiled_plan(
         gradients=size(params),
         sampler=sampler,
         cache=own + before,
-        decoding=decoding + before + own * share_read(shapes.completion),
+        decoding=decoding + before + own * (1.0 if sharding.on_nvidia() else share_read(shapes.completion)),
         steps=shapes.completion,
         memory=memory,
     )

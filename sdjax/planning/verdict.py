@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.planning.chips import Chip
+from sdjax.planning.gpus import GPUS, MOST, SHARE
 from sdjax.planning.plan import Cost, Plan
 
-ASSUMED = """matrix products at the peak of bfloat16, memory and two links of each chip at full speed; exchanges wait for nothing
-  and nothing overlaps with them; a decoding step reads the weights and what is written of the cache"""
+ASSUMED = """matrix products at the peak of bfloat16, memory, links (two of each TPU) and network at full speed; exchanges wait
+  for nothing and nothing overlaps with them; a decoding step reads the weights and {cache}"""
+
+CACHE = {True: "all of the cache", False: "what is written of the cache"}
+"""What a step of decoding reads on GPUs, and elsewhere."""
 
 
 def totals(plan: Plan) -> dict[str, float]:
@@ -32,8 +36,9 @@ def seconds(plan: Plan) -> dict[str, float]:
 
 
 def exchanging(cost: Cost, chip: Chip) -> float:
-    """Seconds of a program's exchanges: a ring uses two links."""
-    return sum(cost.exchanged.values()) / (2 * chip.link)
+    """Seconds of a program's exchanges: through links, and at the same time through the network where there is one."""
+    between = cost.network / chip.network if cost.network else 0.0
+    return max(sum(cost.exchanged.values()) / chip.exchange, between)
 
 
 def advice(plan: Plan) -> str:
@@ -87,12 +92,18 @@ def verdict(plan: Plan, needed: Mapping[str, float]) -> list[str]:
     if plan.chip is not None:
         lines = ["at best, by the roofline"]
         lines += [f"  {name:38s}{value:10.3f} s" for name, value in seconds(plan).items()]
-        lines.append(f"  assumed: {ASSUMED}")
+        lines.append(f"  assumed: {ASSUMED.format(cache=CACHE[plan.device in GPUS])}")
     if available(plan) is None:
         return [*lines, "nothing is known of its memory"]
-    most = max(needed.values())
-    there = f"{most / 1e9:.1f} of {available(plan) / 1e9:.0f} GB"
-    return [*lines, f"fits: {there}" if most <= available(plan) else f"does not fit: {there}; {advice(plan)}"]
+    most, room = max(needed.values()), available(plan)
+    there = f"{most / 1e9:.1f} of {room / 1e9:.0f} GB"
+    if plan.device in GPUS:
+        there += f" ({room / GPUS[plan.device].memory:.2f} of the GPU's, which JAX takes at its start: {SHARE})"
+    if most <= room:
+        return [*lines, f"fits: {there}"]
+    if plan.device in GPUS and most <= MOST * GPUS[plan.device].memory:
+        return [*lines, f"fits only with {SHARE}={MOST}: {there}"]
+    return [*lines, f"does not fit: {there}; {advice(plan)}"]
 
 
 def available(plan: Plan) -> float | None:

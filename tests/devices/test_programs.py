@@ -73,26 +73,36 @@ def test_a_loop_to_a_constant_counts_as_often():
 
 
 GROUPS = {
-    "replica_groups=[2,4]<=[8]": 4,
-    "replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}": 2,
-    "replica_groups={{0,1,2},{3,4,5}}, dimensions={0}": 3,
-    "replica_groups={}, to_apply=%add": 8,
-    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}": 4,
-    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}": 8,
-    "replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}": 4,
-    "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}": 2,
-    "source_target_pairs={{0,1},{1,2}}": 2,
+    "replica_groups=[2,4]<=[8]": (0, 1, 2, 3),
+    "replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}": (0, 4),
+    "replica_groups={{0,1,2},{3,4,5}}, dimensions={0}": (0, 1, 2),
+    "replica_groups={}, to_apply=%add": (0, 1, 2, 3, 4, 5, 6, 7),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}": (0, 2, 4, 6),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, dimensions={0}": (0, 1),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}": (0, 1, 2, 3, 4, 5, 6, 7),
+    "replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}": (0, 1, 2, 3),
+    "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}": (0, 2, 4, 6),
+    "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}": (0, 1),
+    "source_target_pairs={{0,1},{1,2}}": (0, 1),
+    "source_target_pairs={{0,1},{1,0},{2,7}}": (2, 7),
 }
 
 
 @pytest.mark.parametrize("written", GROUPS)
 def test_groups_of_devices_are_read_in_every_form(written):
-    assert programs.group_size(f"%x), channel_id=1, {written}, metadata={{}}", 8) == GROUPS[written]
+    assert programs.group_of(f"%x), channel_id=1, {written}, metadata={{}}", 8) == GROUPS[written]
 
 
 def test_another_form_is_not_guessed():
     with pytest.raises(ValueError, match="cannot be read"):
-        programs.group_size("%x), replica_groups=circle, metadata={}", 8)
+        programs.group_of("%x), replica_groups=circle, metadata={}", 8)
+
+
+def test_what_comes_from_other_hosts_is_shared_by_the_adapters_of_a_group():
+    """Groups of eight and of four over hosts of two: eight take four hosts' pairs of adapters; pairs of one host none."""
+    sums = 5 * 2 * 3 / 4 * 128 + 2 * 3 / 4 * (128 + 4) + 3 * 32  # in groups of four on two hosts
+    assert programs.network_bytes(KNOWN, per_host=2) == sums / 2 + 7 / 8 * 256 / 2
+    assert programs.network_bytes(KNOWN, per_host=8) == 0
 
 
 @pytest.mark.parametrize("times", [1, 5])

@@ -249,8 +249,8 @@ def test_the_coin_of_a_mixture_falls_at_its_rate_and_ignores_the_draw():
 # ---- one program --------------------------------------------------------------------------------------------------
 
 
-def test_many_calls_compile_once():
-    write("plain", TWO, Sampling())
+def test_many_calls_compile_once_with_filters_and_once_without():
+    write("plain", TWO, Sampling()), write("plain", TWO, Sampling(top_p=0.5))
     before = tiny.programs("generate")
     for seed, sampling in enumerate([Sampling(0.5), Sampling(1.0, 0.9, 7, 0.1), Sampling(0.0), Sampling(top_k=3)]):
         stop, limit = (seed, 7, -1), (1, 2, 3, 4 + seed)

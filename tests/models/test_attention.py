@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdjax.models import attention
-from sdjax.models.attention import Keys, at_once, attend, attend_written, by_kernel, in_blocks, prefixes
+from sdjax.models.attention import Keys, at_once, attend, attend_written, by_cudnn, by_kernel, in_blocks, prefixes
 
 BEFORE, OWN, HEADS, PER_KEY, WIDTH = 150, 90, 2, 3, 16
 
@@ -92,11 +92,17 @@ def test_the_kernel_changes_neither_value_nor_gradient(data, window, monkeypatch
     assert_same(gradients(by_kernel, data, window, interpret=True), wanted, 2e-4)
 
 
-@pytest.mark.parametrize("how", [at_once, in_blocks, by_kernel])
+@WINDOWS
+def test_what_cudnn_is_told_changes_neither_value_nor_gradient(data, window):
+    wanted = gradients(at_once, data, window)
+    assert_same(gradients(by_cudnn, data, window, implementation="xla"), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("how", [at_once, in_blocks, by_kernel, by_cudnn])
 def test_garbage_that_may_not_be_read_changes_nothing(data, how, monkeypatch):
     monkeypatch.setattr(attention, "SCORES", 6 * 6 * 240 * 7)
     monkeypatch.setattr(attention, "TILE", 128)
-    more = {"interpret": True} if how is by_kernel else {}
+    more = {by_kernel: {"interpret": True}, by_cudnn: {"implementation": "xla"}}.get(how, {})
     query, positions, runs = data
     dirty = tuple(
         r._replace(
