@@ -1,7 +1,7 @@
-"""The table of `tpu/README.md`: `python tpu/table.py FOLDER` makes the plans that the folder has not, and prints it.
+"""The tables of `tpu/README.md`: `python tpu/table.py FOLDER` makes the plans that the folder has not, and prints them.
 
 A plan is kept as soon as it is made, so the command may be ended and started again.  Give a number to make only so many
-more plans.
+more plans.  GPUs come first: they are compiled faster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdjax.planning.chips import PlanError
 
 
 class Row(NamedTuple):
-    """One plan: the cloud's name of the slice, and the options of `sdjax plan`."""
+    """One plan: the cloud's name of the slice or the GPUs, and the options of `sdjax plan`."""
 
     slice: str
     topology: str
@@ -67,6 +67,17 @@ ROWS = (
 )
 """Cores count in the names of v5p slices, two per chip; chips in those of v5e."""
 
+GPU_ROWS = (
+    Row("1 H100", "h100:1", "1x1", "qwen3-1.7b", 8, 2048, quick=False),
+    Row("8 H100", "h100:8", "8x1", "qwen3-1.7b", 8, 2048, tokens_per_chunk=2048, quick=False),
+    Row("8 A100", "a100:8", "8x1", "qwen3-1.7b", 8, 2048, tokens_per_chunk=2048, quick=False),
+    Row("8 H100", "h100:8", "4x2", "qwen3-8b", 16, 2048, tokens_per_chunk=2048, quick=False),
+    Row("8 H200", "h200:8", "8x1", "qwen3-8b", 16, 2048, tokens_per_chunk=2048, quick=False),
+    Row("8 B200", "b200:8", "8x1", "qwen3-8b", 16, 2048, tokens_per_chunk=2048, quick=False),
+    Row("2 x 8 H100", "h100:2x8", "16x1", "qwen3-8b", 32, 2048, tokens_per_chunk=2048, quick=False),
+)
+"""Hosts of eight."""
+
 
 def made(row: Row, folder: Path) -> dict[str, Any]:
     """A row's plan, or what it was refused with, as kept in the folder or made now."""
@@ -91,8 +102,8 @@ def cells(row: Row, found: dict[str, Any]) -> list[str]:
     made = verdict.from_json(found)
     gigabytes = lambda value: f"{value / 1e9:.1f}"
     needed, took = verdict.totals(made), verdict.seconds(made)
-    most = max(needed.values())
-    there = "yes" if most <= made.chip.memory else "**no**"
+    most, room = max(needed.values()), verdict.available(made)
+    there = "yes" if most <= room else "**no**"
     return [
         *first,
         gigabytes(sum(made.state.values())),
@@ -101,16 +112,16 @@ def cells(row: Row, found: dict[str, Any]) -> list[str]:
         f"{sum(c.flops for c in made.updates) / 1e12:.0f}",
         f"{sum(sum(c.exchanged.values()) for c in made.updates) / 1e9:.0f}",
         f"{took['update']:.1f} + {took['sampler']:.1f}",
-        f"{there}: {gigabytes(needed['update'])} and {gigabytes(needed['sampler'])} of {made.chip.memory / 1e9:.0f}",
+        f"{there}: {gigabytes(needed['update'])} and {gigabytes(needed['sampler'])} of {room / 1e9:.0f}",
     ]
 
 
 HEADS = "slice|mesh|model|prompts x attempts x tokens|state|temporary|cache|TFLOP|exchanged|seconds|fits, GB"
 
 
-def table(folder: Path) -> str:
-    """The Markdown table of the plans that a folder has, and the command of each."""
-    there = [row for row in ROWS if (folder / row.file()).exists()]
+def table(folder: Path, rows: tuple[Row, ...]) -> str:
+    """The Markdown table of those of the plans that a folder has, and the command of each."""
+    there = [row for row in rows if (folder / row.file()).exists()]
     lines = [f"| {HEADS.replace('|', ' | ')} |", "|" + "---|" * (HEADS.count("|") + 1)]
     lines += [f"| {' | '.join(cells(row, made(row, folder)))} |" for row in there]
     return "\n".join([*lines, "", *(f"    {row.command()}" for row in there)])
@@ -120,9 +131,10 @@ def main(folder: str, more: str = "1000") -> None:
     """Makes at most `more` plans, then prints the table of all that are there."""
     prepare()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for row in [row for row in ROWS if not (Path(folder) / row.file()).exists()][: int(more)]:
+    missing = [row for row in (*GPU_ROWS, *ROWS) if not (Path(folder) / row.file()).exists()]
+    for row in missing[: int(more)]:
         made(row, Path(folder))
-    print(table(Path(folder)))
+    print(table(Path(folder), ROWS), table(Path(folder), GPU_ROWS), sep="\n\n")
 
 
 if __name__ == "__main__":

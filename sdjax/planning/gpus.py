@@ -11,8 +11,6 @@ import os
 import re
 from typing import Any, NamedTuple
 
-import jax
-
 PER_HOST = 8
 """GPUs of one host in the machines that clouds rent; fewer may be asked for."""
 
@@ -96,11 +94,3 @@ def devices_of(gpu: Gpu, hosts: int, each: int) -> list[Any]:
 def memory_of(gpu: Gpu) -> float:
     """Bytes that a run has of a GPU: the share that JAX takes when it starts."""
     return gpu.memory * float(os.environ.get(SHARE) or DEFAULT_SHARE)
-
-
-def compiles_for_gpus() -> bool:
-    """Whether the compiler for GPUs is installed; nothing here needs one of them."""
-    try:
-        return bool(devices_of(GPUS["h100"], 1, 1))
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
-        return False

@@ -1,12 +1,12 @@
 """Plans: FLOP against closed forms, shapes of batches, bytes by hand, and what is refused."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import compilers
 import jax
 import jax.numpy as jnp
 import pytest
@@ -25,7 +25,7 @@ from sdjax.models.attention import Keys, by_kernel
 from sdjax.models.configs import from_hf
 from sdjax.models.presets import PRESETS
 from sdjax.models.recompute import recomputed
-from sdjax.planning import chips, flops, plan, traffic, verdict
+from sdjax.planning import chips, flops, gpus, plan, traffic, verdict
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama"
 SMALL = {"model": str(GOLDEN), "prompts": 2, "context": 16, "completion": 8, "bf16": False}
@@ -149,6 +149,36 @@ ENTRY %main.1 (i: s32[], p: f32[64]) -> f32[64] {
   ROOT %chosen = f32[64]{0} conditional(%i, %p, %p), branch_computations={%less.1, %more.1}
 }
 """
+
+
+GPU_STEP = """
+%slice.1 (x: f32[10,64], i: s32[]) -> f32[1,64] {
+  %x = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %turned = f32[10,64]{1,0} transpose(%x), dimensions={0,1}
+  ROOT %row = f32[1,64]{1,0} dynamic-slice(%turned, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+%behind.1 (x: f32[10,64], i: s32[]) -> f32[1,64] {
+  %x = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %row = f32[1,64]{1,0} fusion(%x, %i), kind=kLoop, calls=%slice.1
+}
+
+ENTRY %main.1 (p: (s32[], (f32[10,64], f32[2,64]))) -> f32[2,64] {
+  %p = (s32[], (f32[10,64]{1,0}, f32[2,64]{1,0})) parameter(0)
+  %start = ((f32[10,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) async-start(%p#1#0, %p#0), calls=%behind.1
+  %done = f32[1,64]{1,0} async-done(%start)
+  ROOT %twice = f32[2,64]{1,0} add(%p#1#1, %p#1#1)
+}
+"""
+"""As jax 0.12 writes programs for GPUs: slices in the background, and parts of tuples by number."""
+
+
+def test_what_runs_in_the_background_and_lies_in_tuples_is_counted_by_its_part():
+    row, index = 64 * 4, 4
+    assert traffic.accessed_bytes(GPU_STEP) == (row + row + index) + 3 * 2 * row
 
 
 def test_of_branches_the_dearest_is_read_and_written():
@@ -293,6 +323,9 @@ def test_the_command(capsys):
     [
         (["--topology", "v9:2x2"], "topology=v9:2x2: there is none of this name; v4: 2x2x1"),
         (["--topology", "v5e"], "there is none of this name"),
+        (["--topology", "h100"], "there is none of this name"),
+        (["--topology", "h100:0x8"], "there is none of this name"),
+        (["--topology", "h100:16"], "a host has at most 8 GPUs; for 16 of them say h100:2x8"),
         (["--model", "qwen3-8"], "did you mean qwen3-8b"),
         (["--mesh", "3x1"], "mesh=3x1 is a mesh of 3 devices and there are 1"),
         (["--prompts", "0"], "prompts=0: expected at least 1"),
@@ -355,19 +388,45 @@ def test_public_shapes_have_their_names():
     assert {*PRESETS} == {name.lower() for name in PRESETS} and "qwen3-8b" in PRESETS
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+@pytest.mark.skipif(compilers.tpus(), reason="the TPU compiler is installed")
 def test_without_the_tpu_compiler_the_extra_is_named():
     with pytest.raises(chips.PlanError, match=r"pip install 'sdjax\[tpu\]'"):
         chips.devices_of("v5e:2x2")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sdjax[tpu]")
+@pytest.mark.skipif(compilers.nvidia(), reason="the compiler for GPUs is installed")
+def test_without_the_compiler_for_gpus_the_extra_is_named():
+    with pytest.raises(chips.PlanError, match=r"pip install 'sdjax\[cuda-compiler\]', which needs no GPU"):
+        chips.devices_of("h100:8")
+
+
+def test_exchanges_between_hosts_go_through_their_network(small):
+    """Through links at full speed, or slower where what comes from other hosts waits for the adapter."""
+    cost = small.updates[0]._replace(exchanged={"all-gather": 9e11})
+    assert verdict.exchanging(cost, chips.CHIPS["h100"]) == pytest.approx(9e11 / 4.5e11)
+    assert verdict.exchanging(cost._replace(network=5e11), chips.CHIPS["h100"]) == pytest.approx(5e11 / 5e10)
+    assert verdict.exchanging(cost, chips.CHIPS["v5e"]) == pytest.approx(9e11 / 9e10)
+
+
+def test_of_a_gpu_a_share_is_there(small, monkeypatch):
+    monkeypatch.delenv(gpus.SHARE, raising=False)
+    gpu, bytes_there = gpus.GPUS["h100"], gpus.memory_of(gpus.GPUS["h100"])
+    assert bytes_there == 0.75 * gpu.memory
+    plan_of = lambda size: small._replace(device="h100", memory=bytes_there, state={"parameters": size})
+    assert "fits: 50.0 of 64 GB (0.75 of the GPU's" in verdict.report(plan_of(50e9))
+    assert f"fits only with {gpus.SHARE}=0.92: 70.0 of 64 GB" in verdict.report(plan_of(70e9))
+    assert "does not fit: 80.0 of 64 GB" in verdict.report(plan_of(80e9))
+    monkeypatch.setenv(gpus.SHARE, "0.9")
+    assert gpus.memory_of(gpu) == 0.9 * gpu.memory
+
+
+@pytest.mark.skipif(not compilers.tpus(), reason="needs the TPU compiler: sdjax[tpu]")
 def test_a_mesh_that_a_torus_has_not():
     with pytest.raises(MeshError, match="mesh=64x2 cannot be laid over the 4x4x8 devices"):
         chips.mesh_of("v5p:4x4x8", "64x2")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: sdjax[tpu]")
+@pytest.mark.skipif(not compilers.tpus(), reason="needs the TPU compiler: sdjax[tpu]")
 def test_a_plan_of_tpus():
     found = plan.plan(method=Choice(grpo, {"group_size": 4}), topology="v5e:2x2", mesh="2x2", **SMALL)
     assert (found.device, found.devices) == ("v5e", 4)
