@@ -264,8 +264,15 @@ def test_experts_that_are_split_are_those_of_one_device(layout):
         np.testing.assert_allclose(one, other, atol=1e-5 * largest, rtol=1e-4)
 
 
+KERNELS = {
+    "splash": functools.partial(attention.by_kernel, interpret=True),
+    "cudnn": functools.partial(attention.by_cudnn, implementation="xla"),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", ["4x2", "1x8"])
-def test_the_attention_kernel_is_that_of_one_device(layout, monkeypatch):
+def test_the_attention_kernels_are_that_of_one_device(kernel, layout, monkeypatch):
     monkeypatch.setattr(attention, "TILE", 128)
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
     positions = np.broadcast_to(np.arange(24), (4, 24))
@@ -274,7 +281,7 @@ def test_the_attention_kernel_is_that_of_one_device(layout, monkeypatch):
     of = lambda how: jax.jit(jax.value_and_grad(lambda q, run: jnp.sum(jnp.sin(how(q, positions, (run,))))))
     wanted = jax.device_get(of(attention.at_once)(query, run))
     with on(layout):
-        found = jax.device_get(of(functools.partial(attention.by_kernel, interpret=True))(query, run))
+        found = jax.device_get(of(KERNELS[kernel])(query, run))
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4)
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-4)
 
