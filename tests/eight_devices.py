@@ -333,7 +333,7 @@ def test_sampled_tokens_are_those_of_one_device(layout, monkeypatch):
             patch.setattr(attention, "LEAST", 4)
             found, text = sampled(SAMPLINGS[name], CHOICES[choice])
         assert found.tokens.max() < len(tiny.tokenizer())  # the other entries are padding
-        assert text.count(" conditional(") > 2  # of the filters, before the loop and in it
+        assert text.count(" conditional(") >= 2  # of what each layer reads of its cache
         np.testing.assert_array_equal(found.tokens, wanted.tokens, err_msg=name)
         np.testing.assert_array_equal(found.present, wanted.present)
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=2e-5, rtol=1e-5)
