@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from sdjax.devices.sharding import DATA, MODEL, axis_size, current, on_nvidia, rows_axis
+from sdjax.models import cudnn
 
 LONG = 2**20
 """Queries times keys of a row from which a run is long: what a kernel saves is then more than it costs."""
@@ -76,7 +77,7 @@ def attend(
     """
     length, keys = query.shape[1], sum(run.keys.shape[1] for run in runs)
     if bias is None and length * keys >= LONG and runs[-1].keys.shape[1] == length:
-        if on_nvidia() and of_cudnn(query) and cap is None:
+        if on_nvidia() and cudnn.reads(query) and cap is None:
             return by_cudnn(query, positions, runs, window)
         kernel, blocks = partial(by_kernel, window=window, cap=cap), partial(in_blocks, window=window, cap=cap)
         return jax.lax.platform_dependent(query, positions, tuple(runs), tpu=kernel, default=blocks)
@@ -282,84 +283,13 @@ def kernel_of(
 # ---- by cuDNN ---------------------------------------------------------------------------------------------------------
 
 
-def of_cudnn(query: Array) -> bool:
-    """Whether cuDNN reads such queries: numbers of 16 bits, heads of at most 128 in steps of 8."""
-    return query.dtype.itemsize == 2 and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
-
-
 def by_cudnn(
     query: Array,
     positions: Array,
     runs: Sequence[Keys],
     window: int | None = None,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
+    implementation: cudnn.Implementation = "cudnn",
 ) -> Array:
-    """`attend` by cuDNN's attention, whose scores never leave the chip; what it reads has 16 bits.
-
-    It reads a square, of which the query of a column reads the keys up to this column, and of every row the first columns.
-    So keys that may be read are moved there, queries with them, and the runs before the last get queries of zeros.  As for
-    `by_kernel` positions must rise by one from one key that may be read to the next.
-
-    Args:
-      implementation: "xla" computes the same on every device, in every type.
-    """
+    """`attend` by cuDNN's attention; as for `by_kernel` positions must rise by one from one key to the next."""
     del positions
-    batch, length, kv_heads, per_kv, head_dim = query.shape
-    keys, values, mask = joined(runs, batch)
-    before = keys.shape[1] - length
-    asked = query.reshape(batch, length, kv_heads * per_kv, head_dim)
-    asked = jnp.pad(asked, ((0, 0), (before, 0), (0, 0), (0, 0)))
-    # Its gradient takes even numbers of columns only.
-    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)) + ((0, 0),) * (x.ndim - 2))
-
-    call = partial(causal, window=window, implementation=implementation)
-    if current() is not None:
-        rows = rows_axis(batch)
-        specs = (P(rows, None, MODEL),) * 3
-        call = jax.shard_map(call, in_specs=(*specs, P(rows)), out_specs=specs[0], check_vma=False)
-    read = call(*map(even, (asked, keys, values, mask)))[:, before : before + length]
-    return jnp.where(mask[:, before:, None, None], read, 0).reshape(query.shape)
-
-
-def causal(
-    query: Array,
-    keys: Array,
-    values: Array,
-    mask: Array,
-    *,
-    window: int | None,
-    implementation: Literal["cudnn", "xla"],
-) -> Array:
-    """One device's rows and heads: `query [B, P, heads, H]`, `keys, values [B, P, K, H]`, `mask [B, P]`."""
-    order = jnp.argsort(~mask, axis=-1, stable=True)
-    back = jnp.argsort(order, axis=-1)
-    lengths = jnp.maximum(mask.sum(-1), 1).astype(jnp.int32)
-    read = jax.nn.dot_product_attention(
-        *(reordered(x, order, back) for x in (query, keys, values)),
-        is_causal=True,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
-    )
-    return reordered(read, back, order)
-
-
-@jax.custom_vjp
-def reordered(x: Array, order: Array, back: Array) -> Array:
-    """Columns of `x [B, P, heads, H]` in the order `[B, P]`, which `back` undoes: its gradient is no scatter but a gather."""
-    return jnp.take_along_axis(x, order[..., None, None], axis=1, mode="promise_in_bounds")
-
-
-def reordered_forward(x: Array, order: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
-    """The value, and what the gradient needs."""
-    return reordered(x, order, back), (order, back)
-
-
-def reordered_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
-    """The gradient, in the order that `x` has."""
-    order, back = kept
-    return reordered(gradient, back, order), None, None
-
-
-reordered.defvjp(reordered_forward, reordered_backward)
+    return cudnn.read(query, *joined(runs, len(query)), window, implementation)

@@ -15,6 +15,7 @@ from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.engine.generate import Sampling, generate
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention
+from sdjax.models import cudnn as cudnn_attention
 from sdjax.models.attention import Keys
 from sdjax.models.configs import from_hf
 from sdjax.models.transformer import Transformer
@@ -122,6 +123,6 @@ def test_long_runs_are_read_by_cudnn(window, monkeypatch):
 
 def test_only_16_bits_are_read_by_cudnn():
     query = lambda dtype, width: jax.ShapeDtypeStruct((1, 8, 2, 2, width), dtype)
-    assert attention.of_cudnn(query(jnp.bfloat16, 128)) and attention.of_cudnn(query(jnp.float16, 64))
-    assert not attention.of_cudnn(query(jnp.float32, 128))
-    assert not attention.of_cudnn(query(jnp.bfloat16, 256)) and not attention.of_cudnn(query(jnp.bfloat16, 20))
+    assert cudnn_attention.reads(query(jnp.bfloat16, 128)) and cudnn_attention.reads(query(jnp.float16, 64))
+    assert not cudnn_attention.reads(query(jnp.float32, 128))
+    assert not cudnn_attention.reads(query(jnp.bfloat16, 256)) and not cudnn_attention.reads(query(jnp.bfloat16, 20))
