@@ -80,9 +80,7 @@ def current() -> Any:
 
 def on_nvidia() -> bool:
     """Whether what is traced now is for NVIDIA's GPUs: those of the entered mesh, here or not, or the default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
 
 
