@@ -18,6 +18,7 @@ from sdjax.devices import processes
 from sdjax.models import gguf_files, weights
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.fields import ModelError, read_fields
+from sdjax.models.gguf_tokenizers import gguf_tokenizer
 from sdjax.models.templates import end_ids, prepared, stop_tokens
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def load(
 
     Args:
       name: a folder of the transformers library; "smollm2", the model embedded in an installed package; a .gguf file
-        of the Llama family; or a name on the Hugging Face hub ("Qwen/Qwen3-1.7B"), from its cache if there is no network.
+        (`sdjax.models.gguf_files.ARCHITECTURES`); or a name on the Hugging Face hub ("Qwen/Qwen3-1.7B"), from its cache
+        if there is no network.
       chat_template: a file whose text is the chat template, for models without one.
       template: defaults for the template's options, such as `{"enable_thinking": False}`.
 
@@ -242,53 +244,7 @@ def _embedded() -> Path:
 def _from_gguf(path: Path, name: str, prepare: Callable[[Any], None]) -> Pretrained:
     reader = gguf_files.open_gguf(path)
     config = gguf_files.gguf_config(reader, str(path))
-    tokenizer = _gguf_tokenizer(reader, config, str(path))
+    tokenizer = gguf_tokenizer(reader, config.max_context, str(path))
     prepare(tokenizer)
     _check_tokenizer(config, tokenizer, str(path))
     return Pretrained(config, gguf_files.load_gguf(reader, config, str(path)), tokenizer, Origin(name))
-
-
-_CONTROL, _USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` in the GGUF specification
-
-
-def _gguf_tokenizer(reader: Any, config: ModelConfig, where: str) -> PreTrainedTokenizerFast:
-    """The byte-level BPE in a GGUF file (transformers reads it only where torch is installed)."""
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
-
-    say = lambda name, default=None: gguf_files.gguf_field(reader, f"tokenizer.ggml.{name}", default)
-    if (say("model"), say("pre")) != ("gpt2", "smollm"):
-        raise ModelError(f"{where}: GGUF tokenizer {say('model')}/{say('pre')} is not supported, only gpt2/smollm")
-    tokens = say("tokens")
-    backend = _byte_level_bpe(tokens, say("merges"))
-    kinds = say("token_type", [])
-    for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
-        add(
-            [
-                AddedToken(t, normalized=False, special=kind == _CONTROL)
-                for t, k in zip(tokens, kinds, strict=False)
-                if k == kind
-            ]
-        )
-    named = {"bos": say("bos_token_id"), "eos": say("eos_token_id"), "unk": say("unknown_token_id")}
-    named["pad"] = say("padding_token_id")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=gguf_files.gguf_field(reader, "tokenizer.chat_template"),
-        model_max_length=config.max_context,
-        clean_up_tokenization_spaces=False,
-        **{f"{role}_token": tokens[number] for role, number in named.items() if number is not None},
-    )
-
-
-def _byte_level_bpe(tokens: list[str], merges: list[str]) -> Any:
-    """SmolLM's tokenizer: digits one by one, then GPT-2's words and bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    return backend
