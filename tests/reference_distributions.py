@@ -274,7 +274,7 @@ def brts(coef=10.0, k=3):
     return loss
 
 
-def trace(step, w0=0.5, hold=10, decay=30, key=1.0, error=0.0, most=0.25, clip=0.05, k=None):
+def trace(step, w0=0.5, hold=10, decay=30, key=1.0, error=0.0, most=0.25, clip=0.05, k=None, success=0.5):
     """(1 - lambda/w0 on spans) GRPO, token mean, plus lambda (1/|y|) sum of clipped KLs on spans, mean over rows."""
 
     def loss(live, at, data):
@@ -288,7 +288,7 @@ def trace(step, w0=0.5, hold=10, decay=30, key=1.0, error=0.0, most=0.25, clip=0
             if k is None
             else [kept(x, at, k, "rest") for x in (live, data.dists["teacher"])]
         )
-        right = (data.reward >= 0.5)[:, None]
+        right = (data.reward >= success)[:, None]
         value = np.where(right, key * clipped(*pair, 0.0, clip), error * clipped(*pair, 1.0, clip))
         routed = ppo(data.said(live), data.behavior, advantage(data), (0.2, 0.28))
         routed = token_mean(np.where(span, 1.0 - left, 1.0) * routed, data.over)

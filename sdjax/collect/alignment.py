@@ -27,11 +27,11 @@ def alignment_signals(student: Array, teacher: Array, token: Array, k: int) -> d
     }
 
 
-def alignment_terms(batch: Batch, sig: dict[str, Array], taught: Array) -> dict[str, Term]:
+def alignment_terms(batch: Batch, sig: dict[str, Array], taught: Array, success: float = 0.5) -> dict[str, Term]:
     """Terms of coefficient 0 from `alignment_signals` `[B, T]` over the rows `taught` `[B]`; other signals are left out.
 
     Besides: the mean log-ratio (teacher minus student), how well its row means tell right from wrong rows of a prompt
-    (`auroc`, over prompts with both; 1/2 without any), and the gains of `with_continuation_gains`.
+    (a right one has a reward of at least `success`; `auroc`, over prompts with both; 1/2 without any), and the gains of `with_continuation_gains`.
     """
     over = batch.mask & (batch.valid & taught)[:, None]
     shared = over & (sig["overlap"] > 0)
@@ -39,7 +39,7 @@ def alignment_terms(batch: Batch, sig: dict[str, Array], taught: Array) -> dict[
     names = ("overlap", "student_mass", "teacher_mass", "entropy_gap", *ON_SHARED)
     found = {name: measure(sig[name], shared if name in ON_SHARED else over) for name in names}
     gap = sig["teacher_logprobs"] - sig["logprobs"]
-    share, mixed = auroc_of_groups(sequence_reward(gap, over), batch.reward >= 0.5, over.any(-1), batch.group)
+    share, mixed = auroc_of_groups(sequence_reward(gap, over), batch.reward >= success, over.any(-1), batch.group)
     found |= {"log_ratio": measure(gap, over), "auroc": measure(share, mixed)}
     depths = {name: int(name.split("/")[1]) for name in batch.extras if name.startswith(GAIN)}
     longer = lambda depth: taught & (batch.present.sum(-1) > depth)

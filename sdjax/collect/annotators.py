@@ -61,9 +61,14 @@ def right(equation: re.Match) -> bool:
     return int(result) == {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
-def by_rule(environment: Environment, rollouts: Sequence[Rollout], key: Array) -> list[list[Span]]:
-    """Decisive steps of correct answers by their words; of wrong ones the first false equation, else the last segment."""
-    return [key_steps(r.text) if r.reward >= 0.5 else first_error(r.text) for r in rollouts]
+def by_rule(
+    environment: Environment, rollouts: Sequence[Rollout], key: Array, success: float = 0.5
+) -> list[list[Span]]:
+    """Decisive steps of correct answers by their words; of wrong ones the first false equation, else the last segment.
+
+    Correct is a reward of at least `success`.
+    """
+    return [key_steps(r.text) if r.reward >= success else first_error(r.text) for r in rollouts]
 
 
 def key_steps(text: str) -> list[Span]:
@@ -82,10 +87,11 @@ def first_error(text: str) -> list[Span]:
     return [Span(*span, "premature conclusion") for span in segments(text)[-1:]]
 
 
-def by_policy(name: str = "live") -> Annotator:
+def by_policy(name: str = "live", success: float = 0.5) -> Annotator:
     """The policy `name` names decisive or wrong steps of numbered segments, as JSON; what cannot be read marks nothing.
 
-    "live" is the student itself; an external policy may have another vocabulary, since all is text.
+    "live" is the student itself; an external policy may have another vocabulary, since all is text.  It is told which
+    answers are correct, those with a reward of at least `success`.
     The annotator raises RolloutError where there is no policy of that name.
     """
 
@@ -93,17 +99,19 @@ def by_policy(name: str = "live") -> Annotator:
         if name not in environment.policies:
             known = ", ".join(sorted(environment.policies))
             raise RolloutError(f"annotator={name}: there is no policy of this name; there are {known}, and the rule")
-        replies = ask(environment.policies[name], [request(r) for r in rollouts], key, slots=8, sampling=GREEDY)
+        replies = ask(
+            environment.policies[name], [request(r, success) for r in rollouts], key, slots=8, sampling=GREEDY
+        )
         return [parse(said.text, r.text) for said, r in zip(replies, rollouts, strict=True)]
 
     return annotate
 
 
-def request(rollout: Rollout) -> Messages:
+def request(rollout: Rollout, success: float = 0.5) -> Messages:
     """What an annotator is asked about a rollout: problem, numbered segments and outcome."""
     steps = "\n".join(f"[{i}] {rollout.text[a:b]}" for i, (a, b) in enumerate(segments(rollout.text)))
-    wanted = "decisive steps" if rollout.reward >= 0.5 else "root causes of the error"
-    outcome = "correct" if rollout.reward >= 0.5 else "wrong"
+    correct = rollout.reward >= success
+    wanted, outcome = ("decisive steps", "correct") if correct else ("root causes of the error", "wrong")
     messages = question(rollout.example)
     content = (
         f"{messages[-1]['content']}\n\nA solution in numbered segments, known to be {outcome}:\n\n{steps}\n\n"

@@ -36,6 +36,7 @@ def controlled(
     weights: TokenWeights = "as-is",
     length_penalty: float = 0.0,
     diagnose: bool = False,
+    success: float = 0.5,
 ) -> Method:
     """A method with the controls and instruments that the command line offers for every method.
 
@@ -50,6 +51,7 @@ def controlled(
       weights: per-token weights as they are, shuffled within each row, or rescaled to mean one.
       length_penalty: taken from rewards per 100 tokens, for advantages only: who is a success stays the same.
       diagnose: log overlap, entropy gap, fork and lock rates, log-ratios by outcome and on markers, and KL by position.
+      success: the least reward of a correct row, for `diagnose` alone.
     """
     method = with_teacher_context(method, context)
     method = with_length_penalty(with_token_weights(method, weights), length_penalty)
@@ -57,7 +59,7 @@ def controlled(
         raise ControlError(
             "control.diagnose: this method's loss has no view \"teacher\" beside the student's to compare; leave it out"
         )
-    return with_instruments(method) if diagnose else method
+    return with_instruments(method, success=success) if diagnose else method
 
 
 def with_teacher_context(method: Method, control: TeacherContext) -> Method:

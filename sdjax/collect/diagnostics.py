@@ -200,7 +200,8 @@ def informativeness(reward: Sequence[float], correct: Sequence[bool]) -> float:
 def auroc(reward: Sequence[float], correct: Sequence[bool]) -> float:
     """Probability that a correct completion is rewarded above a wrong one, ties one half; NaN if all are alike.
 
-    `[B] x2 -> scalar`.
+    `[B] x2 -> scalar`, on the host.  A compiled loss needs shapes that do not depend on the data, and logs no NaN: there
+    it is `auroc_of_groups`.
     """
     right, wrong = _by_outcome(reward, correct)
     wrong = np.sort(wrong)

@@ -19,7 +19,7 @@ MARKER, REPEATS = "diagnostic_marker", "diagnostic_repeats"
 """Extras: which tokens are one of `diagnostics.REVISION` by themselves, and which texts repeat themselves."""
 
 
-def with_instruments(method: Method, k: int = 16) -> Method:
+def with_instruments(method: Method, k: int = 16, success: float = 0.5) -> Method:
     """The method with measured terms (coefficient 0) in every objective that has a "student" and a "teacher" view.
 
     Logged under `diagnostic/`: overlap of the top-k sets with the masses and the advantage on it, entropy gap, fork
@@ -28,9 +28,9 @@ def with_instruments(method: Method, k: int = 16) -> Method:
     of tokens by agreement and outcome, the log-ratio on words that announce another attempt and how often it is
     positive there, the share of texts that repeat themselves and of all log-ratios that these hold, and reverse KL in
     the first, middle and last third of the completions.
-    Rows about which the teacher has nothing to say are left out; a mean over nothing is 0.  Gradients are not computed.
+    A correct row has a reward of at least `success`.  Rows about which the teacher has nothing to say are left out; a mean over nothing is 0.  Gradients are not computed.
     """
-    objectives = tuple(instrumented(o, k) for o in method.objectives)
+    objectives = tuple(instrumented(o, k, success) for o in method.objectives)
     known: dict[int, bool] = {}
 
     def is_marker(tokenizer: Any, token: int) -> bool:
@@ -49,7 +49,7 @@ def with_instruments(method: Method, k: int = 16) -> Method:
     )
 
 
-def instrumented(objective: Objective, k: int) -> Objective:
+def instrumented(objective: Objective, k: int, success: float = 0.5) -> Objective:
     """One objective with the diagnostics; as it is without both views."""
     if not {"student", "teacher"} <= set(objective.views):
         return objective
@@ -71,14 +71,14 @@ def instrumented(objective: Objective, k: int) -> Objective:
     def terms(batch, sig, step):
         own = {name: value for name, value in sig.items() if not name.startswith("diagnostic/")}
         found = {name.removeprefix("diagnostic/"): v for name, v in sig.items() if name.startswith("diagnostic/")}
-        measured = {f"diagnostic/{name}": term for name, term in measurements(batch, found).items()}
+        measured = {f"diagnostic/{name}": term for name, term in measurements(batch, found, success).items()}
         return {**objective.terms(batch, own, step), **measured}
 
     whole = {**objective.views, "teacher": objective.views["teacher"]._replace(entries=None)}
     return objective._replace(views=whole, signals=signals, terms=terms)
 
 
-def measurements(batch: Batch, found: dict[str, Array]) -> dict[str, Term]:
+def measurements(batch: Batch, found: dict[str, Array], success: float = 0.5) -> dict[str, Term]:
     """Terms of coefficient 0 from per-token diagnostics `[B, T]`."""
     taught = batch.contexts["teacher"].valid
     over = batch.mask & (batch.valid & taught)[:, None]
@@ -94,7 +94,11 @@ def measurements(batch: Batch, found: dict[str, Array]) -> dict[str, Term]:
     for third, name in enumerate(("first", "middle", "last")):
         inside = over & (place >= third / 3) & (place < (third + 1) / 3)
         terms[f"reverse_kl_{name}_third"] = measure(found["reverse_kl"], inside)
-    return {**terms, **by_outcome(batch, found["log_ratio"], over), **on_words(batch, found["log_ratio"], over)}
+    return {
+        **terms,
+        **by_outcome(batch, found["log_ratio"], over, success),
+        **on_words(batch, found["log_ratio"], over),
+    }
 
 
 def by_outcome(batch: Batch, log_ratio: Array, over: Array, success: float = 0.5) -> dict[str, Term]:

@@ -55,6 +55,7 @@ def atmanrl(
     combine: Literal["add", "correct_only"] = "add",
     printed_sign: bool = False,
     ratio: Literal["token", "sequence"] = "token",
+    success: float = 0.5,
     clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
     reduce: Reducer = sequence_mean,
@@ -75,6 +76,7 @@ def atmanrl(
       combine: add the saliency to every reward, or to correct rollouts only (a wrong one then never ties a correct one).
       printed_sign: the reward as printed, highest where nothing needs to be restored.
       ratio: clip every token's likelihood ratio, or the row's product as printed.
+      success: the least reward of a correct answer.
       clip: widths of the ratio's clip below and above 1.
       temperature: of sampling.
       reduce: how tokens are averaged.
@@ -88,7 +90,7 @@ def atmanrl(
 
     def rewarded(rollout, share):
         share = 0.0 if share is None else 1.0 - share if printed_sign else share
-        correct = rollout.reward >= 0.5
+        correct = rollout.reward >= success
         bonus = coef * share if correct or combine == "add" else 0.0
         reward = (0.0 if correct else -1.0) + bonus
         return dataclasses.replace(rollout, reward=reward).with_extras(saliency=share)

@@ -57,6 +57,7 @@ def rethinking_opd(
     rl_weight: float = 0.0,
     cold_start: int = 0,
     depths: tuple[int, ...] = (),
+    success: float = 0.5,
     temperature: float = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
@@ -84,6 +85,7 @@ def rethinking_opd(
       cold_start: first batches, which the teacher writes and the student imitates; cut and repetitive texts are dropped.
       depths: prefix lengths, in tokens, at which the teacher continues the student's text, once per attempt and depth:
         the difference in accuracy is logged as `continuation_gain/DEPTH`.
+      success: the least reward of a right attempt, for `auroc` and the continuation gain.
       temperature: of sampling; all log-probabilities are taken at temperature 1.
       lesson: `(rollout, its batch) -> what the teacher reads, or None`; by default the question.  Before the cold start's
         texts are written it is asked about an empty rollout.
@@ -95,7 +97,7 @@ def rethinking_opd(
         cold = cold_start and memory < cold_start
         rollouts = (written if cold else attempted)(environment, examples, key)
         if depths:
-            how = {"teacher": name, "sampling": sampling}
+            how = {"teacher": name, "sampling": sampling, "success": success}
             rollouts = with_continuation_gains(
                 environment, rollouts, jax.random.fold_in(key, len(examples)), depths, **how
             )
@@ -132,7 +134,7 @@ def rethinking_opd(
         taught, old = batch.contexts["teacher"].valid & (batch.source == STUDENT), batch.behavior_logprobs
         surrogate = lambda advantage: clipped_surrogate(sig["logprobs"], old, advantage, clip, dual_clip)
         value = surrogate(sig["teacher_logprobs"] - old) if top_k == 0 else sig["divergence"]
-        found = {**alignment_terms(batch, sig, taught), "divergence": Term(value, 1.0, taught, reduce)}
+        found = {**alignment_terms(batch, sig, taught, success), "divergence": Term(value, 1.0, taught, reduce)}
         if rl_weight:
             reward = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
             found["pg"] = Term(surrogate(reward), 1.0, batch.source == STUDENT, reduce, rl_weight)

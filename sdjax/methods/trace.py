@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,7 @@ def trace(
     refresh_every: int = 10,
     clip: tuple[float, float] = (0.2, 0.28),
     tis_cap: float | None = None,
+    success: float = 0.5,
     temperature: float = 0.6,
     annotator: str = "rule",
     annotate: Annotator | None = None,
@@ -75,6 +78,7 @@ def trace(
       refresh_every: batches after which the teacher's parameters are renewed.
       clip: widths of the surrogate's clip below and above 1.
       tis_cap: as in `grpo`; 2 in the published settings, where another program samples.
+      success: the least reward of a correct answer.
       temperature: of sampling, as published; ratios and divergences are taken at temperature 1.
       annotator: who marks steps: "rule" (`sdjax.collect.annotators.by_rule`, for arithmetic), or a policy: "live" (the
         student itself), "initial", or an external one: "teacher", which --teacher names.
@@ -83,7 +87,7 @@ def trace(
     weight, hold, decay = schedule
     ends = hold + decay
     writers = () if annotate or annotator == "rule" else (annotator,)
-    annotate = annotate or (by_policy(annotator) if writers else by_rule)
+    annotate = annotate or (by_policy(annotator, success) if writers else functools.partial(by_rule, success=success))
 
     def collect(environment, examples, key, memory):
         rollouts = attempts(environment, examples, key, n=group_size, sampling=Sampling(temperature=temperature))
@@ -96,11 +100,11 @@ def trace(
         return [told(environment, r, spans.get(id(r), ()), chance) for r in rollouts], memory + 1
 
     def branch(reward):
-        return key_weight if reward >= 0.5 else error_weight
+        return key_weight if reward >= success else error_weight
 
     def told(environment, rollout, spans, chance):
         span = ablated(marked(rollout, spans, environment.live.tokenizer), mask, most, chance)
-        note = private_note(rollout.example, spans, rollout.reward >= 0.5)
+        note = private_note(rollout.example, spans, rollout.reward >= success)
         return rollout.with_extras(span=span).read_by(teacher=note)
 
     def signals(dist, token):
@@ -112,7 +116,7 @@ def trace(
 
     def terms(batch, sig, step):
         left = jnp.clip(1.0 - (step - hold) / max(decay, 1), 0.0, 1.0)
-        taught, correct = batch.contexts["teacher"].valid[:, None], (batch.reward >= 0.5)[:, None]
+        taught, correct = batch.contexts["teacher"].valid[:, None], (batch.reward >= success)[:, None]
         span = keep_earliest(batch.extras["span"] & taught, batch.mask, 1.0 if mask == "all" else most)
         kl = jnp.where(correct, key_weight * sig["key_kl"], error_weight * sig["error_kl"])
         found = plain.terms(batch, sig, step)

@@ -5,9 +5,15 @@ import math
 import typing
 
 import pytest
+import tiny
+from method_checks import fixture
 
 from sdjax.cli.options import OptionError, default_values, method_factory, method_names, options_class
 from sdjax.cli.ranges import RANGES, check_options, range_of
+from sdjax.collect.controls import controlled
+from sdjax.kernels.distributions import normalise
+from sdjax.methods.rethinking_opd import rethinking_opd
+from sdjax.methods.sdpo import sdpo
 
 ODD = (-1, 0, math.nan, math.inf, -math.inf)
 
@@ -99,3 +105,17 @@ def test_sentences(case, said):
     except OptionError as error:
         found = str(error)
     assert found == said
+
+
+@pytest.mark.parametrize("instrumented", [True, False])
+def test_diagnostics_take_the_threshold_of_success(instrumented):
+    """A quarter of the rewards and of the threshold tell the same rows apart; the default threshold then finds no success."""
+    batch, logits, teacher = fixture()
+    dists = {"student": normalise(logits), "teacher": teacher}
+    if instrumented:
+        make, name = lambda success: controlled(sdpo(), diagnose=True, success=success), "diagnostic/log_ratio_correct"
+    else:
+        make, name = lambda success: rethinking_opd(success=success), "auroc"
+    quarter = batch.replace(reward=batch.reward / 4.0)
+    read = lambda batch, success: float(tiny.loss(make(success).objectives[0], batch, **dists)[1][name])
+    assert read(quarter, 0.2) == read(batch, 0.5) != read(quarter, 0.5)

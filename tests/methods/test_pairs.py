@@ -329,6 +329,15 @@ def test_rule_marks_errors_and_key_steps():
     assert mark("", 1.0) == []
 
 
+def test_partial_credit_is_right_from_the_threshold_on():
+    row = said("2 + 2 = 5", 0.7)
+    kinds = lambda success: [s.kind for s in annotators.by_rule(None, [row], None, success)[0]]
+    assert kinds(0.5) == ["key formula"] and kinds(0.9) == ["arithmetic slip"]
+    told = lambda success: annotators.request(row, success)[-1]["content"]
+    assert "known to be correct" in told(0.5) and "known to be wrong" in told(0.9)
+    assert "root causes" in told(0.9) and "decisive steps" in told(0.5)
+
+
 def test_policy_as_annotator(monkeypatch):
     text, asked = "a b. c d. e f.", []
     reply = 'Sure: [{"first": 0, "last": 1, "kind": "sign"}, {"first": 9, "last": 9, "kind": "x"}, {"first": 2}, 3]'

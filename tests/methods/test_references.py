@@ -341,6 +341,14 @@ def test_vpd_trains_its_teacher(name):
     agree(ours(objective, data, "teacher"), made.value_and_gradient(tokens.vpd_e_step(prior=prior), data, "teacher"))
 
 
+@pytest.mark.parametrize("success", [0.2, 0.9])
+def test_traces_threshold_is_the_methods(success):
+    """Which branch a partial reward takes: 0.3 is right at 0.2, and 0.7 wrong at 0.9."""
+    objective = options.method_factory("trace")(success=success, error_weight=0.6, most=1.0).objectives[0]
+    reference = distributions.trace(0, error=0.6, most=1.0, success=success)
+    agree(ours(objective, MARKED), made.value_and_gradient(reference, MARKED))
+
+
 def test_opsd_version_one():
     agree(
         ours(opsd_v1().objectives[0], PLAIN),
