@@ -20,9 +20,13 @@ from sdjax.devices.sharding import MeshError, make_mesh, mesh_shape, parameter_s
 HERE = Path(__file__).parents[1]
 
 
+# Eight devices share the cores of a machine that has other work too: XLA would end the process after 40 seconds' wait.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=900 --xla_cpu_collective_timeout_seconds=900"
+
+
 def on_eight_devices(*options) -> subprocess.CompletedProcess:
     """Runs `eight_devices.py` with these options of pytest."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE} --xla_force_host_platform_device_count=8"
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "eight_devices.py"), *options],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},

@@ -153,6 +153,11 @@ def test_ends_are_forward_and_reverse_kl():
     np.testing.assert_allclose(
         est.sampled_reverse_kl(student, teacher), est.sampled_kl(student, teacher, "k3"), rtol=1e-5
     )
+    how = {"behavior": student - 0.3, "clamp": 0.5}
+    for options in (how, {"behavior": student - 0.3}, {"clamp": 0.5}):
+        found = est.sampled_reverse_kl(student, teacher, **options)
+        np.testing.assert_array_equal(found, est.sampled_jsd(student, teacher, 1.0, **options))
+        assert np.abs(found - est.sampled_reverse_kl(student, teacher)).max() > 1e-3
     slope = jax.vmap(jax.grad(est.sampled_reverse_kl))(student, teacher)
     np.testing.assert_allclose(slope, student - teacher, rtol=1e-5)  # a policy with advantage log q - log p
 

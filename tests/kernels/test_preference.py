@@ -126,6 +126,7 @@ def test_one_of_each(wrap):
     """vpd 6.3, with the bounds on either side of it."""
     reward = jnp.array([0.4, -0.2])
     np.testing.assert_allclose(pref.class_midpoint(reward, TWO, BOTH), 0.1, atol=1e-7)
+    np.testing.assert_array_equal(jax.grad(lambda r: pref.class_midpoint(r, TWO, BOTH))(reward), 0.0)
     value, gradient = jax.value_and_grad(wrap(lambda r: class_means(r, TWO, BOTH)))(reward)
     np.testing.assert_allclose(value, 1.108710, atol=2e-6)
     np.testing.assert_allclose(gradient, (-0.425557, 0.425557), atol=2e-6)
