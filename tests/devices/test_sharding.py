@@ -92,7 +92,8 @@ def test_every_parameter_of_a_model_has_a_rule_or_is_small():
 def test_without_a_mesh_nothing_happens():
     params = tiny.pretrained().params
     assert sharding.current() is None
-    assert sharding.place_parameters(params) is params and sharding.constrain_parameters(params) is params
+    assert jax.tree.all(jax.tree.map(lambda x, old: x is old, sharding.place_parameters(params), params))
+    assert sharding.constrain_parameters(params) is params
     assert sharding.axis_size("data") == 1 and sharding.rows_multiple(3) == 3
     text = lambda f: jax.jit(f).lower(jnp.ones((4, 3))).as_text()
     assert "sharding" not in text(lambda x: sharding.constrain(x, "data") * 2)

@@ -198,6 +198,18 @@ def test_weight_has_no_gradient_and_does_not_normalise():
     np.testing.assert_allclose(gradient, 3 * 10 / 6, rtol=1e-6)  # 6 * 10/6 if the weight were live
 
 
+def test_weight_and_importance_multiply():
+    both = term(VALUE, weight=jnp.array([1.0, 4.0]), importance=jnp.array([[2.0] * 4, [0.25] * 4]))
+    np.testing.assert_array_equal(red.whole_weight(both), [[2.0] * 4, [1.0] * 4])
+
+
+@pytest.mark.parametrize("coef", [0, 0.0])
+def test_what_is_only_measured_has_no_backward_pass(coef):
+    """A Python 0 of either kind: 0 times the gradient of infinity would be no number."""
+    loss = lambda x: red.reduce_terms({"a": term(VALUE * x), "b": term(jnp.sqrt(VALUE * x - x), coef=coef)}, OVER)[0]
+    np.testing.assert_allclose(jax.grad(loss)(jnp.float32(1.0)), 10 / 6, rtol=1e-6)
+
+
 def test_metrics_carry_no_gradient():
     metric = lambda x: red.reduce_terms({"a": term(VALUE * x)}, OVER)[1]["a"]
     assert float(metric(2.0)) == pytest.approx(20 / 6)
