@@ -25,8 +25,7 @@ COMMANDS = """usage: sdjax COMMAND ...
   export RUN@STEP [--out FOLDER]
                       a checkpoint of a run as a model folder, for sdjax and the transformers library
   evaluate MODEL [OTHER] --data DATA [--samples 32 --temperature 0.6 --top-p 0.95] [--caps 1024,4096]
-                      accuracy of one or two models with intervals: avg@n, maj@k, pass@k, by length, paired; goes on
-                      where it was ended
+                      accuracy of one or two models with intervals: avg@n, maj@k, pass@k, by length, paired
   verify FILE.jsonl --data DATA
                       rewards of given texts, with what was taken for the answer of each
   report RUN [RUN ...] [--out FILE.html] [--microscope]
@@ -80,7 +79,7 @@ PROCESSES = """auto: one of several processes, as the cluster says (TPU pods, Sl
 JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
 
 
-GROUPS = ("method", "select", "control", "sampler")
+GROUPS = ("method", "select", "control", "sampler", "evaluate")
 """Options of `sdjax train` that go by a first name: --method.group-size, say."""
 
 
@@ -88,6 +87,7 @@ def train_options(module: Any, factory: Any) -> type:
     """Every option of an experiment file: its own, the run's, those of the method and what is done to it."""
     from sdjax.collect.controls import controlled
     from sdjax.collect.selections import selected
+    from sdjax.engine.protocol import Protocol
     from sdjax.samplers.options import sampled
 
     extra: list[Any] = [
@@ -103,6 +103,7 @@ def train_options(module: Any, factory: Any) -> type:
             "select": (selected, {}),
             "control": (controlled, {}),
             "sampler": (sampled, {}),
+            "evaluate": (Protocol, {}),
         }.items():
             nested = options.options_class(f"{name.title()}Options", *some)
             extra.append((name, nested, dataclasses.field(default_factory=nested)))
@@ -115,6 +116,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
     from sdjax.collect.controls import controlled
     from sdjax.collect.selections import selected
     from sdjax.devices import processes
+    from sdjax.engine.protocol import Protocol
     from sdjax.engine.sensible import check_numbers
     from sdjax.run.fit import fit
     from sdjax.run.folder import as_begun, check_folder
@@ -130,7 +132,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
         check_options(factory.__name__, groups["method"])
     for some in (chosen, *groups.values()):
         check_numbers(some)
-    check(**groups["sampler"]) if factory else None
+    protocol, _ = Protocol(**groups.get("evaluate", {})), factory and check(**groups["sampler"])
     arguments = {"experiment": str(file), **chosen} | ({"from": start} if start else {})
     if factory:
         arguments |= {"method": factory.__name__}
@@ -155,7 +157,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
         for name, value in arguments.items():
             print(f"  {name} = {value}", flush=True)
     prepare()
-    result = fit(options.call(module.experiment, chosen), out, resume=resume, arguments=arguments, start=start)
+    chosen = dataclasses.replace(options.call(module.experiment, chosen), protocol=protocol)
+    result = fit(chosen, out, resume=resume, arguments=arguments, start=start)
     processes.leave()
     return 128 + result.interrupted if result.interrupted else 0
 

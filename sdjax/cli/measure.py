@@ -20,13 +20,14 @@ from sdjax.cli import models
 from sdjax.devices import sharding
 from sdjax.devices.memory import MemoryShortage, exhausted
 from sdjax.engine.policies import Policy
+from sdjax.engine.protocol import Protocol
 from sdjax.engine.sensible import ExperimentError, check_numbers
 from sdjax.engine.tokens import Shapes
 from sdjax.models import templates
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.run import measures, places
-from sdjax.run.answering import Protocol, all_answers
+from sdjax.run.answering import all_answers
 from sdjax.run.data import marked
 from sdjax.run.digests import digests
 from sdjax.run.folder import RunError

@@ -25,6 +25,7 @@ from sdjax.devices.sharding import (
     parameter_specs,
     place_whole,
 )
+from sdjax.engine.protocol import Protocol
 from sdjax.engine.score import policies_of, token_signals
 from sdjax.engine.sensible import ExperimentError, check_numbers
 from sdjax.engine.tokens import Shapes, member_of
@@ -48,7 +49,7 @@ class Experiment:
     `Transformer`: less memory for more time, and less compiling for more memory.  `memory` is what a device may give
     ("auto" looks, "off" does not, "12GB" says): by it a run chooses `remat` and the sizes of `shapes` that are `None`.
     `reduce` averages the terms that
-    do not say how.  Evaluation reads `evaluation` test examples greedily every `evaluate_every` steps (0: only before
+    do not say how.  Evaluation answers `evaluation` test examples by `protocol` every `evaluate_every` steps (0: only before
     and after); `save_every` likewise (0: only at the end).  The newest `keep` checkpoints stay, those of every `keep_every`
     steps (0: none) and, with `keep_best`, that of the highest held-out accuracy.  A signal ends the run, saved, within
     `grace` seconds (0: no limit), `most_skipped` updates in a row that were not finite end it, too, and so do, with
@@ -82,6 +83,7 @@ class Experiment:
     reduce: Reducer = token_mean
     evaluation: int = 100
     evaluate_every: int = 0
+    protocol: Protocol = dataclasses.field(default_factory=Protocol)
     save_every: int = 25
     keep: int = 2
     keep_every: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -14,50 +13,13 @@ import jax
 
 from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import sample, verdicts
-from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy
+from sdjax.engine.protocol import Protocol
 from sdjax.run import places
 from sdjax.run.folder import RunError
 from sdjax.types import Example, Rollout, Verdict
 
 ANSWERS, ABOUT = "answers.jsonl", "evaluation.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How problems are answered: so many samples of each, drawn so.  Temperature 0 is greedy."""
-
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.samples < 1:
-            raise RunError(f"samples={self.samples}: expected at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise RunError(f"temperature={self.temperature}: expected 0 (greedy) or more")
-        if not (0 < self.top_p <= 1 and 0 <= self.min_p < 1 and self.top_k >= 0):
-            raise RunError(
-                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: expected 0 < top_p <= 1, top_k >= 0 and 0 <= "
-                "min_p < 1"
-            )
-        if self.samples > 1 and self.temperature == 0:
-            raise RunError(
-                f"samples={self.samples} at temperature 0 are all the same: give a temperature, such as --temperature 0.6"
-            )
-
-    def sampling(self) -> Sampling:
-        """What the sampler is told."""
-        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p)
-
-    def __str__(self) -> str:
-        filters = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0), "min_p": (self.min_p, 0.0)}
-        said = [f"{name} {value:g}" for name, (value, none) in filters.items() if value != none]
-        drawn = ", ".join([f"temperature {self.temperature:g}", *said]) if self.temperature else "greedy"
-        return f"{self.samples} sample{'s' * (self.samples > 1)} of each problem, {drawn}"
 
 
 class Answer(NamedTuple):

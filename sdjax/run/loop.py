@@ -14,6 +14,7 @@ import jax
 
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
+from sdjax.engine.protocol import Protocol
 from sdjax.engine.train import Experiment, State
 from sdjax.run import checkpoint, records
 from sdjax.run.evaluate import Accuracy, accuracy, by_cap
@@ -21,11 +22,12 @@ from sdjax.run.export import export
 from sdjax.run.folder import RunError, as_json
 from sdjax.run.interrupts import Interrupted, Interrupts
 from sdjax.run.learner import Learner
+from sdjax.run.measures import sampled_accuracy
 from sdjax.run.mirror import Mirror
 from sdjax.run.places import replace_text
 from sdjax.run.saving import Keep, Saver
 from sdjax.run.sentinels import Alarm, Watch, watched
-from sdjax.tasks import bounded
+from sdjax.tasks import bounded, maths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,18 +159,23 @@ class Run(Learner):
         return {"late_verdicts": float(late)}
 
     def evaluate(self, step: int) -> Accuracy | None:
-        """Greedy accuracy on held-out examples; a signal ends it at once."""
+        """Accuracy on held-out examples by the experiment's protocol; a signal ends it at once."""
         self.interrupts.agree()
         self.interrupts.check()
         examples = self.experiment.task.test[: self.experiment.evaluation]
         if not examples:
             return None
         late = bounded.out_of_time()
-        found = accuracy(self.environment().live, examples, self.interrupts.noticed_by(self.experiment.task.verify))
+        verify, e = self.interrupts.noticed_by(self.experiment.task.verify), self.experiment
+        live = self.environment().live
+        if e.protocol == Protocol():
+            found, more = accuracy(live, examples, verify), {}
+        else:
+            found, more = sampled_accuracy(live, examples, verify, e.protocol, votes=e.task.verify is maths.verify)
         self.interrupts.agree()
         self.interrupts.check()
-        caps = by_cap([len(r.tokens) for r in found.rollouts], found.right, self.experiment.shapes.completion)
-        values = {"accuracy": found.solved, "low": found.low, "high": found.high, **caps}
+        caps = by_cap([len(r.tokens) for r in found.rollouts], found.right, e.shapes.completion)
+        values = {"accuracy": found.solved, "low": found.low, "high": found.high, **more, **caps}
         self.scores[step] = found.solved
         self.log.evaluation(step, values | self.late_verdicts(step, late))
         self.log.say(f"held-out accuracy after {step} steps: {found}")
@@ -189,8 +196,10 @@ class Run(Learner):
                 self.log.say(f"{what} written to {target}")
         if self.before is None and after is None:
             return
+        protocol = self.experiment.protocol
+        what = "greedy accuracy" if protocol == Protocol() else f"accuracy, {protocol}"
         self.log.table(
-            f"{self.experiment.task.name}: held-out greedy accuracy, 95 % interval",
+            f"{self.experiment.task.name}: held-out {what}, 95 % interval",
             ("", "accuracy", "interval", "examples"),
             [
                 (name, f"{100 * a.solved:.1f} %", f"{100 * a.low:.1f} to {100 * a.high:.1f} %", str(a.examples))

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from sdjax.collect.contexts import question
 from sdjax.collect.diagnostics import epistemic_count
-from sdjax.collect.rollouts import verdicts
+from sdjax.collect.rollouts import sample, verdicts
 from sdjax.engine.policies import Policy
+from sdjax.engine.protocol import Protocol
 from sdjax.engine.tokens import decode_text, encode_context, thinking_opened
-from sdjax.run.answering import Answer
+from sdjax.run.answering import Answer, by_problem
 from sdjax.run.estimates import Estimate, clustered, majority_at, mean, paired, pass_at
-from sdjax.tasks import votes
+from sdjax.run.evaluate import Accuracy
+from sdjax.tasks import maths
+from sdjax.tasks import votes as voting
 from sdjax.tasks.judging import Case
 from sdjax.types import Example, Rollout, Verdict
 
@@ -47,6 +51,28 @@ class Measures(NamedTuple):
         return {"problems": self.problems, "samples": self.samples, "measures": named, "shares": list(self.shares)}
 
 
+def sampled_accuracy(
+    policy: Policy,
+    examples: Sequence[Example],
+    verify: Callable[[Example, str], Verdict],
+    protocol: Protocol,
+    *,
+    votes: bool = False,
+) -> tuple[Accuracy, dict[str, float]]:
+    """`avg@n` of several samples of each example as an accuracy, and for a run's log pass@k and, with `votes`, maj@k.
+
+    Every call draws from the same keys: two evaluations of a run differ by what it has learnt.
+    """
+    key = jax.random.key(protocol.seed)
+    rollouts = sample(policy, examples, key, n=protocol.samples, sampling=protocol.sampling())
+    answers = by_problem(rollouts, verdicts(verify, rollouts), protocol.samples)
+    found = measures(examples, answers, same=maths.equal if votes else None)
+    right = tuple(answer.right() for own in answers for answer in own)
+    more = {f"pass@{k}": e.value for k, e in found.passed.items()}
+    more |= {f"maj@{k}": e.value for k, e in found.majority.items()}
+    return Accuracy(*found.average, len(examples), tuple(rollouts), right), more
+
+
 def finite(value: float) -> float | None:
     """A number as JSON has it."""
     return value if np.isfinite(value) else None
@@ -71,7 +97,7 @@ def measures(
     majority = {}
     if same is not None and samples > 1:
         said = [
-            votes.votes(e, [votes.given(Case(e, a.text, a.finished)) for a in own], same)
+            voting.votes(e, [voting.given(Case(e, a.text, a.finished)) for a in own], same)
             for e, own in zip(examples, answers, strict=True)
         ]
         of = lambda k: [majority_at(own, good, k) for own, good in zip(said, right, strict=True)]

@@ -118,7 +118,9 @@ class Settings:
     remat: bool | None = option(None, "memory", "recompute blocks in the backward pass: less memory for more time")
     scan: bool = option(False, "memory", "loop over the layers instead of compiling each: for deep models on TPUs")
 
-    evaluation: int = option(100, "evaluation", "held-out problems, answered greedily before and after training")
+    evaluation: int = option(
+        100, "evaluation", "held-out problems, answered before and after training; how: --evaluate.samples and its like"
+    )
     evaluate_every: int = option(0, "evaluation", "steps between evaluations; 0: only before and after training")
     save_every: int = option(25, "evaluation", "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "evaluation", "how many of the newest checkpoints stay")

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 import tiny
 
+from sdjax.engine.protocol import Protocol, ProtocolError
 from sdjax.engine.tokens import decode_text
 from sdjax.run import answering, measures
-from sdjax.run.answering import Answer, Protocol, all_answers, span
+from sdjax.run.answering import Answer, all_answers, span
 from sdjax.run.folder import RunError
 from sdjax.tasks import maths
 from sdjax.tasks.judging import reads_answers
@@ -91,7 +93,7 @@ def test_another_evaluation_or_a_damaged_file_is_refused(policy, tmp_path):
     ],
 )
 def test_protocols_that_make_no_sense_are_refused(how, said):
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(ProtocolError, match=said):
         Protocol(**how)
 
 
@@ -153,3 +155,11 @@ def test_progress_says_how_long_the_rest_takes(monkeypatch):
         "4 of 8 answers, 5 tokens/s, about 20 s left",
         "8 of 8 answers, 2 tokens/s in 20 s",
     ]
+
+
+def test_a_run_measures_by_the_same_protocol(policy):
+    found, more = measures.sampled_accuracy(policy, EXAMPLES, tiny.parity, PROTOCOL)
+    own = answering.answered(policy, EXAMPLES, tiny.parity, PROTOCOL, jax.random.key(PROTOCOL.seed))
+    right = [answer.right() for answers in own for answer in answers]
+    assert found.right == tuple(right) and found.solved == pytest.approx(sum(right) / 10)
+    assert found.examples == 5 and {*more} == {"pass@2"} and more["pass@2"] >= found.solved
