@@ -117,6 +117,7 @@ RULES = (
     Rule(r"(^|/)(embed|head)$", 2, 0, VOCABULARY),
     Rule(r"(^|/)attention/qkv$", 4, 1, "kv_heads"),
     Rule(r"(^|/)attention/qkv_bias$", 3, 0, "kv_heads"),
+    Rule(r"(^|/)attention/sinks$", 2, 0, "kv_heads"),
     Rule(r"(^|/)attention/out$", 4, 0, "kv_heads"),
     Rule(r"(^|/)delta/mixed$", 3, 1, "key heads"),
     Rule(r"(^|/)delta/convolution$", 4, 0, "key heads"),

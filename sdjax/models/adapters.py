@@ -148,7 +148,7 @@ def folded(params: Any) -> Any:
 def targeted(config: ModelConfig, lora: Lora) -> list[tuple[str, str, Place]]:
     """Block, short name and place of every matrix that has an adapter, of each part where it lies in several; experts have none."""
     short = lambda place: place.name.removesuffix(".weight").rsplit(".", 1)[-1]
-    own = [p for p in layout(config) if short(p) in lora.targets and "/" in p.path and p.expert is None]
+    own = [p for p in layout(config) if short(p) in lora.targets and "/" in p.path and not p.of_experts]
     return [(p.path.split("/")[0], short(p), p) for p in own]
 
 
@@ -217,7 +217,7 @@ def base(config: ModelConfig, params: Mapping[str, Any], lora: Lora) -> Base:
     Raises: ModelError if qwix is asked for and not installed.
     """
     places = {
-        place.path: place for place in layout(config) if place.name.split(".")[-2] in TARGETS and place.expert is None
+        place.path: place for place in layout(config) if place.name.split(".")[-2] in TARGETS and not place.of_experts
     }
     flat = flatten_dict(dict(params), sep="/")
     wanted = {path for path, place in places.items() if not place.name.endswith(".bias") and lora.base != "float"}

@@ -62,6 +62,7 @@ def attend(
     window: int | None = None,
     bias: Array | None = None,
     cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Attention of `query [B, S, K, G, H]` at `positions [B, S]` over several runs of keys -> `[B, S, K, G, H]`.
 
@@ -74,14 +75,15 @@ def attend(
       window: only keys fewer than this many positions back are read.
       bias: `[B, S, P]`, added to the scores of the last run, the same in every head.
       cap: a score `x` becomes `cap tanh(x / cap)` (Gemma 2).
+      sinks: `[K, G]`, one more score of every query of a head, whose value is 0 (gpt-oss; Xiao et al., arXiv:2309.17453).
     """
     length, keys = query.shape[1], sum(run.keys.shape[1] for run in runs)
-    if bias is None and length * keys >= LONG and runs[-1].keys.shape[1] == length:
+    if bias is None and sinks is None and length * keys >= LONG and runs[-1].keys.shape[1] == length:
         if on_nvidia() and cudnn.reads(query) and cap is None:
             return by_cudnn(query, positions, runs, window)
         kernel, blocks = partial(by_kernel, window=window, cap=cap), partial(in_blocks, window=window, cap=cap)
         return jax.lax.platform_dependent(query, positions, tuple(runs), tpu=kernel, default=blocks)
-    return in_blocks(query, positions, runs, window, bias, cap)
+    return in_blocks(query, positions, runs, window, bias, cap, sinks)
 
 
 def attend_written(
@@ -92,6 +94,7 @@ def attend_written(
     written: Array,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """`attend` over the runs `before` and a cache of which only the first `written` (`[]`) columns hold anything.
 
@@ -103,7 +106,8 @@ def attend_written(
     sizes = prefixes(cache.keys.shape[1])
 
     def reads(size: int) -> Callable[[Keys], Array]:
-        return lambda cache: attend(query, positions, (*before, Keys(*(x[:, :size] for x in cache))), window, cap=cap)
+        some = lambda cache: Keys(*(x[:, :size] for x in cache))
+        return lambda cache: attend(query, positions, (*before, some(cache)), window, cap=cap, sinks=sinks)
 
     return jax.lax.switch(sum(written > size for size in sizes[:-1]), [reads(size) for size in sizes], cache)
 
@@ -126,13 +130,14 @@ def in_blocks(
     window: int | None = None,
     bias: Array | None = None,
     cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """`attend` for as many queries at a time as `SCORES` allows; all at once if it allows that."""
     batch, length, kv_heads, per_kv, _ = query.shape
     keys = sum(run.keys.shape[1] for run in runs)
     per_query = batch * kv_heads * per_kv * keys // devices_of(batch)
     if per_query * length <= SCORES:
-        return at_once(query, positions, runs, window, bias, cap)
+        return at_once(query, positions, runs, window, bias, cap, sinks)
     blocks = min(length, math.ceil(per_query * length / SCORES))
     size = math.ceil(length / blocks)
 
@@ -140,7 +145,7 @@ def in_blocks(
         x = jnp.pad(x, ((0, 0), (0, size * blocks - length)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
 
-    one = jax.checkpoint(lambda x: at_once(x[0], x[1], runs, window, x[2], cap))
+    one = jax.checkpoint(lambda x: at_once(x[0], x[1], runs, window, x[2], cap, sinks))
     read = jax.lax.map(one, jax.tree.map(split, (query, positions, bias)))
     return jnp.moveaxis(read, 0, 1).reshape(batch, -1, *query.shape[2:])[:, :length]
 
@@ -157,6 +162,7 @@ def at_once(
     window: int | None = None,
     bias: Array | None = None,
     cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """`attend` with all scores in memory.  Keys that rows share are never copied."""
     batch, length, kv_heads, per_kv, head_dim = query.shape
@@ -173,6 +179,9 @@ def at_once(
             score = score + bias[:, None, None]
         reachable = allowed(positions, repeat(run.positions), repeat(run.mask), window)
         scores.append(jnp.where(reachable[:, None, None], score, jnp.finfo(jnp.float32).min))
+    if sinks is not None:
+        shape = (batch, kv_heads, per_kv, length, 1)
+        scores.append(jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, :, None, None], shape))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     result, start = 0, 0
     for run in runs:

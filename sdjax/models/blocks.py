@@ -42,12 +42,14 @@ class Attention(nn.Module):
         query, key = grown(rotate(query, positions, rope), positions, rope), rotate(key, positions, rope)
         if c.query_scalar not in (None, c.head_dim):
             query = query * (c.head_dim / c.query_scalar) ** 0.5
+        sinks = self.param("sinks", nn.initializers.zeros, (c.kv_heads, per_kv)) if c.sinks else None
         own, before = Keys(key, value, positions, mask), () if past is None else (past,)
         if cache is None:
-            read = attend(query, positions, (*before, own), c.windows[self.layer], bias, c.score_cap)
+            read = attend(query, positions, (*before, own), c.windows[self.layer], bias, c.score_cap, sinks)
         else:
             own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
-            read = attend_written(query, positions, before, own, column.written, c.windows[self.layer], c.score_cap)
+            window, rest = c.windows[self.layer], (c.score_cap, sinks)
+            read = attend_written(query, positions, before, own, column.written, window, *rest)
         if c.gated_attention:
             read = read * jax.nn.sigmoid(gate)
         mixed = project_heads(read, out)

@@ -10,6 +10,7 @@ from typing import Any
 from sdjax.models.delta_shapes import DeltaShape
 from sdjax.models.families import DELTA, FAMILIES, FULL, LAYER_KINDS, OPTIONAL, SLIDING, Family, full, supported
 from sdjax.models.fields import Fields, ModelError, read_fields
+from sdjax.models.mxfp4 import is_mxfp4
 from sdjax.models.ropes import NO_ROPE, ORIGINAL, PARTIAL, Rope, rope
 from sdjax.models.routing import Moe
 from sdjax.models.wrapped import text_fields
@@ -55,6 +56,7 @@ class ModelConfig:
     score_cap: float | None = None
     logit_cap: float | None = None
     moe: Moe | None = None
+    sinks: bool = False
     gated_attention: bool = False
     delta: DeltaShape | None = None
     delta_layers: tuple[bool, ...] = ()
@@ -177,7 +179,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         windows=windows,
         ropes=tuple(ropes[kind] if turns else NO_ROPE for kind, turns in zip(kinds, rotates, strict=True)),
         qkv_bias=family.qkv_bias or _asked(fields, family, "attention_bias"),
-        out_bias=_asked(fields, family, "attention_bias"),
+        out_bias=family.out_bias or _asked(fields, family, "attention_bias"),
         mlp_bias=_asked(fields, family, "mlp_bias"),
         qk_norm=family.qk_norm,
         norms=family.norms,
@@ -185,6 +187,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         moe=family.experts and family.experts.read(fields, len(kinds)),
         activation=_ACTIVATIONS[fields.values.get(family.activation_field) or _named_activation(family.activation)],
         fused=family.fused,
+        sinks=family.sinks,
         gated_attention=family.gated_attention,
         delta=DeltaShape.read(fields) if DELTA in kinds else None,
         delta_layers=tuple(kind == DELTA for kind in kinds) if DELTA in kinds else (),
@@ -232,7 +235,8 @@ def _refuse_variants(fields: Fields, family: Family) -> None:
         fields.refuse(f"{family.activation_field!r} {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
     if fields.values.get("use_bidirectional_attention"):
         fields.refuse("'use_bidirectional_attention' is not supported: a text is written from left to right")
-    if fields.has("quantization_config"):
+    packed = family.sinks and is_mxfp4(fields.section("quantization_config"))
+    if fields.has("quantization_config") and not packed:
         fields.refuse("quantised weights ('quantization_config') are not supported; use the unquantised model")
 
 

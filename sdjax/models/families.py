@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sdjax.models.fields import Fields
-from sdjax.models.routing import MixtralExperts, OlmoeExperts, QwenExperts
+from sdjax.models.routing import GptOssExperts, MixtralExperts, OlmoeExperts, QwenExperts
 from sdjax.models.wrapped import WRAPPERS
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
@@ -104,6 +104,8 @@ class Family:
     rotates: Callable[[Fields, int], list[bool]] | None = None  # layers with a rope, where not all have one
     partial_rotary: float | None = None  # default of `partial_rotary_factor`; None: that field does not count
     qkv_bias: bool = False
+    out_bias: bool = False
+    sinks: bool = False  # every head has a learnt score for reading nothing
     named_biases: tuple[str, ...] = ()
     qk_norm: str = "none"
     norms: str = "before"
@@ -232,6 +234,17 @@ FAMILIES = {
         qk_norm="flat",
         named_biases=("attention_bias",),
         experts=OlmoeExperts,
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        kinds=full_every(2),
+        window=128,
+        head_dim=64,
+        rope_theta=150_000.0,
+        qkv_bias=True,
+        out_bias=True,
+        sinks=True,
+        experts=GptOssExperts,
     ),
 }
 """The supported families by their `model_type` in config.json."""

@@ -75,6 +75,18 @@ layers_#/mlp/gate_up            model.layers.#.block_sparse_moe.experts.@.w1 -  
 layers_#/mlp/gate_up            model.layers.#.block_sparse_moe.experts.@.w3 -               X1M,D -> XD.1M
 layers_#/mlp/down               model.layers.#.block_sparse_moe.experts.@.w2 -               XD,M  -> XMD
 """
+# All experts in one tensor, gates and inputs in turn; a name that ends in "!" has no ".weight" behind it.
+_GPT_OSS = """
+layers_#/mlp/router             model.layers.#.mlp.router                -                   E,D    -> DE
+layers_#/mlp/router_bias        model.layers.#.mlp.router.bias           -                   E      -> E
+layers_#/mlp/gate_up            model.layers.#.mlp.experts.gate_up_proj! -                   E,D,M2 -> ED2M
+layers_#/mlp/gate_up_bias       model.layers.#.mlp.experts.gate_up_proj_bias! -              E,M2   -> E2M
+layers_#/mlp/down               model.layers.#.mlp.experts.down_proj!    -                   E,M,D  -> EMD
+layers_#/mlp/down_bias          model.layers.#.mlp.experts.down_proj_bias! -                 E,D    -> ED
+"""
+_SINKS = """
+layers_#/attention/sinks        model.layers.#.self_attn.sinks!          -                   KG     -> KG
+"""
 _OUT_BIAS = """
 layers_#/attention/out_bias     model.layers.#.self_attn.o_proj.bias     blk.#.attn_output.bias D    -> D
 """
@@ -142,6 +154,11 @@ class Place(NamedTuple):
         return tuple(self.view[axis] for axis in self.axes)
 
     @property
+    def of_experts(self) -> bool:
+        """Whether it is a matrix of an expert, or of all of them."""
+        return "experts" in self.name.split(".")
+
+    @property
     def begins(self) -> tuple[int, ...]:
         """Where that part begins along each axis of our array."""
         along = [self.start if axis == self.axis else 0 for axis in range(len(self.axes))]
@@ -193,13 +210,17 @@ def _block(config: ModelConfig, layer: int) -> str:
 def _mixer(config: ModelConfig, layer: int) -> str:
     if config.has_delta(layer):
         return _DELTA
-    biases = (_QKV_BIAS if config.qkv_bias else "") + (_OUT_BIAS if config.out_bias else "")
+    biases = (
+        (_QKV_BIAS if config.qkv_bias else "")
+        + (_OUT_BIAS if config.out_bias else "")
+        + (_SINKS if config.sinks else "")
+    )
     return (_FUSED_ATTENTION if config.fused else _ATTENTION) + biases + _QK_NORM[config.qk_norm]
 
 
 def _mlp(config: ModelConfig, layer: int) -> str:
     if config.has_experts(layer):
-        return _MIXTRAL if config.family == "mixtral" else _EXPERTS
+        return {"mixtral": _MIXTRAL, "gpt_oss": _GPT_OSS}.get(config.family, _EXPERTS)
     return (_FUSED_MLP if config.fused else _MLP) + (_MLP_BIAS if config.mlp_bias else "")
 
 
@@ -212,7 +233,7 @@ def _place(
     sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
     sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
     if config.moe is not None:
-        sizes |= {"E": config.moe.experts, "X": 1, "M": config.moe.width}
+        sizes |= {"E": config.moe.experts, "X": 1, "2": 2, "M": config.moe.width}
     if config.delta is not None:
         shape = config.delta
         sizes |= {"N": shape.heads, "S": shape.key, "R": shape.per_key, "U": shape.values, "W": shape.value}
@@ -225,7 +246,7 @@ def _place(
     rows[name] = row + shape[0]
     return Place(
         path=path,
-        name=name if name.endswith(WHOLE) else f"{name}.weight",
+        name=name.removesuffix("!") if name.endswith((*WHOLE, "!")) else f"{name}.weight",
         gguf=gguf if gguf.endswith(".bias") else f"{gguf}.weight",
         shape=shape,
         view=tuple(sizes[letter] for letter in letters),

@@ -4,7 +4,7 @@ import sys
 
 import torch
 import transformers
-from make_models import SIZES, make
+from make_models import SIZES, YARN, make
 
 
 def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dtype]]:
@@ -20,7 +20,17 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
     )
     mixtral = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=7)
     olmoe = transformers.OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=2, norm_topk_prob=False)
+    gpt_oss = transformers.GptOssConfig(
+        **{**SIZES, "num_hidden_layers": 3, "intermediate_size": 20},
+        head_dim=12,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        swiglu_limit=0.7,
+        sliding_window=6,
+        rope_parameters={**YARN, "rope_theta": 1_000.0, "truncate": False},
+    )
     return {
+        "gpt_oss": (gpt_oss, torch.bfloat16),
         "qwen3_moe": (qwen3_moe, torch.bfloat16),
         "mixtral": (mixtral, torch.bfloat16),
         "olmoe": (olmoe, torch.bfloat16),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -10,16 +11,17 @@ import networks
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
 from sdjax.devices.sharding import MeshError, parameter_spec
-from sdjax.models import adapters, experts, transformer, weights
+from sdjax.models import adapters, attention, experts, transformer, weights
 from sdjax.models.configs import from_hf, to_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.layout import layout, shapes
 from sdjax.models.routing import Moe, Routes, route
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ("qwen3_moe", "mixtral", "olmoe")
+NAMES = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe")
 unoptimised = pytest.fixture(scope="module", autouse=True)(networks.unoptimised)
 
 
@@ -209,3 +211,82 @@ def test_adapters_leave_experts_alone():
     assert {name for block, name, _ in found if block == "layers_0"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {name for block, name, _ in found if block == "layers_1"} >= {"q_proj", "gate_proj", "up_proj", "down_proj"}
     assert any(place.expert is not None for place in layout(config))
+
+
+# ---- MXFP4 ----------------------------------------------------------------------------------------------------------
+
+
+def packed(draw, *shape):
+    """Blocks and scales `[E, out, in / 32]`, and the numbers `[E, in, out]` that they mean, one by one."""
+    blocks = draw.integers(0, 256, (*shape, 16)).astype(np.uint8)
+    scales = draw.integers(118, 131, shape).astype(np.uint8)
+    numbers = np.zeros((shape[0], 32 * shape[2], shape[1]))
+    for e, out, group, byte in np.ndindex(blocks.shape):
+        for place, bits in enumerate((int(blocks[e, out, group, byte]) % 16, int(blocks[e, out, group, byte]) // 16)):
+            sign, exponent, fraction = bits // 8, bits // 2 % 4, bits % 2
+            size = (1 + fraction / 2) * 2.0 ** (exponent - 1) if exponent else fraction / 2
+            numbers[e, 32 * group + 2 * byte + place, out] = (
+                (-1) ** sign * size * 2.0 ** (int(scales[e, out, group]) - 127)
+            )
+    return blocks, scales, numbers
+
+
+@pytest.fixture
+def four_bits(tmp_path):
+    """The tiny gpt-oss, as wide as a block, with its experts in four bits; and those experts."""
+    fields = to_hf(from_hf(GOLDEN / "gpt_oss")) | {"intermediate_size": 32}
+    config, draw = from_hf(fields), np.random.default_rng(0)
+    params = jax.jit(transformer.initialise, static_argnums=0)(transformer.Transformer(config), jax.random.key(0))
+    weights.save(tmp_path, config, params, dtype="bfloat16")
+    tensors, wanted = load_file(tmp_path / "model.safetensors"), {}
+    for layer in range(3):
+        for name, out in (("gate_up_proj", 64), ("down_proj", 32)):
+            stem = f"model.layers.{layer}.mlp.experts.{name}"
+            del tensors[stem]
+            tensors[f"{stem}_blocks"], tensors[f"{stem}_scales"], wanted[stem] = packed(draw, 8, out, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    fields["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return tmp_path, wanted
+
+
+def test_experts_in_four_bits_are_read(four_bits):
+    folder, wanted = four_bits
+    params, dtype = weights.opened(folder, from_hf(folder))
+    assert dtype == "bfloat16"
+    gate_up, down = (params["layers_2"]["mlp"][name] for name in ("gate_up", "down"))
+    whole = wanted["model.layers.2.mlp.experts.gate_up_proj"].reshape(8, 32, 32, 2).transpose(0, 1, 3, 2)
+    np.testing.assert_array_equal(np.asarray(gate_up), whole)
+    np.testing.assert_array_equal(gate_up[2:5, 3:20, 1:, 7:9], whole[2:5, 3:20, 1:, 7:9])
+    np.testing.assert_array_equal(np.asarray(down), wanted["model.layers.2.mlp.experts.down_proj"])
+
+
+def test_blocks_without_their_scales_are_refused(four_bits):
+    folder, _ = four_bits
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.down_proj_scales"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.down_proj_blocks in model\.safetensors .* has no"):
+        weights.opened(folder, from_hf(folder))
+
+
+@pytest.mark.parametrize("how", ["gptq", None])
+def test_other_quantisation_is_refused(how):
+    fields = to_hf(from_hf(GOLDEN / "gpt_oss"))
+    with pytest.raises(ModelError, match="quantised weights"):
+        from_hf({**fields, "quantization_config": {"quant_method": how}})
+
+
+def test_a_head_may_read_nothing():
+    """A sink is one more key with the value 0: as large as the scores it halves what is read, at -inf it is not there."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    positions = np.broadcast_to(np.arange(5), (2, 5))
+    keys = attention.Keys(draw(0, 2, 5, 3, 4), draw(1, 2, 5, 3, 4), positions, np.ones((2, 5), bool))
+    query, sinks = draw(2, 2, 5, 3, 2, 4), draw(3, 3, 2)
+    plain = attention.at_once(query, positions, (keys,))
+    close(attention.at_once(query, positions, (keys,), sinks=jnp.full((3, 2), -jnp.inf)), plain)
+    scores = np.einsum("bskgh,bpkh->bkgsp", query, keys.keys) / 2
+    scores = np.where(np.tril(np.ones((5, 5), bool)), np.exp(scores), 0)
+    share = scores.sum(-1) / (scores.sum(-1) + np.exp(np.asarray(sinks))[None, :, :, None])
+    wanted = np.asarray(plain) * share.transpose(0, 3, 1, 2)[..., None]
+    close(attention.at_once(query, positions, (keys,), sinks=sinks), wanted)
