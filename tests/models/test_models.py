@@ -267,6 +267,8 @@ def test_presets_have_their_published_sizes():
         "qwen3-8b": 8190.7,
         "deepseek-r1-distill-qwen-7b": 7615.6,
         "olmo3-7b-instruct": 7298.0,
+        "qwen3-30b-a3b": 30532.1,
+        "gpt-oss-20b": 20914.8,
     }
     assert PRESETS.keys() == millions.keys()
     for name, config in PRESETS.items():
