@@ -223,7 +223,8 @@ def base(config: ModelConfig, params: Mapping[str, Any], lora: Lora) -> Base:
     wanted = {path for path, place in places.items() if not place.name.endswith(".bias") and lora.base != "float"}
     weights = {}
     for path, x in flat.items():  # one at a time: those that are quantised need not all be there as floats
-        placed = jnp.asarray(place_parameters({path: x})[path])
+        # Traced, for its shape alone, it has no place yet.
+        placed = x if isinstance(x, jax.core.Tracer) else jnp.asarray(place_parameters({path: x})[path])
         weights[path] = quantised(placed, inputs_of(places[path]), lora.base) if path in wanted else placed
     return Base(unflatten_dict(weights, sep="/"), config, lora)
 
