@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -63,6 +63,8 @@ def train(arguments: list[str]) -> int:
         raise options.OptionError(f"{arguments[0]} needs --method NAME: one of {', '.join(options.method_names())}")
     if name is not None and not takes_method:
         raise options.OptionError(f"{arguments[0]} takes no --method: its function `experiment` has no such argument")
+    from sdjax.cli.training import run, train_options  # late: an option that does not exist is said at once
+
     factory = options.method_factory(name) if name else None
     own, rest = train_options(module, factory), options.take_template(rest)
     options.check_names(rest, options.option_names(own))
@@ -73,94 +75,6 @@ def train(arguments: list[str]) -> int:
         description=(module.__doc__ or "").strip(),
     )
     return run(Path(arguments[0]), module, factory, options.shallow(chosen), start or "")
-
-
-PROCESSES = """auto: one of several processes, as the cluster says (TPU pods, Slurm); or set JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID"""
-
-
-GROUPS = ("method", "select", "control", "sampler", "evaluate")
-"""Options of `sdjax train` that go by a first name: --method.group-size, say."""
-
-
-def train_options(module: Any, factory: Any) -> type:
-    """Every option of an experiment file: its own, the run's, those of the method and what is done to it."""
-    from sdjax.collect.controls import controlled
-    from sdjax.collect.selections import selected
-    from sdjax.engine.protocol import Protocol
-    from sdjax.samplers.options import sampled
-
-    extra: list[Any] = [
-        ("out", Annotated[str, tyro.conf.arg(help="the run's folder; by default one below runs/")], ""),
-        ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in the folder")], False),
-        ("processes", Annotated[str, tyro.conf.arg(help=PROCESSES)], ""),
-    ]
-    extra = [options.headed("run", [(name, hint, dataclasses.field(default=value)) for name, hint, value in extra])]
-    if factory is not None:
-        defaults = getattr(module, "OPTIONS", {}).get(factory.__name__, {})
-        for name, some in {
-            "method": (factory, defaults),
-            "select": (selected, {}),
-            "control": (controlled, {}),
-            "sampler": (sampled, {}),
-            "evaluate": (Protocol, {}),
-        }.items():
-            nested = options.options_class(f"{name.title()}Options", *some)
-            extra.append((name, nested, dataclasses.field(default_factory=nested)))
-    return options.options_class("Options", module.experiment, {}, extra)
-
-
-def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: str) -> int:
-    """Refuses what cannot run, then builds the experiment from its options (which loads the model) and runs it."""
-    from sdjax.cli.ranges import check_options
-    from sdjax.collect.controls import controlled
-    from sdjax.collect.selections import selected
-    from sdjax.devices import processes
-    from sdjax.engine.protocol import Protocol
-    from sdjax.engine.sensible import check_numbers
-    from sdjax.run.fit import fit
-    from sdjax.run.folder import as_begun, check_folder
-    from sdjax.run.places import place, try_writing
-    from sdjax.run.starting import source
-    from sdjax.run.trackers import revision
-    from sdjax.samplers.options import check, sampled
-
-    out, resume = chosen.pop("out"), chosen.pop("resume")
-    processes.join(chosen.pop("processes"))
-    groups = {name: options.shallow(chosen.pop(name)) for name in GROUPS if factory}
-    if factory:
-        check_options(factory.__name__, groups["method"])
-    for some in (chosen, *groups.values()):
-        check_numbers(some)
-    protocol, _ = Protocol(**groups.get("evaluate", {})), factory and check(**groups["sampler"])
-    arguments = {"experiment": str(file), **chosen} | ({"from": start} if start else {})
-    if factory:
-        arguments |= {"method": factory.__name__}
-        arguments |= {f"{name}.{option}": value for name, own in groups.items() for option, value in own.items()}
-
-        def change(method):
-            chosen = selected(method, **groups["select"])
-            return sampled(controlled(chosen, **groups["control"]), **groups["sampler"])
-
-        chosen["method"] = options.Choice(factory, groups["method"], change)
-    label = factory.__name__ if factory else "run"
-    out = place(out or f"runs/{file.stem}-{label}-{revision()}-{chosen.get('seed', 0)}")
-    processes.agree({**arguments, "out": str(out), "resume": resume}, "arguments")
-    processes.by_first(lambda: try_writing(out))
-    standard = options.default_values(train_options(module, factory))
-    arguments = processes.by_first(lambda: as_begun(out, arguments, standard))
-    processes.by_first(lambda: check_folder(out, resume, arguments))
-    if start and not resume:
-        processes.by_first(lambda: str(source(start)))
-    if processes.first():
-        print(f"run folder {out}", flush=True)
-        for name, value in arguments.items():
-            print(f"  {name} = {value}", flush=True)
-    prepare()
-    chosen = dataclasses.replace(options.call(module.experiment, chosen), protocol=protocol)
-    result = fit(chosen, out, resume=resume, arguments=arguments, start=start)
-    processes.leave()
-    return 128 + result.interrupted if result.interrupted else 0
 
 
 def methods(arguments: list[str]) -> int:
@@ -196,10 +110,11 @@ def export(arguments: list[str]) -> int:
 def evaluate(arguments: list[str]) -> int:
     """`sdjax evaluate MODEL --data FILE ...`"""
     from sdjax.cli.measure import measure
+    from sdjax.devices.compilation import prepare_to_compile
 
     arguments = options.take_template(arguments)
     options.check_names(arguments, list(inspect.signature(measure).parameters))
-    prepare()
+    prepare_to_compile()
     print(tyro.cli(measure, args=arguments, prog="sdjax evaluate"))
     return 0
 
@@ -215,10 +130,11 @@ def verify(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """`sdjax report RUN [RUN ...]`"""
+    from sdjax.devices.compilation import prepare_to_compile
     from sdjax.report.report import report
 
     options.check_names(arguments, list(inspect.signature(report).parameters))
-    prepare()
+    prepare_to_compile()
     print(tyro.cli(report, args=arguments, prog="sdjax report"))
     return 0
 
@@ -245,11 +161,12 @@ def bench(arguments: list[str]) -> int:
 
 def plan(arguments: list[str]) -> int:
     """`sdjax plan ...`"""
+    from sdjax.devices.compilation import prepare_to_compile
     from sdjax.planning import plan as planning
     from sdjax.planning import verdict
 
     chosen = of_method(planning.plan, arguments, "sdjax plan")
-    prepare()
+    prepare_to_compile()
     print(verdict.report(planning.plan(**chosen)))
     return 0
 
@@ -277,14 +194,6 @@ def of_method(function: Any, arguments: list[str], command: str) -> dict[str, An
     # Options that say nothing are left to the method: a plan may choose its teacher.
     given = {k: v for k, v in options.shallow(chosen["method"]).items() if v != getattr(nested(), k)}
     return {**chosen, "method": options.Choice(factory, given)}
-
-
-def prepare() -> None:
-    """What every command that compiles does first."""
-    from sdjax.devices.compilation import give_back_memory, keep_programs
-
-    keep_programs()
-    give_back_memory()
 
 
 def main(arguments: list[str] | None = None) -> int:

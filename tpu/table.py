@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdjax.__main__ import prepare
 from sdjax.cli.options import Choice
+from sdjax.devices.compilation import prepare_to_compile
 from sdjax.methods.sdpo import sdpo
 from sdjax.planning import plan, verdict
 from sdjax.planning.chips import PlanError
@@ -129,7 +129,7 @@ def table(folder: Path, rows: tuple[Row, ...]) -> str:
 
 def main(folder: str, more: str = "1000") -> None:
     """Makes at most `more` plans, then prints the table of all that are there."""
-    prepare()
+    prepare_to_compile()
     Path(folder).mkdir(parents=True, exist_ok=True)
     missing = [row for row in (*GPU_ROWS, *ROWS) if not (Path(folder) / row.file()).exists()]
     for row in missing[: int(more)]:

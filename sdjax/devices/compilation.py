@@ -45,3 +45,9 @@ def give_back_memory() -> None:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
+
+
+def prepare_to_compile() -> None:
+    """What every command that compiles does first."""
+    keep_programs()
+    give_back_memory()

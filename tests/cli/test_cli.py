@@ -415,7 +415,7 @@ EXPERIMENTS = sorted(p for p in Path("experiments").rglob("*.py") if "def experi
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
 def test_every_option_of_an_experiment_file_says_what_it_is(path):
     """Those of methods have a test of their own."""
-    from sdjax.__main__ import train_options
+    from sdjax.cli.training import train_options
 
     texts = options.help_texts(train_options(options.load_experiment(str(path)), options.method_factory("grpo")))
     assert len(texts) > 30
