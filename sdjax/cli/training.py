@@ -11,7 +11,7 @@ import tyro
 from sdjax.cli import options
 from sdjax.cli.ranges import check_options
 from sdjax.collect.controls import controlled
-from sdjax.collect.selections import selected
+from sdjax.collect.selections import changed, selected
 from sdjax.devices import processes
 from sdjax.devices.compilation import prepare_to_compile
 from sdjax.engine.protocol import Protocol
@@ -71,8 +71,7 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
         arguments |= {f"{name}.{option}": value for name, own in groups.items() for option, value in own.items()}
 
         def change(method):
-            chosen = selected(method, **groups["select"])
-            return sampled(controlled(chosen, **groups["control"]), **groups["sampler"])
+            return sampled(changed(method, groups["select"], groups["control"]), **groups["sampler"])
 
         chosen["method"] = options.Choice(factory, groups["method"], change)
     label = factory.__name__ if factory else "run"

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from sdjax.collect.contexts import question
+from sdjax.collect.controls import controlled
 from sdjax.collect.refreshing import with_refresh
 from sdjax.engine.policies import grouped
 from sdjax.errors import InputError
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
+from sdjax.kernels.reductions import masked_mean
 from sdjax.types import STUDENT, Batch, Messages, Method, Objective, Rollout, Term
 
 Rows = Literal["all", "successes", "failures"]
@@ -84,6 +86,22 @@ def selected(
         how = {"gain": refresh_gain, "window": refresh_window, "longest": refresh_longest}
         method = with_refresh(method, refresh_every, **how)
     return method
+
+
+def changed(method: Method, select: Mapping[str, Any], control: Mapping[str, Any]) -> Method:
+    """The method with selections, the arguments of `selected`, and then controls, those of `controlled`.
+
+    A control acts on what is selected: weights have mean one over the rows that are trained, and a mismatched teacher
+    reads the shown part of another problem's reference.
+
+    Raises: SelectionError if a control would undo a selection; what the two functions raise.
+    """
+    if select.get("share", 1.0) != 1.0 and control.get("context") == "none":
+        raise SelectionError(
+            f"select.share={select['share']:g}: with control.context=none teachers read the question alone, so that no "
+            "part of a reference is shown; leave one of the two out"
+        )
+    return controlled(selected(method, **select), **control)
 
 
 # ---- rows and questions ---------------------------------------------------------------------------------------------
@@ -194,7 +212,8 @@ def routed_objective(objective: Objective, clip: tuple[float, float]) -> Objecti
         own = batch.valid & (batch.source == STUDENT)
         told = jnp.stack([batch.contexts[name].valid for name in teachers]).all(0)
         distilled = own & told & ~batch.extras[RIGHT]
-        route = lambda term: term if measured(term) else spread(term, own, distilled | ~own)
+        trained = batch.mask & batch.valid[:, None]
+        route = lambda term: term if measured(term) else spread(term, own, distilled | ~own, trained)
         advantage = group_advantage(batch.returns, batch.group, own)[:, None]
         surrogate = clipped_surrogate(sig[OWN], batch.behavior_logprobs, advantage, clip)
         rewards = Term(surrogate, (~distilled).astype(jnp.float32), over=own)
@@ -204,16 +223,22 @@ def routed_objective(objective: Objective, clip: tuple[float, float]) -> Objecti
     return objective._replace(signals=signals, terms=terms, rewarded=True)
 
 
-def spread(term: Term, own: Array, rows: Array) -> Term:
-    """The term over some `rows [B]`, divided by what all of the student's `own` rows count, if it is about any of them."""
+def spread(term: Term, own: Array, rows: Array, trained: Array) -> Term:
+    """The term over some `rows [B]`, divided by what all of the student's `own` rows count, if it is about any of them.
+
+    Weights per token keep their mean over `trained [B, T]` positions of these rows, so that a control can rescale it.
+    """
     flat = lambda x: x[:, None] if x.ndim < term.value.ndim else x
     over = (
         jnp.ones(term.value.shape, bool) if term.over is None else jnp.broadcast_to(flat(term.over), term.value.shape)
     )
-    about = over & flat(own)
+    about, kept = over & flat(own), over & flat(rows)
     # Cleaned, because it now stands in the population: what was outside may be anything.
-    value = jnp.where(over & flat(rows), term.value, 0.0)
-    return term._replace(value=value, over=over | (flat(own) & about.any()))
+    value, weight = jnp.where(kept, term.value, 0.0), term.weight
+    if jnp.ndim(weight) == 2:
+        weight = jnp.broadcast_to(weight, kept.shape)
+        weight = jnp.where(kept, weight, masked_mean(weight, kept & trained))
+    return term._replace(value=value, weight=weight, over=over | (flat(own) & about.any()))
 
 
 # ---- references -----------------------------------------------------------------------------------------------------
