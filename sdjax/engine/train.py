@@ -90,7 +90,7 @@ class Experiment:
     keep_best: bool = False
     grace: float = 0.0
     most_skipped: int = 3
-    stop_on: str = ""
+    stop_on: str = "nothing"
     completions_every: int = 10
     log: tuple[str, ...] = ("tensorboard",)
     log_project: str = "sdjax"

@@ -122,17 +122,17 @@ class Settings:
         100, "evaluation", "held-out problems, answered before and after training; how: --evaluate.samples and its like"
     )
     evaluate_every: int = option(0, "evaluation", "steps between evaluations; 0: only before and after training")
-    save_every: int = option(25, "evaluation", "steps between checkpoints; 0: only at the end")
-    keep: int = option(2, "evaluation", "how many of the newest checkpoints stay")
-    keep_every: int = option(0, "evaluation", "checkpoints of every so many steps stay, too; 0: none of them")
+    save_every: int = option(25, "saving", "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "saving", "how many of the newest checkpoints stay")
+    keep_every: int = option(0, "saving", "checkpoints of every so many steps stay, too; 0: none of them")
     keep_best: bool = option(
         False,
-        "evaluation",
+        "saving",
         "the checkpoint with the highest held-out accuracy stays, too: let --evaluate-every be a multiple of --save-every",
     )
     grace: float = option(
         0.0,
-        "evaluation",
+        "saving",
         "seconds from a signal (SIGTERM, Ctrl-C) to the end: a save that takes longer is given up; 0: no limit",
     )
 
@@ -146,8 +146,10 @@ class Settings:
         "sdjax", "log", "the project, or in MLflow the experiment, that trackers put the run into"
     )
     completions_every: int = option(10, "log", "steps between recorded completions")
-    stop_on: Literal["", "collapse"] = option(
-        "", "log", "collapse: end the run, saved, when reward or held-out accuracy has collapsed (sdjax/run/README.md)"
+    stop_on: Literal["nothing", "collapse"] = option(
+        "nothing",
+        "log",
+        "collapse: end the run, saved, when reward or held-out accuracy has collapsed (sdjax/run/README.md)",
     )
 
     def __post_init__(self):
