@@ -33,6 +33,7 @@ CARD = Card(
         "the paper's equations were not available: forms and constants are a third party's re-implementation",
         "corrections of one attempt compared with each other, by standard deviation, make the risk penalty a no-op",
         "so corrections of a problem are compared (default); compare='anchor' is the other form",
+        "only attempts of the same batch are corrected; a buffer of earlier right ones, if the paper has one, is left out",
     ),
     status="reconstruction",
 )

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 
 from sdjax.collect.contexts import question, with_reference
+from sdjax.errors import MethodError
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opsd import opsd
 from sdjax.types import Card, Example, Messages, Method
@@ -21,7 +22,7 @@ CARD = Card(
     reduction="token mean",
     differences=(
         "prompt and choice of the other problem were not available: OPSD's template, a problem met before, at random",
-        "the paper's control by topic (another problem of the same topic) is not offered: tasks here name no topics",
+        "same-topic is by a field of the data (topic); which topics the paper takes, and from where, was not available",
         "clip, temperatures and reduction are OPSD's; the paper's were not available",
     ),
     status="reconstruction",
@@ -38,7 +39,8 @@ def shown(example: Example, other: Mapping[str, str] | None) -> Messages | None:
 
 def op2sd(
     *,
-    context: Literal["mismatched", "matched", "none"] = "mismatched",
+    context: Literal["mismatched", "same-topic", "matched", "none"] = "mismatched",
+    topic: str = "topic",
     remembered: int = 256,
     group_size: int = 1,
     beta: float = 0.0,
@@ -54,7 +56,9 @@ def op2sd(
     Every rollout has its own other problem, uniform over those met so far (`memory`) and in this batch.  Token mean.
 
     Args:
-      context: another problem; this one, which is OPSD; or the question alone.
+      context: another problem; another one of the same topic (`None` where none was met); this one, which is OPSD; or
+        the question alone.
+      topic: the field of the data (`Example.meta`) that says a problem's topic, for the context "same-topic".
       remembered: problems kept in memory, the latest.
       group_size: rollouts per prompt.
       beta: 0 KL(teacher||student), 1 KL(student||teacher), between: Jensen-Shannon.
@@ -69,6 +73,12 @@ def op2sd(
     base = opsd(**how, ema_rate=ema_rate, group_size=group_size, lesson=own, reduce=reduce)
 
     def collect(environment, examples, key, memory):
+        unnamed = [e.id for e in examples if topic not in e.meta] if context == "same-topic" else []
+        if unnamed:
+            raise MethodError(
+                f"method.context=same-topic: problem {unnamed[0]!r} has no field {topic!r} in its data; name the field that "
+                "says its topic with method.topic, or take the context mismatched"
+            )
         sampling, choosing = key, jax.random.fold_in(key, len(examples))
         rollouts, _ = base.collect(environment, examples, sampling, None)
         met = {problem["id"]: problem for problem in [*memory, *map(solved, examples)] if problem["solution"]}
@@ -76,7 +86,13 @@ def op2sd(
         return rows, list(met.values())[-remembered:]
 
     def solved(example):
-        return {"id": example.id, "problem": question(example)[-1]["content"], "solution": example.solution}
+        return {"id": example.id, "problem": question(example)[-1]["content"], "solution": example.solution} | about(
+            example
+        )
+
+    def about(example):
+        """What another problem must share."""
+        return {"topic": str(example.meta[topic])} if context == "same-topic" else {}
 
     def told(rollout, row, met, key):
         example = rollout.example
@@ -84,7 +100,9 @@ def op2sd(
             return question(example)
         if context == "matched":
             return shown(example, met.get(example.id))
-        others = [problem for id, problem in met.items() if id != example.id]
+        others = [
+            problem for id, problem in met.items() if id != example.id and about(example).items() <= problem.items()
+        ]
         place = int(jax.random.randint(jax.random.fold_in(key, row), (), 0, max(1, len(others))))
         return shown(example, others[place] if others else None)
 

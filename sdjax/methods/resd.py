@@ -31,6 +31,7 @@ CARD = Card(
         "balance is on for two of four tasks in the paper, for three in the scripts (default: on)",
         "the divergence depends on the task: KL(student||teacher) (default) or alpha=0.5",
         "four rounds of fresh rollouts per prompt are the run's business: `Experiment(rounds=4)`, --rounds 4",
+        "one prompt for all tasks, its parts in the paper's order: the wording of its prompt per task was not available",
         "texts the policy wrote are cut where the context would not hold them",
     ),
 )

@@ -32,6 +32,7 @@ CARD = Card(
         "the code's token mean over micro-batches of one sequence is sequence_mean_of(all rows), not the default",
         "the mixture with GRPO (Eq. 3, rl_weight) is in the paper and not in the code; both parts then count all rows",
         "one weight min(p/b, cap) for the code's min(p/p_old, 2) min(p_old/b, 2): the same in the first update on a batch",
+        "Eq. 13, a clipped weight per vocabulary entry, is left out: the paper's runs have one per token, no source has its form",
         "test-time training clips advantages (advantage_clip=5) in the paper only; whose is read as every entry's",
         "alpha near 0 or 1 shrinks the loss to nothing (0.999: under 0.001 of the KL); only 0 and 1 are the two KLs",
     ),

@@ -34,6 +34,7 @@ CARD = Card(
         "the other goes on at any trigger, as in the code; in the paper only if something was cut off (swap='cut')",
         "loops are looked for after every turn, in the code after every hundredth; symbols alone are none",
         "taggers are two blocks of each policy trained on its first texts, marked by a rule or by the teacher",
+        "taggers keep the epoch of best held-out accuracy, which is not logged: a resumed run may train none",
         "the paper's taggers are Qwen3-0.6B on 100,000 snippets, the code's default 10,000",
     ),
 )

@@ -21,6 +21,7 @@ from sdjax.engine.policies import ema, sample
 from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment, all_views, make_update, minibatches
+from sdjax.errors import MethodError
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.distributions import logprob, normalise
@@ -1290,6 +1291,30 @@ def test_op2sd_never_shows_the_own_problem():
                 assert len(others) == 1 and others[0].id != r.example.id and others[0].solution in content
                 seen.add(others[0].id)
     assert seen
+
+
+def test_op2sd_shows_another_problem_of_the_same_topic():
+    method = op2sd(context="same-topic", topic="field", group_size=8)
+    about = lambda e, field: dataclasses.replace(e, meta={**e.meta, "field": field})
+    examples = [about(e, "ab"[i % 2]) for i, e in enumerate(tiny.TASK.train[:5])] + [about(tiny.TASK.train[5], 3)]
+    env = environment(method)
+    _, memory = method.collect(env, examples[:2], jax.random.key(0), [])
+    memory = json.loads(json.dumps(memory))
+    rows, memory = method.collect(env, examples[2:], jax.random.key(1), memory)
+    assert json.loads(json.dumps(memory)) == memory and len(memory) == 6
+    seen = {}
+    for r in rows:
+        told = r.contexts["teacher"]
+        assert (told is None) == (r.example.id == examples[5].id)
+        shown = [
+            e.id for e in examples if told and e is not r.example and e.prompt[-1]["content"] in told[-1]["content"]
+        ]
+        assert all(e.meta == {**e.meta, "field": r.example.meta["field"]} for e in examples if e.id in shown)
+        seen.setdefault(r.example.id, set()).update(shown)
+    assert seen[examples[3].id] == {examples[1].id}
+    assert seen[examples[2].id] == {examples[0].id, examples[4].id}
+    with pytest.raises(MethodError, match="method.context=same-topic: problem .* has no field 'field'"):
+        method.collect(env, tiny.TASK.train[:1], jax.random.key(0), [])
 
 
 # ---- host halves and whole steps on a tiny model ---------------------------------------------------------------------------
