@@ -8,7 +8,8 @@
 
 A row has `prompt` (text, or turns) or `messages` (a chat that ends with a user turn) and `answer`; `solution` (a worked
 reference, which only teachers read) and `feedback` (a fixed remark for wrong answers) are optional.  Layouts of public data
-sets (GSM8K, MATH, AIME, TRL, verl, DAPO) are recognised and said.  Answers are compared as mathematics.  Other fields may name a teacher: `--teachers math=MODEL,code=MODEL --teacher-field domain`.
+sets (GSM8K, MATH, AIME, TRL, verl, DAPO) are recognised and said.  Answers are compared as mathematics; with `--judge` a model
+scores them by a rubric.  Other fields may name a teacher: `--teachers math=MODEL,code=MODEL --teacher-field domain`.
 """
 
 from __future__ import annotations

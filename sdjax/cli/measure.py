@@ -18,6 +18,7 @@ import tyro
 
 from sdjax.cli import models
 from sdjax.devices import sharding
+from sdjax.devices.http_json import KEY
 from sdjax.devices.memory import MemoryShortage, exhausted
 from sdjax.engine.policies import Policy
 from sdjax.engine.protocol import Protocol
@@ -32,7 +33,6 @@ from sdjax.run.data import marked
 from sdjax.run.digests import digests
 from sdjax.run.folder import RunError
 from sdjax.run.measures import Measures
-from sdjax.samplers.options import KEY
 from sdjax.samplers.refill import refilled
 from sdjax.samplers.servers import completions_server
 from sdjax.tasks import exact, maths

@@ -21,7 +21,7 @@ from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy, Sample
 from sdjax.engine.tokens import thinking_opened
 from sdjax.engine.waves import continued
-from sdjax.tasks.judging import CUT_OFF, marked_from_threads, side_by_side
+from sdjax.tasks.judging import CUT_OFF, side_by_side, threads_for
 from sdjax.types import Example, Messages, Rollout, Step, Turn, World
 
 LATER = 1 << 30
@@ -148,7 +148,7 @@ def spoken(policy: Policy, talk: Talk) -> Talk:
 
 def steps_of(world: World, asked: Sequence[tuple[Example, Messages]]) -> list[Step]:
     """What the world says to each conversation; each is answered by one of several processes."""
-    one, threads = lambda pair: world.step(*pair), marked_from_threads(world.step)
+    one, threads = lambda pair: world.step(*pair), threads_for(world.step)
     found = divided_parts(lambda some: side_by_side(one, some, threads=threads), asked)
     return [Step(tuple(messages), *rest) for messages, *rest in found]
 

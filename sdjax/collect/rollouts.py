@@ -12,7 +12,7 @@ from jax import Array
 
 from sdjax.collect.contexts import question
 from sdjax.collect.conversations import converse
-from sdjax.devices.processes import divided_parts
+from sdjax.devices.processes import by_first, divided_parts
 from sdjax.engine import policies
 from sdjax.engine.chats import encode_text
 from sdjax.engine.generate import Sampling
@@ -74,12 +74,13 @@ def judge(environment: Environment, rollouts: Sequence[Rollout]) -> list[Rollout
 
 
 def verdicts(verify: Callable[[Example, str], Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
-    """The verdict on each rollout, by `sdjax.tasks.judging`; each is given by one of several processes.
+    """The verdict on each rollout, by `sdjax.tasks.judging`; each is given by one of several processes, or all by the first.
 
     Of a conversation the world has said it.
     """
     cases = [Case(r.example, r.text, r.finished) for r in rollouts if not r.turns]
-    said = iter(divided_parts(lambda some: judging.verdicts(verify, some), cases))
+    given = lambda some: judging.verdicts(verify, some)
+    said = iter(by_first(lambda: given(cases)) if judging.marked_from_first(verify) else divided_parts(given, cases))
     return [Verdict(r.reward, r.feedback, r.measures) if r.turns else Verdict(*next(said)) for r in rollouts]
 
 

@@ -69,6 +69,8 @@ def differences(begun: Mapping[str, Any], task: Task) -> list[str]:
                 + (f" (the first is {strange[0]!r})" if strange else "")
                 + (f", and {gone} are no longer among them" if gone else "")
             )
+    if begun.get("read", {}).get("judge") != now["read"].get("judge"):
+        found.append("the judge's model, scores or rubric are others")
     held_out = {*begun["held_out"]}
     moved = [row.id for row in task.train if mark(question_key(row.prompt)) in held_out]
     if moved:

@@ -45,7 +45,7 @@ def fit(
     """Runs an experiment in a folder, on a disk or in a bucket (`gs://`), and returns its final state and accuracies.
 
     The folder gets `arguments.json`, `metrics.jsonl`, `tensorboard/`, `rollouts.txt`, `rollouts.jsonl`, `checkpoints/`,
-    `data.json` (marks of the problems), `memory.json` (how much is done at a time) and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
+    `data.json` (marks of the problems), `memory.json` (how much is done at a time), `verdicts.jsonl` (with a judge) and, when the run is over, `result.json` and `model/`.  SIGINT or SIGTERM save after the current step and return;
     `resume=True` goes on from the newest checkpoint, bit for bit as if nothing had happened.  `start`, "RUN@STEP", is a
     checkpoint of another run, whose parameters this one begins with.
 
@@ -75,6 +75,7 @@ def fit(
             processes.by_first(lambda: own.enter_context(taken(folder, arguments, resume)))
             processes.by_first(lambda: prepare(folder, task, record))
             processes.by_first(mirror.fetch)
+            processes.by_first(lambda: keep_verdicts(task, mirror.own))
             run = Run(experiment, mirror, interrupts)
             del experiment  # and with it, where nobody else holds them, the parameters that the state is a copy of
             step = begun(run, start)
@@ -133,6 +134,12 @@ def prepare(folder: Path, task: Task, sizes: Mapping[str, Any]) -> None:
     """Writes what a resumed run must find: its problems, its sizes."""
     data.write(folder, task)
     memory.write(folder, sizes)
+
+
+def keep_verdicts(task: Task, folder: Path) -> None:
+    """Lets a verifier that remembers its verdicts (`sdjax.tasks.judges`) keep them with the run."""
+    if hasattr(task.verify, "keep_in"):
+        task.verify.keep_in(folder)
 
 
 def out_of_memory(folder: Path, error: Exception, sizes: Mapping[str, Any]) -> MemoryShortage:

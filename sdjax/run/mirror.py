@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 
 from sdjax.run import places, records
+from sdjax.tasks import judges
 
 LOGS = ("metrics.jsonl", "alarms.jsonl", "rollouts.txt", records.ROLLOUTS, "trackers.json", "tensorboard", "mlflow.db")
+LOGS += (judges.FILE,)
 """What a run appends to; everything else in its folder is written in one go."""
 
 

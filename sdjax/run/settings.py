@@ -18,6 +18,8 @@ from sdjax.models import adapters, pretrained, templates
 from sdjax.models.pretrained import Pretrained
 from sdjax.run import teachers, trackers
 from sdjax.run.teachers import Teachers
+from sdjax.tasks import judges
+from sdjax.tasks.judges import Judge
 from sdjax.types import Method, Task
 
 
@@ -34,7 +36,7 @@ class Settings:
 
     On the command line they are plain options (`--steps 40`).  In Python: `dataclasses.replace(settings, steps=40)`.
 
-    Raises (on construction): `ExperimentError`, `MeshError` or `ModelError` for a value that makes no sense.
+    Raises (on construction): `ExperimentError`, `MeshError`, `ModelError`, `TaskError` or `EngineError` for a value that makes no sense.
     """
 
     model: str = option("smollm2", "model", "a hub name, a folder in the transformers format, or smollm2 (embedded)")
@@ -82,6 +84,16 @@ class Settings:
         "what a teacher reads besides the question; auto: nothing where another model teaches, else what the experiment "
         "or the method's paper says; solution: the problem's solution, whoever teaches",
     )
+
+    judge: str = option(
+        "",
+        "judge",
+        "the address of an OpenAI-compatible server whose model rewards answers in place of the task's verifier, as "
+        "http://localhost:8000/v1; its key, if any, is in SDJAX_API_KEY",
+    )
+    judge_model: str = option("", "judge", "the name by which the server knows the judging model")
+    judge_rubric: str = option("", "judge", "a text file that says what earns a score")
+    judge_scores: str = option("0-10", "judge", "the lowest and the highest score; they are the rewards 0 and 1")
 
     steps: int = option(100, "training", "batches to train on")
     prompts: int = option(4, "training", "problems per batch; the method's group size is attempts per problem")
@@ -159,6 +171,7 @@ class Settings:
             parsed(self.memory)
         adapters.chosen(self.lora_rank, self.lora_base)
         self.chosen_teachers()
+        self.chosen_judge()
         templates.parsed(self.template)
         trackers.chosen(self.log)
 
@@ -170,6 +183,10 @@ class Settings:
         """The models that teach, by the name of their policy."""
         server = {"engine": self.teacher_engine, "served": self.teacher_served}
         return teachers.chosen(self.teacher, self.teachers, self.teacher_field, **server)
+
+    def chosen_judge(self) -> Judge | None:
+        """The judge that rewards answers, if there is one.  Raises: TaskError, EngineError."""
+        return judges.chosen(self.judge, self.judge_model, self.judge_rubric, self.judge_scores)
 
     def method(self, choice: Callable[..., Method], lesson: Callable | None = None) -> Method:
         """The method of an experiment's `method` argument with its teachers; `lesson` is what the experiment tells them.
@@ -214,6 +231,7 @@ class Settings:
         The student is `model`, loaded here after all that can be refused before, unless it is given.
         """
         own = self.chosen_teachers()
+        task = judges.judged(task, self.chosen_judge())
         teachers.check_before_loading(task, own, told=self.lesson == "solution")
         same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "memory", "remat", "scan")
         same += ("evaluation", "evaluate_every", "save_every", "keep", "keep_every", "keep_best", "grace")

@@ -14,6 +14,7 @@ from sdjax import methods
 from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.teachers import taught_by_field
 from sdjax.devices import processes
+from sdjax.devices.http_json import KEY, check_reachable, check_url
 from sdjax.engine.score import policies_of
 from sdjax.engine.tokens import member_of
 from sdjax.engine.train import all_views
@@ -21,9 +22,7 @@ from sdjax.engine.vocabulary import same_vocabulary
 from sdjax.errors import InputError
 from sdjax.models import pretrained
 from sdjax.models.pretrained import Pretrained
-from sdjax.samplers.options import KEY
-from sdjax.samplers.scorers import Engine, check_reachable, scored_by, scoring_server
-from sdjax.samplers.servers import check_url
+from sdjax.samplers.scorers import Engine, scored_by, scoring_server
 from sdjax.types import ByField, Messages, Method, Rollout, Task, View
 
 TEACHER = "teacher"

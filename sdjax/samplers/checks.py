@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from jax import Array
 
+from sdjax.devices.http_json import EngineError
 from sdjax.devices.sharding import DATA, axis_size, place_rows, to_host
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy, Sample, compiled_score
 from sdjax.engine.tokens import left_pad
 from sdjax.kernels.distributions import logprob, normalise
-from sdjax.samplers.servers import EngineError, Writer
+from sdjax.samplers.servers import Writer
 from sdjax.types import Batch, Context, View
 
 APART = 0.25

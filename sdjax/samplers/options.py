@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+from sdjax.devices.http_json import KEY, EngineError, check_url
 from sdjax.samplers.checks import checked
 from sdjax.samplers.refill import refilled
 from sdjax.samplers.servers import (
-    EngineError,
     Writer,
-    check_url,
     completions_server,
     reloaded,
     synchronised,
@@ -18,9 +17,6 @@ from sdjax.samplers.servers import (
 )
 from sdjax.samplers.staleness import bounded, lagged
 from sdjax.types import Method
-
-KEY = "SDJAX_API_KEY"
-"""The environment's variable that holds a server's key: options are written to a run's folder."""
 
 Engine = Literal["vllm", "sglang"]
 

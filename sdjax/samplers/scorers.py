@@ -8,7 +8,6 @@ on its likeliest tokens and the rest.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
@@ -17,10 +16,11 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from sdjax.devices import processes
+from sdjax.devices.http_json import EngineError, ask, check_url
 from sdjax.engine.policies import reading
 from sdjax.engine.tokens import encode_context
 from sdjax.engine.train import all_views
-from sdjax.samplers.servers import EngineError, ask, check_url, from_names
+from sdjax.samplers.servers import from_names
 from sdjax.types import UNUSED, Method, Rollout, Scored, Scores, View
 
 Engine = Literal["vllm", "sglang"]
@@ -128,17 +128,6 @@ def scoring_server(
         return [scores_of(found, entries) for found in processes.by_first(together)]
 
     return score
-
-
-def check_reachable(url: str, timeout: float = 10.0) -> None:
-    """Raises `EngineError` unless something listens at a server's address: asked before anything is loaded."""
-    check_url(url)
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout).close()
-    except OSError as error:
-        raise EngineError(f"{url} cannot be reached ({error}): is the server up, and is this its address?") from error
 
 
 def scores_of(found: Answer, entries: int) -> Scores:

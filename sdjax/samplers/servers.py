@@ -12,34 +12,26 @@ given one by `written_by(writer, method)`; evaluation and teachers keep the comp
 from __future__ import annotations
 
 import dataclasses
-import http.client
-import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdjax.devices import processes
+from sdjax.devices.http_json import EngineError, ask, check_url
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Policy, Sample
 from sdjax.engine.tokens import decode_text, thinking_opened
 from sdjax.engine.vocabulary import is_token
-from sdjax.errors import InputError
 from sdjax.models import pretrained
 from sdjax.types import Method
 
 Writer = Callable[..., list[list[Sample]]]
-
-
-class EngineError(InputError, RuntimeError):
-    """An external engine cannot be used; the message names it, says why and what to do."""
 
 
 def written_by(writer: Writer, method: Method) -> Method:
@@ -158,13 +150,6 @@ def completions_server(
     return write
 
 
-def check_url(url: str) -> None:
-    """Raises `EngineError` unless it is the address of a server."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EngineError(f"{url!r} is not the address of a server: expected one like http://localhost:8000/v1")
-
-
 def seeds_of(key: jax.Array, count: int) -> np.ndarray:
     """One seed of 31 bits per context, from `fold_in(key, i)`, or from `key[i]` of an array of keys."""
     own = (lambda i: key[i]) if key.ndim else (lambda i: jax.random.fold_in(key, i))
@@ -193,50 +178,6 @@ def request(
         "return_tokens_as_token_ids": True,
         "stream": False,
     }
-
-
-def ask(url: str, body: Mapping[str, Any], headers: Mapping[str, str], *, timeout: float, retries: int) -> Any:
-    """The JSON answer to a request (`None` for an empty one).  Raises `EngineError`."""
-    why = ""
-    for attempt in range(retries + 1):
-        if attempt:
-            time.sleep(0.5 * 2 ** (attempt - 1))
-        try:
-            status, text = post(url, body, headers, timeout)
-        except TimeoutError:
-            why = f"no answer within {timeout:g} seconds"
-            continue
-        except (OSError, http.client.HTTPException) as error:
-            why = f"{type(error).__name__}: {error}"
-            continue
-        if status == 200:
-            return parsed(url, text)
-        why = f"status {status}: {' '.join(text.split())[:300]}"
-        if status != 429 and status < 500:
-            raise EngineError(f"{url} refused a request ({why})")
-    times = f" ({retries + 1} attempts)" if retries else ""
-    raise EngineError(f"{url} did not answer{times}, at last: {why}: is the server up, and is this its address?")
-
-
-def post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout: float) -> tuple[int, str]:
-    """Status and text of the answer to one POST, on a connection of its own."""
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=timeout)
-    try:
-        connection.request("POST", parts.path, json.dumps(body), {"Content-Type": "application/json", **headers})
-        response = connection.getresponse()
-        return response.status, response.read().decode("utf-8", "replace")
-    finally:
-        connection.close()
-
-
-def parsed(url: str, text: str) -> Any:
-    """An answer's JSON; `None` where there is no text."""
-    try:
-        return json.loads(text) if text.strip() else None
-    except ValueError as error:
-        raise EngineError(f"{url} answered with something that is not JSON: {text[:100]!r}") from error
 
 
 def choices(url: str, answer: Any, n: int) -> list[Mapping[str, Any]]:

@@ -26,7 +26,10 @@ class Case(NamedTuple):
 
 
 def from_threads(verify: Marked) -> Marked:
-    """Marks a verifier that may be called from several threads at once: it waits for processes that do the work."""
+    """Marks a verifier that may be called from several threads at once: it waits for processes that do the work.
+
+    The mark is True, as many threads as there are cores, or a number: one that waits for a server wants more.
+    """
     verify.from_threads = True
     return verify
 
@@ -49,7 +52,7 @@ def verdicts(verify: Verify, cases: Sequence[Case]) -> list[Verdict]:
             return Verdict(0.0, CUT_OFF if case.example.feedback is None else case.example.feedback)
         return verify(case.example, case.text)
 
-    return side_by_side(verdict, cases, threads=marked_from_threads(verify))
+    return side_by_side(verdict, cases, threads=threads_for(verify))
 
 
 def marked_from_threads(function: Callable) -> bool:
@@ -57,11 +60,22 @@ def marked_from_threads(function: Callable) -> bool:
     return _is(function, "from_threads")
 
 
-def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], *, threads: bool) -> list[Any]:
-    """`[function(item) for item in items]`, with `threads` as many at once as there are cores."""
-    if not threads or len(items) < 2:
+def threads_for(function: Callable) -> int:
+    """How many threads may call a function at once, by its mark `from_threads`; 1 without it."""
+    mark = _is(function, "from_threads")
+    return bounded.cores() if mark is True else int(mark) or 1
+
+
+def marked_from_first(verify: Verify) -> bool:
+    """Whether a verifier has the mark `from_first`: one of several processes asks it for all, as it remembers what it said."""
+    return _is(verify, "from_first")
+
+
+def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], *, threads: int) -> list[Any]:
+    """`[function(item) for item in items]`, so many at once."""
+    if threads < 2 or len(items) < 2:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(bounded.cores()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
 
 

@@ -12,6 +12,7 @@ import tiny
 from networks import unoptimised
 
 from sdjax.collect.contexts import question
+from sdjax.devices.http_json import EngineError
 from sdjax.engine import policies, train, vocabulary
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Policy
@@ -24,7 +25,6 @@ from sdjax.models import transformer
 from sdjax.models.transformer import Transformer
 from sdjax.samplers import servers
 from sdjax.samplers.refill import refilled
-from sdjax.samplers.servers import EngineError
 from sdjax.tasks.words import word_tokenizer
 from sdjax.types import View
 

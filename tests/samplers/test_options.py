@@ -7,9 +7,9 @@ import whole_runs
 from completions_server import serving
 from whole_runs import FILE, lines, run_here
 
+from sdjax.devices.http_json import KEY, EngineError
 from sdjax.methods.grpo import grpo
-from sdjax.samplers.options import KEY, sampled
-from sdjax.samplers.servers import EngineError
+from sdjax.samplers.options import sampled
 
 
 @pytest.fixture(autouse=True)

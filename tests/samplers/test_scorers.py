@@ -12,6 +12,7 @@ from completions_server import serving
 from networks import unoptimised
 
 from sdjax.cli.options import Choice
+from sdjax.devices.http_json import EngineError
 from sdjax.engine import train
 from sdjax.engine.policies import Environment, score
 from sdjax.engine.train import Experiment
@@ -25,7 +26,6 @@ from sdjax.run.fit import fit
 from sdjax.run.settings import Settings
 from sdjax.run.teachers import TeacherError
 from sdjax.samplers.scorers import scored_by, scoring_server
-from sdjax.samplers.servers import EngineError
 from sdjax.types import UNUSED, Task, View
 
 KEY = jax.random.key(5)

@@ -15,6 +15,8 @@ from completions_server import serving
 from networks import unoptimised
 
 from sdjax.collect.contexts import question
+from sdjax.devices import http_json
+from sdjax.devices.http_json import EngineError
 from sdjax.engine import policies
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Sample, score
@@ -26,10 +28,9 @@ from sdjax.methods.grpo import grpo
 from sdjax.models.adapters import Lora
 from sdjax.models.transformer import initialise
 from sdjax.run.fit import fit
-from sdjax.samplers import servers
 from sdjax.samplers.checks import checked
 from sdjax.samplers.options import serving as serving_engine
-from sdjax.samplers.servers import EngineError, completions_server, reloaded, seeds_of, synchronised, written_by
+from sdjax.samplers.servers import completions_server, reloaded, seeds_of, synchronised, written_by
 from sdjax.samplers.staleness import bounded
 from sdjax.types import Task, View
 
@@ -246,7 +247,7 @@ def test_a_run_of_adapters_written_by_a_server_that_is_sent_weights_every_second
 @pytest.fixture
 def quickly(monkeypatch):
     waits = []
-    monkeypatch.setattr(servers.time, "sleep", waits.append)
+    monkeypatch.setattr(http_json.time, "sleep", waits.append)
     return waits
 
 
