@@ -22,7 +22,8 @@ from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.candidates import Support, Weights
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
-from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
+from sdjax.methods.sft import sft
+from sdjax.types import STUDENT, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
     paper="Li et al. 2026, Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe",
@@ -82,7 +83,8 @@ def rethinking_opd(
       clip: widths of the ratio's clip below and above 1; it acts with `rollout_time`, or with `top_k` 0.
       dual_clip: bound of the loss, in advantages, where the advantage is negative.
       rl_weight: weight of GRPO's advantage on the sampled token; 0 is distillation alone.
-      cold_start: first batches, which the teacher writes and the student imitates; cut and repetitive texts are dropped.
+      cold_start: first batches, which the teacher writes, does not score, and the student imitates; cut and repetitive texts
+        are dropped.
       depths: prefix lengths, in tokens, at which the teacher continues the student's text, once per attempt and depth:
         the difference in accuracy is logged as `continuation_gain/DEPTH`.
       success: the least reward of a right attempt, for `auroc` and the continuation gain.
@@ -98,9 +100,8 @@ def rethinking_opd(
         rollouts = (written if cold else attempted)(environment, examples, key)
         if depths:
             how = {"teacher": name, "sampling": sampling, "success": success}
-            rollouts = with_continuation_gains(
-                environment, rollouts, jax.random.fold_in(key, len(examples)), depths, **how
-            )
+            later = jax.random.fold_in(key, len(examples))
+            rollouts = with_continuation_gains(environment, rollouts, later, depths, **how)
         return rollouts, memory + 1 if cold_start else memory
 
     def written(environment, examples, key):
@@ -138,8 +139,6 @@ def rethinking_opd(
         if rl_weight:
             reward = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
             found["pg"] = Term(surrogate(reward), 1.0, batch.source == STUDENT, reduce, rl_weight)
-        if cold_start:
-            found["nll"] = Term(-sig["logprobs"], 1.0, batch.source == TEACHER, reduce)
         return found
 
     views = {"student": View(trainable=True), "teacher": teacher_view(name, lesson)}
@@ -147,4 +146,7 @@ def rethinking_opd(
     snapshots = {"initial": frozen()} if name == "initial" else {}
     snapshots |= {"sampler": refresh(1)} if rollout_time else {}
     memory, writers = 0 if cold_start else None, (name,) if cold_start or depths else ()
-    return Method(collect, (Objective(views, signals, terms, rewarded=rl_weight != 0),), snapshots, memory, writers)
+    distillation = Objective(views, signals, terms, since=cold_start, rewarded=rl_weight != 0)
+    # Nobody but the student reads what is imitated: the teacher's forward pass is not computed.
+    imitation = (sft(reduce=reduce).objectives[0]._replace(until=cold_start),) if cold_start else ()
+    return Method(collect, (*imitation, distillation), snapshots, memory, writers)

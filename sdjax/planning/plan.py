@@ -34,7 +34,7 @@ from sdjax.models.presets import PRESETS
 from sdjax.models.transformer import Transformer, empty_cache, initialise
 from sdjax.planning import chips, flops, gpus, traffic
 from sdjax.planning.chips import Chip, PlanError
-from sdjax.types import Batch, Method
+from sdjax.types import Batch, Method, Objective
 
 
 class Cost(NamedTuple):
@@ -239,6 +239,13 @@ def refuse_other_teachers(method: Method) -> None:
         raise PlanError(f"the method reads {', '.join(sorted(others))}, another model: name its shape with --teacher")
 
 
+def costliest(method: Method) -> list[Objective]:
+    """The objectives of the batch at which most views are read: after a cold start, and before what a schedule ends."""
+    due = lambda step: [objective for objective in method.objectives if objective.due(step)]
+    views = lambda step: sum(len(objective.views) for objective in due(step))
+    return due(max(sorted({0, *(objective.since for objective in method.objectives)}), key=views))
+
+
 def compiled_plan(
     method: Method,
     networks: Mapping[str, Transformer],
@@ -268,8 +275,7 @@ def compiled_plan(
             devices=mesh.size,
             quick=quick,
         )
-        for objective in method.objectives
-        if objective.due(0)
+        for objective in costliest(method)
     )
     sampler, decoding = sampler_cost(network, params, shapes, prompts, rows, quick)
     bytes_of_cache = lambda count, length: size(jax.eval_shape(lambda: empty_cache(network, count, length))) / mesh.size

@@ -16,7 +16,7 @@ from sdjax.devices.layout import laid_rows, laid_whole
 from sdjax.engine import sketch, train
 from sdjax.engine.tokens import Shapes
 from sdjax.models.transformer import Transformer
-from sdjax.planning.plan import laid_state, model_config, self_taught
+from sdjax.planning.plan import costliest, laid_state, model_config, self_taught
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For machine code that never runs; the exchanges are decided before."""
@@ -70,12 +70,12 @@ def scaling(
 
 
 def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: tuple[int, int], prompts: int) -> Row:
-    """The cost of all updates of the first batch on the entered mesh."""
+    """The cost of all updates of the costliest batch on the entered mesh."""
     optimizer = optax.adamw(1e-6)
     params, opt_state, snapshots = laid_state(method, network, optimizer)
     networks = dict.fromkeys(("live", *method.snapshots), network)
     flops, exchanged = 0.0, {}
-    for objective in filter(lambda o: o.due(0), method.objectives):
+    for objective in costliest(method):
         update = train.make_update(objective, networks, optimizer, shapes)
         lowered = update.lower(params, opt_state, snapshots, laid_rows(batch), laid_whole())
         text = lowered.compile(compiler_options=UNOPTIMISED).as_text()

@@ -20,7 +20,10 @@ from sdjax.engine import sketch
 from sdjax.methods.gkd import gkd
 from sdjax.methods.grpo import grpo
 from sdjax.methods.opd import opd
+from sdjax.methods.rethinking_opd import rethinking_opd
 from sdjax.methods.sdpo import sdpo
+from sdjax.methods.trace import trace
+from sdjax.methods.vpd import vpd
 from sdjax.models.attention import Keys, by_kernel
 from sdjax.models.configs import from_hf
 from sdjax.models.presets import PRESETS
@@ -361,6 +364,12 @@ def test_every_method_can_be_planned(name, unoptimised):
     found = plan.plan(method=Choice(method_factory(name)), **SMALL)
     assert len(found.updates) >= 1 and all(cost.flops > 0 for cost in found.updates)
     assert verdict.totals(found)["update"] > sum(found.state.values())
+
+
+def test_the_batch_that_reads_most_is_planned():
+    """Not a cold start, which no teacher reads, and not what is left when a schedule has ended."""
+    places = lambda method: [method.objectives.index(o) for o in plan.costliest(method)]
+    assert [places(m) for m in (rethinking_opd(cold_start=5), trace(), vpd(), sdpo())] == [[1], [0], [0, 1], [0]]
 
 
 def test_another_model_teaches(unoptimised):
