@@ -66,8 +66,9 @@ class Judge:
     """A verifier that asks a model: `POST url/chat/completions` at temperature 0; the reward is `(score - low)/(high - low)`.
 
     Equal texts are asked about once, also where they are judged at the same time.  An answer without an end of its
-    thinking, or with nothing after it, earns 0 and is not asked about.  The judge's reasons are the feedback for answers with a
-    reward below 1, where the example has no fixed remark.
+    thinking, or with nothing after it, earns 0 and is not asked about; one that the length limit cut off is
+    judged as it stands.  The judge's reasons are the feedback for answers with a reward below 1, where the example has no
+    fixed remark.
 
     Args:
       url: "http://localhost:8000/v1" (the version may be left out); model: the name it serves.

@@ -8,7 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from whole_runs import FILE, lines, run_here
+from whole_runs import FILE, ended, lines, run_here, start_all
 
 from sdjax.devices import http_json
 from sdjax.devices.http_json import KEY, EngineError
@@ -369,3 +369,15 @@ def test_a_run_ends_when_its_judge_does_and_goes_on_without_asking_twice(server,
     assert len({*keys}) == len(keys) == len(kept) + len(server.bodies) and server.bodies
     assert {row["score"] for row in lines(run, "verdicts.jsonl")} <= {float(score) for score in range(11)}
     assert lines(run)[-1]["step"] == 3
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_asks_for_all(server, tmp_path, programs):
+    server.rule = lambda m: f"Score: {sum(map(ord, m[1]['content'])) % 11}"
+    how = ("--judge", server.url, "--judge-model", "grader", "--judge-rubric", rubric(tmp_path), "--steps", "2")
+    for process in start_all(tmp_path / "run", 2, programs, "--method", "grpo", *how):
+        status, output = ended(process)
+        assert status == 0, output
+    keys = [row["key"] for row in lines(tmp_path / "run", "verdicts.jsonl")]
+    assert len({*keys}) == len(keys) == len(server.bodies) > 1
+    assert lines(tmp_path / "run")[-1]["step"] == 2
