@@ -163,6 +163,7 @@ def test_the_judge_reads_question_answer_reference_and_rubric_and_its_score_is_t
 
 def test_ends_of_the_range_and_what_the_policy_is_told(server):
     judge = judge_of(server)
+    assert Judge(server.url, "grader", RUBRIC)(problem(), "a").reward == 0.4  # of 0 to 10
     server.rule = lambda _: "Perfect.\nScore: 5"
     assert judge(problem(), "a") == Verdict(1.0, None)
     server.rule = lambda _: "Wrong.\nScore: 1"
