@@ -154,7 +154,8 @@ def test_the_judge_reads_question_answer_reference_and_rubric_and_its_score_is_t
     verdict = judge(problem(answer=("one", "uno")), "<think>hidden thoughts</think>Half of it is whole.")
     assert verdict == Verdict(0.75, "Fine.")
     (body,) = server.bodies
-    assert (body["model"], body["temperature"], server.keys) == ("grader", 0.0, ["Bearer a secret"])
+    assert (body["model"], body["temperature"], body["stream"]) == ("grader", 0.0, False)
+    assert server.keys == ["Bearer a secret"]
     system, user = (turn["content"] for turn in body["messages"])
     assert RUBRIC in system and "from 1 to 5" in system
     assert all(part in user for part in ("Why is 2 even?", "Half of it is whole.", "one\nor: uno"))
@@ -325,6 +326,16 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
         Settings(judge="localhost", judge_model="m", judge_rubric=file)
     with pytest.raises(TaskError, match="is empty"):
         Settings(judge=url, judge_model="m", judge_rubric=rubric(tmp_path, " \n"))
+
+
+def test_a_judge_by_options(server, tmp_path, monkeypatch):
+    """Its address may lack the version."""
+    monkeypatch.setenv(KEY, "a secret")
+    options = {"judge_model": "grader", "judge_rubric": rubric(tmp_path), "judge_scores": "1-5"}
+    judge = Settings(judge=server.url.removesuffix("/v1"), **options).chosen_judge()
+    assert judge(problem(), "a").reward == 0.75 and server.keys == ["Bearer a secret"]
+    (body,) = server.bodies
+    assert body["model"] == "grader" and RUBRIC in body["messages"][0]["content"]
 
 
 def test_a_task_with_a_judge(server):
