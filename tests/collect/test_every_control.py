@@ -63,9 +63,10 @@ OWN = {
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
     """These programs are compiled once and hardly run."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -49,9 +49,10 @@ NAIVE, EXPERT = tiny.log(0.7, 0.2, 0.1), tiny.log(0.1, 0.1, 0.8)
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
     """These programs are compiled once and hardly run."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def environment(method, **how):

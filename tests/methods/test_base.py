@@ -45,9 +45,10 @@ close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=2e-6)
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
     """These programs are compiled once and hardly run."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def divergence(method, student=STUDENT_DIST, teacher=TEACHER_DIST, token=0, **others):

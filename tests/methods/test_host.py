@@ -63,9 +63,10 @@ near = functools.partial(np.testing.assert_allclose, atol=6e-6, rtol=6e-6)
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
     """These programs are compiled once and hardly run."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def signal(method, name="divergence", token=0, **dists):

@@ -346,9 +346,10 @@ def test_refused(arguments, said, capsys):
 @pytest.fixture
 def unoptimised():
     """Programs that are compiled to run once."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("name", method_names())
