@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +33,21 @@ def digest(array: Array) -> Array:
 
 def digests(tree: Any) -> dict[str, Array]:
     """`{path: digest}` of a tree's arrays, under way on the devices: `jax.device_get` waits for them."""
-    return {named(path): digest(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    found = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        found[named(path)] = one_at_a_time(digest, x)
+    return found
+
+
+def one_at_a_time(program: Callable[[Array], Array], x: Array) -> Array:
+    """`program(x)`; where one processor plays several devices, after all that x waits for, and waited for.
+
+    There the devices share threads: of several programs under way each may wait, in an all-reduce, for threads that the
+    others hold, for ever.
+    """
+    if jax.default_backend() != "cpu" or not isinstance(x, Array) or len(x.sharding.device_set) == 1:
+        return program(x)
+    return jax.block_until_ready(program(jax.block_until_ready(x)))
 
 
 def named(path: Any) -> str:
