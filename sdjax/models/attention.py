@@ -102,7 +102,7 @@ def attend_written(
     Not on GPUs: there the branches of a condition would copy the cache at every step, which costs more than it saves.
     """
     if on_nvidia():
-        return attend(query, positions, (*before, cache), window, cap=cap)
+        return attend(query, positions, (*before, cache), window, cap=cap, sinks=sinks)
     sizes = prefixes(cache.keys.shape[1])
 
     def reads(size: int) -> Callable[[Keys], Array]:

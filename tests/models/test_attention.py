@@ -134,6 +134,19 @@ def test_a_step_of_decoding_reads_what_is_written(data, window, written, monkeyp
     np.testing.assert_allclose(found[some], wanted[some], atol=2e-6)
 
 
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_a_step_of_decoding_keeps_caps_and_sinks_on_every_device(data, nvidia, monkeypatch):
+    """Where the whole cache is read, too."""
+    monkeypatch.setattr(attention, "on_nvidia", lambda: nvidia)
+    query, positions, (past, own) = data
+    query, positions = query[:, -1:], positions[:, -1:]
+    sinks = jnp.asarray(np.random.default_rng(0).normal(size=query.shape[2:4]), jnp.float32)
+    wanted = at_once(query, positions, (past, own), cap=0.5, sinks=sinks)
+    found = attend_written(query, positions, (past,), own, jnp.asarray(OWN), cap=0.5, sinks=sinks)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    assert np.abs(wanted - at_once(query, positions, (past, own), cap=0.5)).max() > 1e-3
+
+
 def test_short_caches_are_read_whole_and_long_ones_in_few_ways():
     assert prefixes(1) == [1] and prefixes(128) == [128] and prefixes(170) == [170]
     assert prefixes(171) == [128, 171] and prefixes(1000) == [128, 256, 512, 1000]
