@@ -21,7 +21,7 @@ class Mirror:
         self.folder, self.own = folder, folder
         if places.in_bucket(folder):
             self.own = Path(tempfile.mkdtemp(prefix="sdjax-"))
-        self.sent: dict[str, tuple[int, int]] = {}
+        self.sent: dict[str, list | None] = {}
 
     def fetch(self) -> None:
         """Brings the logs of a run that goes on to this machine."""
@@ -37,8 +37,7 @@ class Mirror:
         if self.own == self.folder:
             return
         for name in places.listing(self.own):
-            about = (self.own / name).stat()
-            mark = (about.st_size, about.st_mtime_ns)
+            mark = places.mark(self.own / name)
             if self.sent.get(name) != mark:
                 places.write_bytes(self.folder / name, (self.own / name).read_bytes())
                 self.sent[name] = mark

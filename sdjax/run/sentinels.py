@@ -96,7 +96,8 @@ class Watch:
             self.accuracy = [accuracy, low, high]
         fell = best is not None and high < best[1]
         said = best and f"held-out accuracy fell from {100 * best[0]:.0f} % to {100 * accuracy:.0f} %"
-        return self._raised("accuracy", fell, Alarm("collapse", f"{said}: their 95 % intervals do not meet"))
+        alarm = self._raised("accuracy", fell, Alarm("collapse", f"{said}: their 95 % intervals do not meet"))
+        return [alarm] if alarm else []
 
     def _remember(self, name: str, recent: list[float]) -> None:
         """A reference `[mean, deviation]`: of the first window, or of the best so far."""
@@ -109,23 +110,21 @@ class Watch:
         if then is None or len(recent) < WINDOW:
             return None
         now, (mean, deviation) = float(np.mean(recent)), then
-        base = max(mean, sentinel.least)
-        moved = now < sentinel.under * mean if mean >= sentinel.least else False
-        moved |= now > sentinel.over * base
+        moved = mean >= sentinel.least and now < sentinel.under * mean
+        moved |= now > sentinel.over * max(mean, sentinel.least)
         moved |= now - mean > sentinel.by if sentinel.by > 0 else now - mean < sentinel.by
         error = math.sqrt((np.var(recent, ddof=1) + deviation**2) / WINDOW)
         says = f"{sentinel.says}: {sentinel.number} was {mean:.3g} and is {now:.3g} (means of {WINDOW} steps)"
-        found = self._raised(sentinel.says, moved and abs(now - mean) > 4.0 * error, Alarm(sentinel.kind, says))
-        return found[0] if found else None
+        return self._raised(sentinel.says, moved and abs(now - mean) > 4.0 * error, Alarm(sentinel.kind, says))
 
-    def _raised(self, name: str, wrong: bool, alarm: Alarm) -> list[Alarm]:
+    def _raised(self, name: str, wrong: bool, alarm: Alarm) -> Alarm | None:
         """The alarm, where it was not raised already."""
         new = wrong and name not in self.raised
         if new:
             self.raised.append(name)
         if not wrong and name in self.raised:
             self.raised.remove(name)
-        return [alarm] if new else []
+        return alarm if new else None
 
 
 def watched(rollouts: Sequence[Rollout]) -> dict[str, float]:
