@@ -9,13 +9,12 @@ scored in the ways of both (see `scoring.py`).
 
 import contextlib
 import dataclasses
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import jax.numpy as jnp
+import json_server
 import numpy as np
 from scoring import generated, with_prompt_logprobs
 
@@ -93,28 +92,6 @@ class Served:
 def serving(policy):
     """While entered, the policy is served at `.url`."""
     served = Served(policy)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, answer = served.answer(self.path, {**body, "authorization": self.headers.get("Authorization")})
-            with contextlib.suppress(OSError):  # whoever asked may have gone
-                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    answer = lambda path, body, authorization: served.answer(path, {**body, "authorization": authorization})
+    with json_server.serving(answer) as served.url:
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from networks import unoptimised
 
 from sdjax.cli.options import method_factory, method_names
 from sdjax.collect import controls
@@ -60,13 +61,7 @@ OWN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """These programs are compiled once and hardly run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+quick_compiles = pytest.fixture(scope="module", autouse=True)(unoptimised)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from method_checks import assert_same, close, fixture, slopes
+from networks import unoptimised
 
 from sdjax.collect.contexts import question
 from sdjax.collect.saliency import SCALE, START, effective, parts, relearned, restored, saliency
@@ -25,13 +26,7 @@ from sdjax.types import Rollout
 near = functools.partial(np.testing.assert_allclose, atol=6e-6, rtol=6e-6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """These programs are compiled once and hardly run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+quick_compiles = pytest.fixture(scope="module", autouse=True)(unoptimised)
 
 
 # ---- the mask ---------------------------------------------------------------------------------------------------------

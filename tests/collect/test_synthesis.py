@@ -12,6 +12,7 @@ import pytest
 import spies
 import tiny
 from method_checks import close, expected_gradient
+from networks import unoptimised
 
 from sdjax.collect import synthesis, taggers
 from sdjax.collect.contexts import question
@@ -46,13 +47,7 @@ EXAMPLES = tiny.TASK.train[:4]
 NAIVE, EXPERT = tiny.log(0.7, 0.2, 0.1), tiny.log(0.1, 0.1, 0.8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """These programs are compiled once and hardly run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+quick_compiles = pytest.fixture(scope="module", autouse=True)(unoptimised)
 
 
 def environment(method, **how):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from networks import unoptimised
 
 from sdjax.collect import rollouts as host
 from sdjax.collect.contexts import question
@@ -42,13 +43,7 @@ LOG_RATIOS = tuple(np.log([1.2, 0.9, 1.1, 0.7, 1.3, 0.8]))
 close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=2e-6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """These programs are compiled once and hardly run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+quick_compiles = pytest.fixture(scope="module", autouse=True)(unoptimised)
 
 
 def divergence(method, student=STUDENT_DIST, teacher=TEACHER_DIST, token=0, **others):

@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, slopes
+from networks import unoptimised
 
 from sdjax.collect import corrections, plans, playbook, selection
 from sdjax.collect.annotators import step_numbers
@@ -60,13 +61,7 @@ P, Q = normalise(STUDENT_LOGITS), normalise(TEACHER_LOGITS)
 near = functools.partial(np.testing.assert_allclose, atol=6e-6, rtol=6e-6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """These programs are compiled once and hardly run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+quick_compiles = pytest.fixture(scope="module", autouse=True)(unoptimised)
 
 
 def signal(method, name="divergence", token=0, **dists):

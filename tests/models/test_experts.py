@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from golden_models import GOLDEN, Golden, run, step
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
@@ -20,42 +20,13 @@ from sdjax.models.fields import ModelError
 from sdjax.models.layout import layout, shapes
 from sdjax.models.routing import Moe, Routes, route
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe")
 unoptimised = pytest.fixture(scope="module", autouse=True)(networks.unoptimised)
-
-
-class Golden:
-    """One committed model and what transformers computes."""
-
-    def __init__(self, name):
-        self.config = from_hf(GOLDEN / name)
-        self.params = jax.tree.map(jnp.asarray, weights.load(GOLDEN / name, self.config))
-        self.model = transformer.Transformer(self.config)
-        with np.load(GOLDEN / name / "logits.npz") as file:
-            self.tokens, lengths, self.logits, self.padded = (
-                file[key] for key in ("tokens", "lengths", "logits", "padded")
-            )
-        self.mask = np.arange(self.tokens.shape[1]) >= self.tokens.shape[1] - lengths[:, None]
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def golden(request):
     return Golden(request.param)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run(model, params, tokens, mask, past=None, positions=None):
-    positions = transformer.positions_of(mask) if positions is None else positions
-    hidden, own = transformer.hidden(model, params, tokens, positions, mask, past)
-    return transformer.logits(model, params, hidden), own
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def step(model, params, token, position, past, cache, column):
-    place = transformer.Column(column, column + 1)
-    hidden, cache = transformer.decode(model, params, token, position, past, cache, place)
-    return transformer.logits(model, params, hidden), cache
 
 
 def close(found, wanted, share=1e-5):
@@ -65,8 +36,8 @@ def close(found, wanted, share=1e-5):
 
 def test_logits_are_those_of_transformers(golden):
     whole = np.ones_like(golden.mask)
-    close(run(golden.model, golden.params, golden.tokens, whole)[0][0], golden.logits)
-    found = run(golden.model, golden.params, golden.tokens, golden.mask)[0]
+    close(golden.full(golden.tokens, whole)[0], golden.logits)
+    found = golden.full(golden.tokens, golden.mask)
     close(np.where(golden.mask[..., None], found, 0), golden.padded)
 
 
@@ -74,7 +45,7 @@ def test_decoding_takes_the_routes_of_scoring(golden):
     """Padded prompts are read once, the rest token by token: the logits of one pass, to rounding."""
     prefix, tokens, mask = 14, jnp.asarray(golden.tokens), jnp.asarray(golden.mask)
     positions = transformer.positions_of(mask)
-    past = run(golden.model, golden.params, tokens[:, :prefix], mask[:, :prefix])[1]
+    _, past = run(golden.model, golden.params, tokens[:, :prefix], positions[:, :prefix], mask[:, :prefix])
     cache = transformer.empty_cache(golden.model, 2, tokens.shape[1] - prefix)
     for column in range(tokens.shape[1] - prefix):
         here = prefix + column

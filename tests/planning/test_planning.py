@@ -9,6 +9,7 @@ from pathlib import Path
 import compilers
 import jax
 import jax.numpy as jnp
+import networks
 import pytest
 import tiny
 
@@ -343,13 +344,7 @@ def test_refused(arguments, said, capsys):
 # ---- every method, and other teachers ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unoptimised():
-    """Programs that are compiled to run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+unoptimised = pytest.fixture(networks.unoptimised)
 
 
 @pytest.mark.parametrize("name", method_names())

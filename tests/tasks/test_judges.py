@@ -1,12 +1,10 @@
 """A model as judge, against a real server on loopback: scores, what is asked and how often, what goes wrong, whole runs."""
 
-import contextlib
 import hashlib
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import json_server
 import pytest
 from whole_runs import FILE, ended, lines, run_here, start_all
 
@@ -52,30 +50,9 @@ class Judging:
 @pytest.fixture
 def server():
     served = Judging()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, answer = served.answer(self.path, body, self.headers.get("Authorization"))
-            data = json.dumps(answer).encode()
-            with contextlib.suppress(OSError):  # whoever asked may have gone
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    served.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-    yield served
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with json_server.serving(served.answer) as address:
+        served.url = f"{address}/v1"
+        yield served
 
 
 @pytest.fixture
