@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -91,7 +92,8 @@ def create_text(path: Path, text: str) -> None:
     if in_bucket(path):
         file_system().pipe_file(os.fspath(path), text.encode(), mode="create")
         return
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
+    # A name that no other writer has: neither another thread, nor a process of another host with the same number.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
     unfinished.write_text(text, encoding="utf-8")
     try:
         os.link(unfinished, path)
