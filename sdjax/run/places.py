@@ -206,7 +206,7 @@ def try_writing(folder: Path) -> None:
         if wrong:
             raise PlaceError(f"{folder} cannot be written ({wrong}): name another folder with --out")
         return
-    probe = f"{os.fspath(folder)}/{os.getpid()}{UNFINISHED}"
+    probe = f"{os.fspath(folder)}/{secrets.token_hex(8)}{UNFINISHED}"
     asked(folder, "be written", "_pipe_file", probe, b"1")
     asked(folder, "be written", "_rm_file", probe)
 
