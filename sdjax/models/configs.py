@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.models.delta_shapes import DeltaShape
-from sdjax.models.families import DELTA, FAMILIES, FULL, LAYER_KINDS, OPTIONAL, SLIDING, Family, full, supported
+from sdjax.models.families import (
+    DELTA,
+    FAMILIES,
+    FULL,
+    LAYER_KINDS,
+    OPTIONAL,
+    SLIDING,
+    Asked,
+    Family,
+    full,
+    supported,
+)
 from sdjax.models.fields import Fields, ModelError, read_fields
 from sdjax.models.mxfp4 import is_mxfp4
 from sdjax.models.ropes import NO_ROPE, ORIGINAL, PARTIAL, Rope, rope
@@ -91,6 +102,9 @@ class ModelConfig:
         per_layer = {name: getattr(self, name)[:layers] for name in PER_LAYER}
         return dataclasses.replace(self, layers=min(layers, self.layers), **per_layer)
 
+
+BIASES = ("qkv_bias", "out_bias", "mlp_bias")
+"""The fields of `ModelConfig` that say which products have biases."""
 
 PER_LAYER = ("windows", "ropes", "delta_layers")
 """The fields of `ModelConfig` with one entry per layer (or none, for what no layer has)."""
@@ -178,9 +192,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
         windows=windows,
         ropes=tuple(ropes[kind] if turns else NO_ROPE for kind, turns in zip(kinds, rotates, strict=True)),
-        qkv_bias=family.qkv_bias or _asked(fields, family, "attention_bias"),
-        out_bias=family.out_bias or _asked(fields, family, "attention_bias"),
-        mlp_bias=_asked(fields, family, "mlp_bias"),
+        **{bias: _stated(fields, getattr(family, bias)) for bias in BIASES},
         qk_norm=family.qk_norm,
         norms=family.norms,
         norm_offset=family.norm_offset,
@@ -216,9 +228,9 @@ def _named_activation(activation: str) -> str:
     return next(name for name, ours in _ACTIVATIONS.items() if ours == activation)
 
 
-def _asked(fields: Fields, family: Family, name: str) -> bool:
-    """Whether a config.json asks for biases; a field that its family does not know counts for nothing."""
-    return name in family.named_biases and fields.flag(name)
+def _stated(fields: Fields, fact: bool | Asked) -> bool:
+    """A fact of a family, or what config.json says of it."""
+    return fields.flag(*fact) if isinstance(fact, Asked) else fact
 
 
 def _optional(fields: Fields, family: Family, name: str, ours: str) -> float | None:
@@ -289,7 +301,6 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
-        "attention_bias": config.out_bias,
         "rope_parameters": parameters if family.rope_by_kind else next(iter(parameters.values()), {}),
         "dtype": "float32",
         # Written out, because the defaults of some families lie outside a small vocabulary.
@@ -302,8 +313,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         result["layer_types"] = kinds
     if family.kinds is not full:
         result["sliding_window"] = windows[0] if windows else None
-    if "mlp_bias" in family.named_biases:
-        result["mlp_bias"] = config.mlp_bias
+    facts = {bias: getattr(family, bias) for bias in BIASES}
+    result |= {fact.field: getattr(config, bias) for bias, fact in facts.items() if isinstance(fact, Asked)}
     if config.moe is not None:
         result |= family.experts.written(config.moe)
     if family.window_by_choice:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdjax.models.fields import Fields
 from sdjax.models.routing import GptOssExperts, MixtralExperts, OlmoeExperts, QwenExperts
@@ -80,12 +80,19 @@ def rotating(fields: Fields, layers: int) -> list[bool]:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
+class Asked(NamedTuple):
+    """A fact that config.json states: the field, and what counts where it is missing."""
+
+    field: str
+    default: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a config.json leaves to the model's class in the transformers library.
 
     `kinds` names the layers where `layer_types` is missing (`None`: that field does not count), `window` is the default of `sliding_window`.
-    `named_biases` are the fields that can ask for biases.  The rest are defaults or facts of `ModelConfig`.
+    There are biases, or none, or config.json asks for them.  The rest are defaults or facts of `ModelConfig`.
     """
 
     architecture: str
@@ -103,10 +110,10 @@ class Family:
     local_theta: float | None = None  # `rope_theta` of layers with a window, where it differs
     rotates: Callable[[Fields, int], list[bool]] | None = None  # layers with a rope, where not all have one
     partial_rotary: float | None = None  # default of `partial_rotary_factor`; None: that field does not count
-    qkv_bias: bool = False
-    out_bias: bool = False
+    qkv_bias: bool | Asked = False
+    out_bias: bool | Asked = False
+    mlp_bias: bool | Asked = False
     sinks: bool = False  # every head has a learnt score for reading nothing
-    named_biases: tuple[str, ...] = ()
     qk_norm: str = "none"
     norms: str = "before"
     norm_offset: float = 0.0
@@ -130,7 +137,11 @@ OPTIONAL = {
 }
 """Fields that some families read, and what `ModelConfig` calls them; null is none."""
 
+_BIASED = {"qkv_bias": Asked("attention_bias"), "out_bias": Asked("attention_bias")}
+_LLAMA_BIASES = {**_BIASED, "mlp_bias": Asked("mlp_bias")}
+
 _GEMMA = {
+    **_BIASED,
     "head_dim": 256,
     "tied_embeddings": True,
     "window": 4096,
@@ -140,14 +151,10 @@ _GEMMA = {
     "activation_field": "hidden_activation",
     "scaled_embedding": True,
     "query_scalar": 256,
-    "named_biases": ("attention_bias",),
 }
 
-
-_LLAMA_BIASES = ("attention_bias", "mlp_bias")
-
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", layer_types=False, named_biases=_LLAMA_BIASES),
+    "llama": Family("LlamaForCausalLM", layer_types=False, **_LLAMA_BIASES),
     "qwen2": Family("Qwen2ForCausalLM", kinds=windowed_by_choice, window=4096, window_by_choice=True, qkv_bias=True),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -156,7 +163,7 @@ FAMILIES = {
         window_by_choice=True,
         head_dim=128,
         qk_norm="head",
-        named_biases=("attention_bias",),
+        **_BIASED,
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
@@ -165,10 +172,10 @@ FAMILIES = {
         rope_theta=500_000.0,
         qk_norm="flat",
         norms="after",
-        named_biases=("attention_bias",),
+        **_BIASED,
     ),
     "olmo2": Family(
-        "Olmo2ForCausalLM", layer_types=False, qk_norm="flat", norms="after", named_biases=("attention_bias",)
+        "Olmo2ForCausalLM", layer_types=False, qk_norm="flat", norms="after", **_BIASED
     ),
     "mistral": Family("MistralForCausalLM", kinds=windowed, layer_types=False, window=4096),
     "ministral3": Family("Ministral3ForCausalLM", kinds=windowed_if_named, layer_types=False, head_dim=128),
@@ -187,7 +194,7 @@ FAMILIES = {
         rotates=rotating,
         rope_theta=2_000_000.0,
         tied_embeddings=True,
-        named_biases=_LLAMA_BIASES,
+        **_LLAMA_BIASES,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM", **_GEMMA, kinds=full_every(2), score_cap=50.0, logit_cap=30.0, optional=tuple(OPTIONAL)
@@ -211,7 +218,7 @@ FAMILIES = {
         qk_norm="head",
         gated_attention=True,
         delta=True,
-        named_biases=("attention_bias",),
+        **_BIASED,
     ),
     "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
     "qwen3_moe": Family(
@@ -222,7 +229,7 @@ FAMILIES = {
         window_by_choice=True,
         head_dim=None,
         qk_norm="head",
-        named_biases=("attention_bias",),
+        **_BIASED,
         experts=QwenExperts,
     ),
     "mixtral": Family(
@@ -232,7 +239,7 @@ FAMILIES = {
         "OlmoeForCausalLM",
         layer_types=False,
         qk_norm="flat",
-        named_biases=("attention_bias",),
+        **_BIASED,
         experts=OlmoeExperts,
     ),
     "gpt_oss": Family(
