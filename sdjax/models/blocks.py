@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-from jax import Array
 
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.caches import put
 from sdjax.models.configs import ModelConfig
 from sdjax.models.delta import DeltaNet
 from sdjax.models.experts import Experts
-from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, biased, grown, project, project_heads, rotate
+from sdjax.models.mlp import MLP
+from sdjax.models.primitives import INIT, RMSNorm, biased, grown, project, project_heads, rotate
 
 
 class Attention(nn.Module):
@@ -65,26 +65,6 @@ class Attention(nn.Module):
         return flat(norms[0], query), flat(norms[1], key)
 
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): `(silu(x gate) * (x up)) down`, gate and up in one `[width, 2, mlp]`.
-
-    Other families have another activation than silu, or biases.
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        gate_up = self.param("gate_up", INIT, (c.width, 2, c.mlp_width))
-        down = self.param("down", INIT, (c.mlp_width, c.width))
-        both = project(x, gate_up)
-        if c.mlp_bias:
-            both = biased(self, both, "gate_up_bias", (2, c.mlp_width))
-        found = project(ACTIVATIONS[c.activation](both[..., 0, :]) * both[..., 1, :], down)
-        return biased(self, found, "down_bias", (c.width,)) if c.mlp_bias else found
-
-
 def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
     """What mixes the tokens of a layer: `(x, positions, mask, past, cache, column, bias)` -> output, keys, values."""
     return DeltaNet(config, name="delta") if config.has_delta(layer) else Attention(config, layer, name="attention")
@@ -92,7 +72,7 @@ def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
 
 def mlp_of(config: ModelConfig, layer: int) -> nn.Module:
     """What follows it, token by token: `x [B, S, D]` -> `[B, S, D]`."""
-    return (Experts if config.has_experts(layer) else MLP)(config, name="mlp")
+    return Experts(config, name="mlp") if config.has_experts(layer) else MLP(config, config.mlp_width, name="mlp")
 
 
 class Block(nn.Module):

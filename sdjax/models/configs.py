@@ -21,8 +21,9 @@ from sdjax.models.families import (
     supported,
 )
 from sdjax.models.fields import Fields, ModelError, read_fields
+from sdjax.models.layer_ropes import rope_parameters
 from sdjax.models.mxfp4 import is_mxfp4
-from sdjax.models.ropes import NO_ROPE, ORIGINAL, PARTIAL, Rope, rope
+from sdjax.models.ropes import NO_ROPE, ORIGINAL, Rope, rope
 from sdjax.models.routing import Moe
 from sdjax.models.wrapped import text_fields
 
@@ -86,7 +87,7 @@ class ModelConfig:
     def hidden_units(self) -> int:
         """Hidden units of a layer that a token goes through, at most."""
         dense = self.moe is None or any(not self.has_experts(layer) for layer in range(self.layers))
-        return max(self.mlp_width if dense else 0, self.moe.per_token * self.moe.width if self.moe else 0)
+        return max(self.mlp_width if dense else 0, self.moe.units if self.moe else 0)
 
     def of_layers(self) -> list[tuple[Any, ...]]:
         """What one layer may have that another has not, for each layer: layers with equal entries do the same."""
@@ -111,42 +112,6 @@ PER_LAYER = ("windows", "ropes", "delta_layers")
 
 
 # ---- config.json to ModelConfig and back --------------------------------------------------------------------------
-
-
-def _rope_parameters(fields: Fields, family: Family, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The parameters for each kind of layer, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
-    found, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
-    nested = {kind: found[kind] for kind in LAYER_KINDS if kind in found}
-    for kind, value in nested.items():
-        if value is not None and not isinstance(value, Mapping):
-            fields.refuse(f"'rope_parameters' of {kind!r} must be an object, found {value!r}")
-    if nested and not family.rope_by_kind:
-        fields.refuse(f"'rope_parameters' per layer type is not supported in a {family.architecture}")
-    if found and not nested and family.rope_by_kind:
-        fields.refuse(f"'rope_parameters' of a {family.architecture} must be given per layer type")
-    shared = {"rope_theta": fields.number("rope_theta", family.rope_theta)}
-    if fields.has(PARTIAL) or family.partial_rotary not in (None, 1.0):
-        shared[PARTIAL] = fields.values.get(PARTIAL) or family.partial_rotary
-    if family.original_context is not None:
-        for section in filter(None, (found, scaling)):
-            section[ORIGINAL] = fields.integer(ORIGINAL, family.original_context)
-    if family.rope_by_kind:
-        # Scaling stretches only the layers that see the whole context: a window never reaches that far.
-        nested.setdefault(FULL, scaling)
-        local = {"rope_theta": fields.number("rope_local_base_freq", family.local_theta)} if family.local_theta else {}
-        given = {kind: {**shared, **(local if kind == SLIDING else {}), **(nested.get(kind) or {})} for kind in kinds}
-    else:
-        given = {kind: {**shared, **(found or scaling)} for kind in kinds}
-    return {
-        kind: parameters if family.partial_rotary is not None else _whole(parameters)
-        for kind, parameters in given.items()
-    }
-
-
-def _whole(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Of a family whose class always rotates whole heads: plain ropes, whatever `partial_rotary_factor` says."""
-    scaled = (parameters.get("rope_type") or parameters.get("type") or "default") != "default"
-    return {name: value for name, value in parameters.items() if scaled or name != PARTIAL}
 
 
 def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
@@ -175,9 +140,10 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
     kinds, windows = _attention_kinds(fields, family)
     ropes = {
         kind: rope(head_dim, max_context, parameters, fields.where)
-        for kind, parameters in _rope_parameters(fields, family, tuple(dict.fromkeys(kinds))).items()
+        for kind, parameters in rope_parameters(fields, family, kinds).items()
     }
     rotates = family.rotates(fields, len(kinds)) if family.rotates else [kind != DELTA for kind in kinds]
+    moe = family.experts and family.experts.read(fields, len(kinds))
     return ModelConfig(
         family=name,
         vocab_size=fields.integer("vocab_size"),
@@ -186,7 +152,8 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=fields.integer("intermediate_size"),
+        # Where all layers have experts, it need not be said and counts for nothing.
+        mlp_width=fields.integer("intermediate_size", moe.width if moe and not moe.dense else None),
         norm_eps=fields.number("rms_norm_eps"),
         max_context=max_context,
         tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
@@ -196,7 +163,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         qk_norm=family.qk_norm,
         norms=family.norms,
         norm_offset=family.norm_offset,
-        moe=family.experts and family.experts.read(fields, len(kinds)),
+        moe=moe,
         activation=_ACTIVATIONS[fields.values.get(family.activation_field) or _named_activation(family.activation)],
         fused=family.fused,
         sinks=family.sinks,

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.devices.sharding import MODEL, axis_size, current, rows_axis
 from sdjax.models.configs import ModelConfig
-from sdjax.models.primitives import ACTIVATIONS, INIT
+from sdjax.models.mlp import MLP
+from sdjax.models.primitives import ACTIVATIONS, INIT, project
 from sdjax.models.routing import ALPHA, Routes, route
 
 
@@ -24,6 +25,7 @@ class Experts(nn.Module):
     """`sum_i w_i MLP_i(x)` over the experts that a token goes to; the router computes in float32.
 
     Parameters: `router [width, E]`, `gate_up [E, width, 2, F]`, `down [E, F, width]`, and gpt-oss's biases of all three.
+    With a shared expert `sigmoid(x shared_gate) MLP(x)` is added, `shared_gate [width, 1]` (Qwen2-MoE and later).
     """
 
     config: ModelConfig
@@ -44,9 +46,14 @@ class Experts(nn.Module):
             weights["down_bias"] = self.param("down_bias", zeros, (moe.experts, c.width))
         weights = {name: array.astype(x.dtype) for name, array in weights.items()}
         routes = route(logits, moe)
-        if 2 * moe.per_token >= moe.experts:
-            return by_all(x, routes, weights, c)
-        return over_mesh(x, routes, weights, c)
+        read = by_all if 2 * moe.per_token >= moe.experts else over_mesh
+        found = read(x, routes, weights, c)
+        return found if moe.shared is None else found + self.shared(x, moe.shared)
+
+    def shared(self, x: Array, units: int) -> Array:
+        """What the expert gives that every token goes to."""
+        gate = self.param("shared_gate", INIT, (self.config.width, 1))
+        return jax.nn.sigmoid(project(x, gate)) * MLP(self.config, units, name="shared")(x)
 
 
 def gated(both: Array, config: ModelConfig) -> Array:

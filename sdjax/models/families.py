@@ -45,6 +45,12 @@ def windowed_by_choice(fields: Fields, layers: int) -> list[str]:
     return [SLIDING if layer >= first else FULL for layer in range(layers)]
 
 
+def windowed_by_turns(fields: Fields, layers: int) -> list[str]:
+    """Every other layer before `max_window_layers` has a window, if `use_sliding_window` says so (Qwen2-MoE)."""
+    last = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
+    return [SLIDING if layer % 2 == 0 and layer < last else FULL for layer in range(layers)]
+
+
 def full_every(period: int, named: str = "") -> Callable[[Fields, int], list[str]]:
     """The last of every `period` layers is full; `named` is the field that can say another period."""
 
@@ -153,6 +159,17 @@ _GEMMA = {
     "query_scalar": 256,
 }
 
+_QWEN_NEXT = {
+    **_BIASED,
+    "kinds": delta_but_every_fourth,
+    "head_dim": 256,
+    "partial_rotary": 0.25,
+    "norm_offset": 1.0,
+    "qk_norm": "head",
+    "gated_attention": True,
+    "delta": True,
+}
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", layer_types=False, **_LLAMA_BIASES),
     "qwen2": Family("Qwen2ForCausalLM", kinds=windowed_by_choice, window=4096, window_by_choice=True, qkv_bias=True),
@@ -174,9 +191,7 @@ FAMILIES = {
         norms="after",
         **_BIASED,
     ),
-    "olmo2": Family(
-        "Olmo2ForCausalLM", layer_types=False, qk_norm="flat", norms="after", **_BIASED
-    ),
+    "olmo2": Family("Olmo2ForCausalLM", layer_types=False, qk_norm="flat", norms="after", **_BIASED),
     "mistral": Family("MistralForCausalLM", kinds=windowed, layer_types=False, window=4096),
     "ministral3": Family("Ministral3ForCausalLM", kinds=windowed_if_named, layer_types=False, head_dim=128),
     "phi3": Family(
@@ -209,16 +224,16 @@ FAMILIES = {
         qk_norm="head",
         optional=("query_pre_attn_scalar", "final_logit_softcapping"),
     ),
-    "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM",
-        kinds=delta_but_every_fourth,
-        head_dim=256,
-        partial_rotary=0.25,
-        norm_offset=1.0,
-        qk_norm="head",
-        gated_attention=True,
-        delta=True,
-        **_BIASED,
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", **_QWEN_NEXT),
+    "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM", **_QWEN_NEXT, experts=QwenExperts(256, 8, 512, shared=512)),
+    "qwen3_next": Family("Qwen3NextForCausalLM", **_QWEN_NEXT, experts=QwenExperts(512, 10, 512, shared=512)),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        kinds=windowed_by_turns,
+        window=4096,
+        window_by_choice=True,
+        qkv_bias=Asked("qkv_bias", True),
+        experts=QwenExperts(60, 4, 1408, shared=5632, renormalised=False),
     ),
     "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
     "qwen3_moe": Family(
@@ -230,7 +245,7 @@ FAMILIES = {
         head_dim=None,
         qk_norm="head",
         **_BIASED,
-        experts=QwenExperts,
+        experts=QwenExperts(128, 8, 768, renormalised=False),
     ),
     "mixtral": Family(
         "MixtralForCausalLM", kinds=windowed_if_named, layer_types=False, rope_theta=1_000_000.0, experts=MixtralExperts

@@ -14,7 +14,7 @@ from sdjax.models.configs import ModelConfig
 # One row per tensor in a file: our path, its name in transformers, its name in GGUF, and how its axes lie.
 # `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary;
 # `J` queries (and their gates) per key-value head.  Of a delta net: `N` key heads, `R` value heads to each, `S` and `W`
-# their widths, `U` = `R W`, `C` kernel.
+# their widths, `U` = `R W`, `C` kernel; `T` = `2 S + 2 U` and `B` = `2 R`.
 # "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
 # stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
 # Rows with the same name in the file are parts of one tensor, behind one another along its first axis.
@@ -31,13 +31,20 @@ layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.a
 layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
 layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
 """
-_DELTA = """
+_DELTA_INPUTS = """
 layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkv   -                   NS,D  -> DN.S
 layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkv   -                   NS,D  -> DN.S
 layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkv   -                   NU,D  -> DN.U
 layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_z     -                   NU,D  -> DN.U
 layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_b     -                   NR,D  -> DN.R
 layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_a     -                   NR,D  -> DN.R
+"""
+# Of Qwen3-Next: head after head, as we hold them.
+_DELTA_INPUTS_BY_HEAD = """
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_qkvz  -                   NT,D  -> DN.T
+layers_#/delta/mixed            model.layers.#.linear_attn.in_proj_ba    -                   NB,D  -> DN.B
+"""
+_DELTA = """
 layers_#/delta/convolution      model.layers.#.linear_attn.conv1d        -                   NS,1,C -> N.S1C
 layers_#/delta/convolution      model.layers.#.linear_attn.conv1d        -                   NS,1,C -> N.S1C
 layers_#/delta/convolution      model.layers.#.linear_attn.conv1d        -                   NU,1,C -> N.U1C
@@ -62,12 +69,19 @@ layers_#/mlp/gate_up            model.layers.#.mlp.gate_proj             blk.#.f
 layers_#/mlp/gate_up            model.layers.#.mlp.up_proj               blk.#.ffn_up        1F,D  -> D.1F
 layers_#/mlp/down               model.layers.#.mlp.down_proj             blk.#.ffn_down      D,F   -> FD
 """
-# One row for all experts of a layer: `@` is the expert's number, `E` how many there are, `X` one of them, `M` its width.
+# One row for all experts of a layer: `@` is the expert's number, `E` how many there are, `X` one of them, `M` its width,
+# `Y` the shared one's.
 _EXPERTS = """
 layers_#/mlp/router             model.layers.#.mlp.gate                  -                   E,D   -> DE
 layers_#/mlp/gate_up            model.layers.#.mlp.experts.@.gate_proj   -                   X1M,D -> XD.1M
 layers_#/mlp/gate_up            model.layers.#.mlp.experts.@.up_proj     -                   X1M,D -> XD.1M
 layers_#/mlp/down               model.layers.#.mlp.experts.@.down_proj   -                   XD,M  -> XMD
+"""
+_SHARED = """
+layers_#/mlp/shared/gate_up     model.layers.#.mlp.shared_expert.gate_proj -                 1Y,D   -> D.1Y
+layers_#/mlp/shared/gate_up     model.layers.#.mlp.shared_expert.up_proj -                   1Y,D   -> D.1Y
+layers_#/mlp/shared/down        model.layers.#.mlp.shared_expert.down_proj -                 D,Y    -> YD
+layers_#/mlp/shared_gate        model.layers.#.mlp.shared_expert_gate    -                   1,D    -> D1
 """
 _MIXTRAL = """
 layers_#/mlp/router             model.layers.#.block_sparse_moe.gate     -                   E,D   -> DE
@@ -209,7 +223,7 @@ def _block(config: ModelConfig, layer: int) -> str:
 
 def _mixer(config: ModelConfig, layer: int) -> str:
     if config.has_delta(layer):
-        return _DELTA
+        return (_DELTA_INPUTS_BY_HEAD if config.family == "qwen3_next" else _DELTA_INPUTS) + _DELTA
     biases = (
         (_QKV_BIAS if config.qkv_bias else "")
         + (_OUT_BIAS if config.out_bias else "")
@@ -220,7 +234,8 @@ def _mixer(config: ModelConfig, layer: int) -> str:
 
 def _mlp(config: ModelConfig, layer: int) -> str:
     if config.has_experts(layer):
-        return {"mixtral": _MIXTRAL, "gpt_oss": _GPT_OSS}.get(config.family, _EXPERTS)
+        own = {"mixtral": _MIXTRAL, "gpt_oss": _GPT_OSS}.get(config.family, _EXPERTS)
+        return own + (_SHARED if config.moe.shared else "")
     return (_FUSED_MLP if config.fused else _MLP) + (_MLP_BIAS if config.mlp_bias else "")
 
 
@@ -233,11 +248,11 @@ def _place(
     sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
     sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
     if config.moe is not None:
-        sizes |= {"E": config.moe.experts, "X": 1, "2": 2, "M": config.moe.width}
+        sizes |= {"E": config.moe.experts, "X": 1, "2": 2, "M": config.moe.width, "Y": config.moe.shared}
     if config.delta is not None:
         shape = config.delta
         sizes |= {"N": shape.heads, "S": shape.key, "R": shape.per_key, "U": shape.values, "W": shape.value}
-        sizes["C"] = shape.kernel
+        sizes |= {"C": shape.kernel, "T": 2 * (shape.key + shape.values), "B": 2 * shape.per_key}
     letters = stored.replace(",", "")
     start, axis = ends.get((path, expert), 0), max(ours.find("."), 0)
     ends[path, expert] = start + sizes[ours.replace(".", "")[axis]]

@@ -17,7 +17,8 @@ class Moe:
     """A mixture of experts in place of a layer's MLP: each token is read by `per_token` of `experts` MLPs of a `width`.
 
     A token's weights are its probabilities over all experts or, `renormalised`, over those that it goes to alone.
-    `dense` are the layers that keep an ordinary MLP.  With `clamped` gates and inputs are cut at this number, the gate is
+    `dense` are the layers that keep an ordinary MLP.  Every token is read by a further MLP, too, with so many `shared`
+    units, if there are any.  With `clamped` gates and inputs are cut at this number, the gate is
     `x sigmoid(1.702 x)`, and router and experts have biases (gpt-oss).
     """
 
@@ -27,6 +28,12 @@ class Moe:
     renormalised: bool = True
     dense: tuple[int, ...] = ()
     clamped: float | None = None
+    shared: int | None = None
+
+    @property
+    def units(self) -> int:
+        """Hidden units that a token goes through."""
+        return self.per_token * self.width + (self.shared or 0)
 
 
 class Routes(NamedTuple):
@@ -63,11 +70,21 @@ def _count(fields: Fields, default: int) -> int:
     return fields.integer("num_local_experts" if fields.has("num_local_experts") else "num_experts", default)
 
 
+@dataclasses.dataclass(frozen=True)
 class QwenExperts:
-    """Qwen3-MoE: every `decoder_sparse_step`-th layer has experts, but those of `mlp_only_layers`."""
+    """Qwen's: every `decoder_sparse_step`-th layer has experts, but those of `mlp_only_layers`.
 
-    @staticmethod
-    def read(fields: Fields, layers: int) -> Moe:
+    The fields are a family's defaults of experts, of those that a token goes to, of their width and of the shared one's.
+    """
+
+    experts: int
+    per_token: int
+    width: int
+    shared: int | None = None
+    renormalised: bool = True
+
+    def read(self, fields: Fields, layers: int) -> Moe:
+        """The mixture in a config.json.  Raises ModelError."""
         only, step = fields.values.get("mlp_only_layers") or [], fields.integer("decoder_sparse_step", 1)
         if not isinstance(only, list) or not all(isinstance(layer, int) for layer in only):
             fields.refuse(f"'mlp_only_layers' must be a list of layers, found {only!r}")
@@ -75,17 +92,19 @@ class QwenExperts:
         return _checked(
             fields,
             Moe(
-                _count(fields, 128),
-                fields.integer("num_experts_per_tok", 8),
-                fields.integer("moe_intermediate_size", 768),
-                fields.flag("norm_topk_prob"),
+                _count(fields, self.experts),
+                fields.integer("num_experts_per_tok", self.per_token),
+                fields.integer("moe_intermediate_size", self.width),
+                fields.flag("norm_topk_prob", self.renormalised),
                 dense,
+                shared=self.shared and fields.integer(SHARED, self.shared),
             ),
         )
 
-    @staticmethod
-    def written(moe: Moe) -> dict[str, Any]:
-        return {
+    def written(self, moe: Moe) -> dict[str, Any]:
+        """The fields that `read` reads."""
+        shared = {SHARED: moe.shared} if moe.shared else {}
+        return shared | {
             "num_experts": moe.experts,
             "num_experts_per_tok": moe.per_token,
             "moe_intermediate_size": moe.width,
@@ -137,6 +156,8 @@ class GptOssExperts:
         sizes = {"num_local_experts": moe.experts, "num_experts_per_tok": moe.per_token}
         return {**sizes, "swiglu_limit": moe.clamped, "swiglu_alpha": ALPHA}
 
+
+SHARED = "shared_expert_intermediate_size"
 
 ALPHA = 1.702
 """What gpt-oss multiplies a gate by before the sigmoid."""

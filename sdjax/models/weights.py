@@ -21,6 +21,7 @@ from sdjax.devices.sharding import to_host
 from sdjax.models.adapters import Adapted
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
+from sdjax.models.joined_experts import apart
 from sdjax.models.layout import Place, layout, shapes, stored_shapes
 from sdjax.models.mxfp4 import unpacked
 from sdjax.models.safetensors_files import FLOATS, INDEX, SINGLE, Stored, common_dtype, open_folder
@@ -40,7 +41,7 @@ def opened(folder: str | os.PathLike, config: ModelConfig) -> tuple[dict, str]:
     of another shape or type than the configuration says.
     """
     stored, where = open_folder(Path(folder))
-    stored = unpacked(text_tensors(stored, where))
+    stored = apart(unpacked(text_tensors(stored, where)), {place.name for place in layout(config)})
     if config.tied_embeddings and "lm_head.weight" in stored:
         _check_tied(stored, where)
         stored.pop("lm_head.weight")

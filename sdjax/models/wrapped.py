@@ -22,6 +22,7 @@ class Wrapper(NamedTuple):
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", "gemma3_text"),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral"),
 }
 """The supported wrappers by their `model_type` in config.json."""

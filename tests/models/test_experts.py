@@ -20,7 +20,7 @@ from sdjax.models.fields import ModelError
 from sdjax.models.layout import layout, shapes
 from sdjax.models.routing import Moe, Routes, route
 
-NAMES = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe")
+NAMES = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe", "qwen2_moe")
 unoptimised = pytest.fixture(scope="module", autouse=True)(networks.unoptimised)
 
 
@@ -176,12 +176,54 @@ def test_experts_are_split_over_the_model_axis():
         parameter_spec("layers_0/mlp/down", (8, 20, 32), {"data": 1, "model": 3})
 
 
+def test_a_shared_expert_reads_every_token():
+    """Beside those that it goes to, weighed by a gate of its own."""
+    golden = Golden("qwen2_moe")
+    without = dataclasses.replace(golden.config, moe=dataclasses.replace(golden.config.moe, shared=None))
+    wrong = golden.full(golden.tokens, np.ones_like(golden.mask), transformer.Transformer(without))
+    assert np.abs(wrong[0] - golden.logits).max() > 1e-2 * np.abs(golden.logits).max()
+    assert golden.config.moe.units == 3 * 12 + 20 and golden.config.hidden_units == 56
+    assert {name for block, name, _ in adapters.targeted(golden.config, adapters.Lora()) if block == "layers_0"} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    spec = parameter_spec("layers_0/mlp/shared/gate_up", (32, 2, 20), {"data": 2, "model": 4}, 1)
+    assert spec == P("data", None, "model")
+
+
 def test_adapters_leave_experts_alone():
     config = from_hf(GOLDEN / "qwen3_moe")
     found = adapters.targeted(config, adapters.Lora())
     assert {name for block, name, _ in found if block == "layers_0"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {name for block, name, _ in found if block == "layers_1"} >= {"q_proj", "gate_proj", "up_proj", "down_proj"}
     assert any(place.expert is not None for place in layout(config))
+
+
+# ---- experts in one tensor -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "qwen3_moe"])
+def test_experts_in_one_tensor_are_read(name, tmp_path):
+    """As Qwen3.5-MoE is published, also inside the folder of the class that reads images."""
+    golden = Golden(name)
+    tensors, fields = load_file(GOLDEN / name / "model.safetensors"), to_hf(golden.config)
+    for layer in range(golden.config.layers):
+        stem, experts_of = f"model.layers.{layer}.mlp.experts", range(golden.config.moe.experts)
+        if f"{stem}.0.down_proj.weight" not in tensors:
+            continue
+        own = lambda part, stem=stem: [tensors.pop(f"{stem}.{e}.{part}.weight") for e in experts_of]  # noqa: B023
+        gates, inputs = own("gate_proj"), own("up_proj")
+        tensors[f"{stem}.gate_up_proj"] = np.stack([np.concatenate(both) for both in zip(gates, inputs, strict=True)])
+        tensors[f"{stem}.down_proj"] = np.stack(own("down_proj"))
+    if name == "qwen3_5_moe_text":
+        tensors = {key.replace("model.", "model.language_model.", 1): x for key, x in tensors.items()}
+        fields = {"model_type": "qwen3_5_moe", "text_config": fields}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    save_file(tensors, tmp_path / "model.safetensors")
+    found, _ = weights.opened(tmp_path, from_hf(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), golden.params)
+    part = (slice(2, 5), slice(3, 20), slice(1, 2), slice(4, 9))
+    wanted = np.asarray(golden.params["layers_0"]["mlp"]["gate_up"])
+    np.testing.assert_array_equal(found["layers_0"]["mlp"]["gate_up"][part], wanted[part])
 
 
 # ---- MXFP4 ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sdjax.models.transformer import Transformer
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 LENGTH, PREFIX = 20, 12
-SIZES = {"qwen3_5_text": 5e-5}
+SIZES = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), 5e-5)
 """What the largest logit may be off by, relatively: norms of what a delta net reads enlarge the rounding of small numbers."""
 each_model = pytest.mark.parametrize("name", NAMES)
 
