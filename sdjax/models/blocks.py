@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+from jax import Array
 
 from sdjax.models.attention import Keys, attend, attend_written
 from sdjax.models.caches import put
@@ -40,8 +41,7 @@ class Attention(nn.Module):
             query, key = self.normalised(query, key)
         rope = c.ropes[self.layer]
         query, key = grown(rotate(query, positions, rope), positions, rope), rotate(key, positions, rope)
-        if c.query_scalar not in (None, c.head_dim):
-            query = query * (c.head_dim / c.query_scalar) ** 0.5
+        query = scaled(query, query_factor(c, query.shape[-1]))
         sinks = self.param("sinks", nn.initializers.zeros, (c.kv_heads, per_kv)) if c.sinks else None
         own, before = Keys(key, value, positions, mask), () if past is None else (past,)
         if cache is None:
@@ -63,6 +63,18 @@ class Attention(nn.Module):
             return norms[0](query), norms[1](key)
         flat = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
         return flat(norms[0], query), flat(norms[1], key)
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """`x` times a number; as it is where that is 1."""
+    return x if factor == 1 else x * factor
+
+
+def query_factor(config: ModelConfig, head_dim: int) -> float:
+    """What queries are multiplied by, so that scores, which are then divided by the root of `head_dim`, are as the family's."""
+    if config.score_scale is not None:
+        return config.score_scale * head_dim**0.5
+    return (head_dim / (config.query_scalar or head_dim)) ** 0.5
 
 
 def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
@@ -93,5 +105,5 @@ class Block(nn.Module):
             names = ("attention_norm", "mlp_norm") if c.norms == "after" else ("attention_out_norm", "mlp_out_norm")
             after = norm(names[0]), norm(names[1])
         read, key, value = mixer(before[0](x), positions, mask, past, cache, column, bias)
-        x = x + after[0](read)
-        return x + after[1](mlp(before[1](x))), key, value
+        x = x + scaled(after[0](read), c.residual_scale)
+        return x + scaled(after[1](mlp(before[1](x))), c.residual_scale), key, value

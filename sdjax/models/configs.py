@@ -18,6 +18,7 @@ from sdjax.models.families import (
     Asked,
     Family,
     full,
+    rotating_as_named,
     supported,
 )
 from sdjax.models.fields import Fields, ModelError, read_fields
@@ -36,7 +37,8 @@ class ModelConfig:
     included).  `ropes` has one entry per layer too.  `qk_norm` is "none", "head" (RMS norm over each head, Qwen3) or
     "flat" (over all heads together, OLMo).  `norms` says what is normalised: each sublayer's input ("before"), its
     output ("after", OLMo), or "both" (Gemma); a norm multiplies by `norm_offset` plus its scale.  Attention scores are
-    divided by the root of `query_scalar` (`None`: of `head_dim`); a cap `c` turns scores or logits `x` into
+    divided by the root of `query_scalar` (`None`: of `head_dim`), or multiplied by `score_scale` if there is one.  What a
+    sublayer adds is multiplied by `residual_scale`, logits are divided by `logit_divisor` (Granite); a cap `c` turns scores or logits `x` into
     `c tanh(x / c)`.  `fused` is of files only: one tensor holds queries, keys and values, one gate and up (Phi-3).
     Layers of `delta_layers` are gated delta nets of the shape `delta`; with `gated_attention` what a head reads is
     multiplied by the sigmoid of a gate (Qwen3.5).
@@ -64,7 +66,10 @@ class ModelConfig:
     activation: str = "silu"
     fused: bool = False
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     query_scalar: float | None = None
+    score_scale: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
     moe: Moe | None = None
@@ -142,7 +147,10 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         kind: rope(head_dim, max_context, parameters, fields.where)
         for kind, parameters in rope_parameters(fields, family, kinds).items()
     }
-    rotates = family.rotates(fields, len(kinds)) if family.rotates else [kind != DELTA for kind in kinds]
+    rotates = family.rotates(fields, kinds) if family.rotates else [kind != DELTA for kind in kinds]
+    scales = {ours: _optional(fields, family, name, ours) for name, ours in OPTIONAL.items()}
+    if scales["embedding_scale"] is None:
+        scales["embedding_scale"] = width**0.5
     moe = family.experts and family.experts.read(fields, len(kinds))
     return ModelConfig(
         family=name,
@@ -170,8 +178,7 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         gated_attention=family.gated_attention,
         delta=DeltaShape.read(fields) if DELTA in kinds else None,
         delta_layers=tuple(kind == DELTA for kind in kinds) if DELTA in kinds else (),
-        embedding_scale=width**0.5 if family.scaled_embedding else 1.0,
-        **{ours: _optional(fields, family, name, ours) for name, ours in OPTIONAL.items()},
+        **scales,
     )
 
 
@@ -290,7 +297,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         result |= {"max_window_layers": first} if family.rotates is None else {}
     if family.original_context is not None:
         result[ORIGINAL] = next(iter(parameters.values()), {}).get(ORIGINAL, family.original_context)
-    if family.rotates:
+    if family.rotates is rotating_as_named:
         result["no_rope_layers"] = [int(entry != NO_ROPE) for entry in config.ropes]
     if config.delta is not None:
         result |= config.delta.written()

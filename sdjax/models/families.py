@@ -69,11 +69,27 @@ def delta_but_every_fourth(fields: Fields, layers: int) -> list[str]:
 
 def windowed_without_rope(fields: Fields, layers: int) -> list[str]:
     """Layers that rotate nothing have a window, if `use_sliding_window` says so (SmolLM3)."""
-    return [FULL if rotates else SLIDING for rotates in rotating(fields, layers)]
+    return [FULL if rotates else SLIDING for rotates in rotating_as_named(fields, [FULL] * layers)]
 
 
-def rotating(fields: Fields, layers: int) -> list[bool]:
-    """Which layers rotate queries and keys: `no_rope_layers` (1 where they do), or all but every fourth (SmolLM3)."""
+def windowed_by_pattern(fields: Fields, layers: int) -> list[str]:
+    """`sliding_window_pattern` such as "LLLG" or 4: local layers, then a global one; without a window all are (EXAONE 4)."""
+    if "sliding_window" in fields.values and not fields.has("sliding_window"):
+        return [FULL] * layers
+    pattern = fields.values.get("sliding_window_pattern")
+    if not isinstance(pattern, str):
+        return full_every(4, "sliding_window_pattern")(fields, layers)
+    if not pattern or {*pattern} - {*"LG"}:
+        fields.refuse(f"'sliding_window_pattern' must be a number or letters L and G, found {pattern!r}")
+    return [SLIDING if pattern[layer % len(pattern)] == "L" else FULL for layer in range(layers)]
+
+
+# ---- which layers rotate queries and keys, where not all do ----------------------------------------------------------
+
+
+def rotating_as_named(fields: Fields, kinds: list[str]) -> list[bool]:
+    """`no_rope_layers` has 1 for those that do; without it all but every fourth (SmolLM3)."""
+    layers = len(kinds)
     every = fields.integer("no_rope_layer_interval", 4)
     named = fields.values.get("no_rope_layers")
     if named is None:
@@ -81,6 +97,12 @@ def rotating(fields: Fields, layers: int) -> list[bool]:
     if not isinstance(named, list) or len(named) < layers or any(entry not in (0, 1) for entry in named):
         fields.refuse(f"'no_rope_layers' must be a list of {layers} entries that are 0 or 1, found {named!r}")
     return [bool(entry) for entry in named[:layers]]
+
+
+def rotating_in_windows(fields: Fields, kinds: list[str]) -> list[bool]:
+    """Those with a window, where there is any window at all (EXAONE 4)."""
+    hybrid = fields.has("sliding_window") or "sliding_window" not in fields.values
+    return [kind == SLIDING or not hybrid for kind in kinds]
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -114,7 +136,7 @@ class Family:
         None  # default of `original_max_position_embeddings` beside the ropes, where it counts
     )
     local_theta: float | None = None  # `rope_theta` of layers with a window, where it differs
-    rotates: Callable[[Fields, int], list[bool]] | None = None  # layers with a rope, where not all have one
+    rotates: Callable[[Fields, list[str]], list[bool]] | None = None  # layers with a rope, where not all have one
     partial_rotary: float | None = None  # default of `partial_rotary_factor`; None: that field does not count
     qkv_bias: bool | Asked = False
     out_bias: bool | Asked = False
@@ -129,14 +151,21 @@ class Family:
     fused: bool = False
     gated_attention: bool = False
     delta: bool = False  # layers may be gated delta nets
-    scaled_embedding: bool = False  # embeddings are multiplied by the root of the width
+    embedding_scale: float | None = 1.0  # None: the root of the width
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     query_scalar: float | None = None
+    score_scale: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
     optional: tuple[str, ...] = ()  # further fields of config.json, of `OPTIONAL`, that count
 
 
 OPTIONAL = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "score_scale",
+    "logits_scaling": "logit_divisor",
     "query_pre_attn_scalar": "query_scalar",
     "attn_logit_softcapping": "score_cap",
     "final_logit_softcapping": "logit_cap",
@@ -155,7 +184,7 @@ _GEMMA = {
     "norm_offset": 1.0,
     "activation": "gelu_tanh",
     "activation_field": "hidden_activation",
-    "scaled_embedding": True,
+    "embedding_scale": None,
     "query_scalar": 256,
 }
 
@@ -206,13 +235,18 @@ FAMILIES = {
         "SmolLM3ForCausalLM",
         kinds=windowed_without_rope,
         window_by_choice=True,
-        rotates=rotating,
+        rotates=rotating_as_named,
         rope_theta=2_000_000.0,
         tied_embeddings=True,
         **_LLAMA_BIASES,
     ),
     "gemma2": Family(
-        "Gemma2ForCausalLM", **_GEMMA, kinds=full_every(2), score_cap=50.0, logit_cap=30.0, optional=tuple(OPTIONAL)
+        "Gemma2ForCausalLM",
+        **_GEMMA,
+        kinds=full_every(2),
+        score_cap=50.0,
+        logit_cap=30.0,
+        optional=("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -223,6 +257,29 @@ FAMILIES = {
         local_theta=10_000.0,
         qk_norm="head",
         optional=("query_pre_attn_scalar", "final_logit_softcapping"),
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        layer_types=False,
+        **_LLAMA_BIASES,
+        score_scale=1.0,
+        optional=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        layer_types=False,
+        head_dim=128,
+        qkv_bias=Asked("attention_bias", True),
+        out_bias=Asked("attention_out_bias"),
+        mlp_bias=Asked("mlp_bias"),
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        kinds=windowed_by_pattern,
+        window=4096,
+        rotates=rotating_in_windows,
+        qk_norm="head",
+        norms="after",
     ),
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", **_QWEN_NEXT),
     "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM", **_QWEN_NEXT, experts=QwenExperts(256, 8, 512, shared=512)),

@@ -77,7 +77,10 @@ class Transformer(nn.Module):
             else self.over_layers(x, positions, mask, past, cache, column, bias)
         )
         at, present = (positions, mask) if cache is None else (cache.positions, cache.mask)
-        return self.final_norm(x), KeyValues(keys, values, at, present)
+        x = self.final_norm(x)
+        if self.config.logit_divisor != 1:
+            x = x / self.config.logit_divisor  # here, for all who read a head
+        return x, KeyValues(keys, values, at, present)
 
     def over_layers(self, x, positions, mask, past, cache, column, bias):
         """One layer after the other."""

@@ -122,6 +122,13 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000.0},
         },
     )
+    granite = transformers.GraniteConfig(
+        **SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=6.0
+    )
+    seed_oss = transformers.SeedOssConfig(**SIZES, head_dim=12)
+    exaone4 = transformers.Exaone4Config(
+        **SIZES, sliding_window=6, layer_types=["sliding_attention", "full_attention"], sliding_window_pattern="LG"
+    )
     qwen3_5 = transformers.Qwen3_5TextConfig(
         **{**SIZES, "num_hidden_layers": 3},
         head_dim=16,
@@ -149,6 +156,9 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
         "phi4_long": (long, torch.bfloat16),
         "gemma2": (gemma2, torch.bfloat16),
         "gemma3_text": (gemma3, torch.bfloat16),
+        "granite": (granite, torch.bfloat16),
+        "seed_oss": (seed_oss, torch.bfloat16),
+        "exaone4": (exaone4, torch.bfloat16),
         "qwen3_5_text": (qwen3_5, torch.float32),
     }
 

@@ -101,6 +101,10 @@ CHANGES = {
     "embedding_scale": ("gemma3_text", 1.0),
     "activation": ("gemma3_text", "silu"),
     "windows": ("mistral", (None, None)),
+    "residual_scale": ("granite", 1.0),
+    "logit_divisor": ("granite", 1.0),
+    "score_scale": ("granite", None),
+    "qk_norm": ("exaone4", "none"),
     "ropes": ("smollm3", (rope(8, 64, {"rope_theta": 1_000.0}),) * 4),
 }
 
@@ -133,6 +137,18 @@ def test_growing_queries_and_partial_ropes():
     assert golden("ministral3")[0].ropes[0].growth == 0.3
     assert len(golden("phi4")[0].ropes[0].inverse_frequencies) == 6 and golden("phi4")[0].head_dim == 16
     assert [entry == NO_ROPE for entry in golden("smollm3")[0].ropes] == [False, True, False, True]
+
+
+def test_a_pattern_of_letters_says_which_layers_have_windows():
+    """EXAONE 4: those with a window rotate, others do not; without any window all do."""
+    fields = {**to_hf(golden("exaone4")[0]), "num_hidden_layers": 5, "sliding_window_pattern": "LLG"}
+    del fields["layer_types"]
+    found = from_hf(fields)
+    assert found.windows == (6, 6, None, 6, 6)
+    assert [entry == NO_ROPE for entry in found.ropes] == [False, False, True, False, False]
+    assert from_hf({**fields, "sliding_window_pattern": 2}).windows == (6, None, 6, None, 6)
+    whole = from_hf({**fields, "sliding_window": None})
+    assert whole.windows == (None,) * 5 and NO_ROPE not in whole.ropes
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -210,6 +226,7 @@ def test_without_other_parts_nothing_is_said():
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, ["no_rope_layers", "0 or 1"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, ["short_factor", "4 positive"]),
         ({"model_type": "phi3", "partial_rotary_factor": 1.5}, ["partial_rotary_factor", "found 12"]),
+        ({"model_type": "exaone4", "sliding_window_pattern": "LX"}, ["sliding_window_pattern", "L and G", "'LX'"]),
         ({"model_type": "gemma2", "final_logit_softcapping": -1}, ["final_logit_softcapping", "positive"]),
     ],
 )
