@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.models import transformer, weights
+from sdjax.models import transformer
 from sdjax.models.configs import from_hf
+from sdjax.models.files import weights
 
 GOLDEN = Path(__file__).parent / "golden"
 

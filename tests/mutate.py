@@ -84,10 +84,11 @@ def imported(path: Path) -> set[str]:
 
 def tests_of(module: Path) -> list[Path]:
     """The test files that are run against mutants of a module, its own first."""
-    room, name = module.parent.name, module.stem
+    parts = module.resolve().relative_to(ROOT / "sdjax").with_suffix("").parts
+    room, name = parts[0], module.stem
     own = ROOT / "tests" / room / f"test_{name}.py"
-    beside = [p for p in sorted(own.parent.glob("test_*.py")) if f"sdjax.{room}.{name}" in imported(p)]
-    more = [ROOT / "tests" / p for p in (*MORE.get(f"{room}/{name}", ()), *(METHODS if room == "methods" else ()))]
+    beside = [p for p in sorted(own.parent.glob("test_*.py")) if ".".join(("sdjax", *parts)) in imported(p)]
+    more = [ROOT / "tests" / p for p in (*MORE.get("/".join(parts), ()), *(METHODS if room == "methods" else ()))]
     return [p for p in dict.fromkeys([own, *beside, *more]) if p.exists()]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from sdjax.engine.train import State
-from sdjax.run import checkpoint
+from sdjax.run.storage import checkpoint
 
 OPTIMIZER = optax.adamw(1e-3)
 

@@ -18,8 +18,8 @@ import tiny
 from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.engine.train import Experiment
-from sdjax.run import manifest
 from sdjax.run.settings import Settings
+from sdjax.run.storage import manifest
 from sdjax.types import Example, Method, Rollout, Task
 
 METHOD = "sdpo"

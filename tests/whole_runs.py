@@ -16,7 +16,7 @@ import pytest
 from sdjax.__main__ import main
 from sdjax.cli.options import Choice, load_experiment, method_factory
 from sdjax.engine import train
-from sdjax.run import checkpoint
+from sdjax.run.storage import checkpoint
 
 FILE = Path(__file__).parent / "tiny_run.py"
 ROOT = Path(__file__).parents[1]

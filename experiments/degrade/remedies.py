@@ -27,7 +27,7 @@ from sdjax.methods.sdpo import sdpo
 from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
-from sdjax.run.evaluate import pass_at_k
+from sdjax.run.measuring.evaluate import pass_at_k
 from sdjax.study import testbed
 from sdjax.study.arms import every_seed, trained
 from sdjax.study.settings import TrainingSettings

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from sdjax.cli.models import checkpointed
-from sdjax.run import places
 from sdjax.run.export import write_model
 from sdjax.run.folder import RunError
 from sdjax.run.starting import source
+from sdjax.run.storage import places
 
 
 def export(

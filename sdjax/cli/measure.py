@@ -27,12 +27,13 @@ from sdjax.engine.tokens import Shapes
 from sdjax.models import templates
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
-from sdjax.run import measures, places
-from sdjax.run.answering import all_answers
 from sdjax.run.data import marked
-from sdjax.run.digests import digests
 from sdjax.run.folder import RunError
-from sdjax.run.measures import Measures
+from sdjax.run.measuring import measures
+from sdjax.run.measuring.answering import all_answers
+from sdjax.run.measuring.measures import Measures
+from sdjax.run.storage import places
+from sdjax.run.storage.digests import digests
 from sdjax.samplers.refill import refilled
 from sdjax.samplers.servers import completions_server
 from sdjax.tasks import exact, maths

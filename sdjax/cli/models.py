@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from sdjax.models import adapters, peft_files, pretrained, templates
+from sdjax.models import adapters, pretrained, templates
+from sdjax.models.files import peft_files
 from sdjax.models.pretrained import Pretrained
-from sdjax.run import places
-from sdjax.run.checkpoint import saved_parameters
 from sdjax.run.folder import RunError
 from sdjax.run.starting import Source, source
+from sdjax.run.storage import places
+from sdjax.run.storage.checkpoint import saved_parameters
 
 
 def named(name: str, *, base: str = "", chat_template: str = "", template: dict[str, Any] | None = None) -> Pretrained:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdjax.errors import InputError, nearest
-from sdjax.tasks import answers, bounded, exact, extraction, judging, maths
+from sdjax.tasks import bounded, exact, judging, maths
+from sdjax.tasks.answers import extraction, marks
 from sdjax.tasks.completions import split
 from sdjax.tasks.data.problems import problems
 from sdjax.tasks.data.readers import rows_of
@@ -83,7 +84,7 @@ def taken(case: judging.Case, verifier: str, reward: float) -> dict[str, str | N
         return {"answer": None, "why": r"cut off before a complete \boxed{} or <answer>"}
     if verifier == "exact":
         said = split(case.text).answer
-        return {"answer": answers.stated_answer(said, case.example.main_answer.count("\n") + 1), "why": "stated"}
+        return {"answer": marks.stated_answer(said, case.example.main_answer.count("\n") + 1), "why": "stated"}
     found = [extraction.taken(case.text, maths.unwrapped(right)) for right in case.example.answers]
     pairs = zip(found, case.example.answers, strict=True)
     equal = (f for f, right in pairs if reward and f.answer and maths.equal(maths.unwrapped(right), f.answer))

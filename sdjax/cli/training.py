@@ -18,9 +18,9 @@ from sdjax.engine.protocol import Protocol
 from sdjax.engine.sensible import check_numbers
 from sdjax.run.fit import fit
 from sdjax.run.folder import as_begun, check_folder
-from sdjax.run.places import place, try_writing
+from sdjax.run.logs.trackers import revision
 from sdjax.run.starting import source
-from sdjax.run.trackers import revision
+from sdjax.run.storage.places import place, try_writing
 from sdjax.samplers.options import check, sampled
 
 PROCESSES = """auto: one of several processes, as the cluster says (TPU pods, Slurm); or set JAX_COORDINATOR_ADDRESS,

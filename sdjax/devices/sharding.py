@@ -226,7 +226,7 @@ def copies(head: Array) -> Array:
 def place_parameters(tree: Any, least: float | None = None) -> Any:
     """Parameters from the host, from files or from elsewhere, split by the rules; on one device, on that.
 
-    Leaves may be anything with `shape` and `dtype` that is read by `x[part]`, such as `sdjax.models.unread.Unread`: a
+    Leaves may be anything with `shape` and `dtype` that is read by `x[part]`, such as `sdjax.models.files.unread.Unread`: a
     process reads the parts that its devices hold, and no more.
     """
     mesh = current()

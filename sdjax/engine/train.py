@@ -53,8 +53,8 @@ class Experiment:
     and after); `save_every` likewise (0: only at the end).  The newest `keep` checkpoints stay, those of every `keep_every`
     steps (0: none) and, with `keep_best`, that of the highest held-out accuracy.  A signal ends the run, saved, within
     `grace` seconds (0: no limit), `most_skipped` updates in a row that were not finite end it, too, and so do, with
-    `stop_on="collapse"`, sentinels that say so (`sdjax.run.sentinels`).  Completions are recorded every `completions_every`
-    steps; `log` names the trackers that get numbers and completions (`sdjax.run.trackers`).  With `export`
+    `stop_on="collapse"`, sentinels that say so (`sdjax.run.logs.sentinels`).  Completions are recorded every `completions_every`
+    steps; `log` names the trackers that get numbers and completions (`sdjax.run.logs.trackers`).  With `export`
     the final model is also written to the run folder's `model/`, for sdjax and the transformers library, in
     `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).

@@ -26,7 +26,7 @@ from jax import Array
 from sdjax.devices.sharding import place_parameters
 from sdjax.models.configs import ModelConfig
 from sdjax.models.fields import ModelError
-from sdjax.models.layout import Place, layout, stored_shapes
+from sdjax.models.files.layout import Place, layout, stored_shapes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 TARGETS += ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "out_proj")

@@ -22,8 +22,8 @@ from sdjax.models.families import (
     supported,
 )
 from sdjax.models.fields import Fields, ModelError, read_fields
+from sdjax.models.files.mxfp4 import is_mxfp4
 from sdjax.models.layer_ropes import rope_parameters
-from sdjax.models.mxfp4 import is_mxfp4
 from sdjax.models.ropes import NO_ROPE, ORIGINAL, Rope, rope
 from sdjax.models.routing import Moe
 from sdjax.models.wrapped import text_fields

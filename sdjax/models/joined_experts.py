@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from sdjax.models.safetensors_files import Stored
+from sdjax.models.files.safetensors_files import Stored
 
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 

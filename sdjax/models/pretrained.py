@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from sdjax.devices import processes
-from sdjax.models import gguf_files, weights
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.fields import ModelError, read_fields
-from sdjax.models.gguf_tokenizers import gguf_tokenizer
+from sdjax.models.files import gguf_files, weights
+from sdjax.models.files.gguf_tokenizers import gguf_tokenizer
 from sdjax.models.templates import end_ids, prepared, stop_tokens
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load(
 
     Args:
       name: a folder of the transformers library; "smollm2", the model embedded in an installed package; a .gguf file
-        (`sdjax.models.gguf_files.ARCHITECTURES`); or a name on the Hugging Face hub ("Qwen/Qwen3-1.7B"), from its cache
+        (`sdjax.models.files.gguf_files.ARCHITECTURES`); or a name on the Hugging Face hub ("Qwen/Qwen3-1.7B"), from its cache
         if there is no network.
       chat_template: a file whose text is the chat template, for models without one.
       template: defaults for the template's options, such as `{"enable_thinking": False}`.
@@ -119,7 +119,7 @@ def save(
 
     generation_config.json is the original's; without one it gets the ids that end a turn in training.  Weights are of
     type `dtype`: float32, bfloat16 or float16, by default the original's.  Every process of a run must call it; the
-    first one writes (`sdjax.models.weights.save`).
+    first one writes (`sdjax.models.files.weights.save`).
 
     Raises: ModelError if the tokenizer or the parameters do not fit the configuration, or the folder cannot be written.
     """

@@ -25,7 +25,7 @@ from sdjax.kernels.reductions import masked_sum, whole_weight
 from sdjax.models import pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.report.runs import ReportError, Run
-from sdjax.run import checkpoint, places
+from sdjax.run.storage import checkpoint, places
 from sdjax.types import Batch, Example, Method, Objective, Rollout, View
 
 ALTERNATIVES = 4

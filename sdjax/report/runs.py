@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.errors import InputError
-from sdjax.run import places
-from sdjax.run.records import ROLLOUTS
+from sdjax.run.logs.records import ROLLOUTS
+from sdjax.run.storage import places
 
 Curve = dict[int, float]
 """A number per step."""

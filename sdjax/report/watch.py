@@ -15,7 +15,7 @@ from pathlib import Path
 from sdjax.report.page import part
 from sdjax.report.report import report
 from sdjax.report.runs import ReportError
-from sdjax.run import places
+from sdjax.run.storage import places
 
 FILES = ("arguments.json", "metrics.jsonl", "alarms.jsonl", "rollouts.jsonl")
 """What a report is made from."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.run.folder import RunError
-from sdjax.run.places import read_json, replace_text
+from sdjax.run.storage.places import read_json, replace_text
 from sdjax.tasks.splits import question_key
 from sdjax.types import Example, Task
 

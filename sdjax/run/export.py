@@ -9,9 +9,10 @@ from typing import Any
 from sdjax.devices import processes
 from sdjax.devices.sharding import to_host
 from sdjax.engine.train import Experiment
-from sdjax.models import peft_files, pretrained
+from sdjax.models import pretrained
+from sdjax.models.files import peft_files
 from sdjax.models.pretrained import Pretrained
-from sdjax.run import places
+from sdjax.run.storage import places
 
 
 def export(experiment: Experiment, folder: Path, whole: Any, trained: Any) -> dict[str, Path]:

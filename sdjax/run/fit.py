@@ -23,14 +23,16 @@ from sdjax.engine.chats import check_view, encode_text
 from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import LengthError, encode_context, refuse
 from sdjax.engine.train import Experiment
-from sdjax.run import checkpoint, data, memory, places, trackers
+from sdjax.run import data, memory
 from sdjax.run.folder import RunError, check_folder, claim, held
 from sdjax.run.interrupts import Interrupts, SharedInterrupts
-from sdjax.run.log import NoLog, RunLog
+from sdjax.run.logs import trackers
+from sdjax.run.logs.log import NoLog, RunLog
 from sdjax.run.loop import Result, Run
 from sdjax.run.memory import settled
-from sdjax.run.mirror import Mirror
 from sdjax.run.starting import source
+from sdjax.run.storage import checkpoint, places
+from sdjax.run.storage.mirror import Mirror
 from sdjax.types import Task
 
 

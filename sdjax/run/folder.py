@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.errors import InputError, nearest
-from sdjax.run import places
+from sdjax.run.storage import places
 
 ELSEWHERE = ("mesh", "memory", "rows", "rows_per_chunk", "tokens_per_chunk", "remat")
 ELSEWHERE += ("judge", "grace", "keep", "keep_every", "keep_best", "log", "log_project", "completions_every", "stop_on")

@@ -17,13 +17,13 @@ from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion
 from sdjax.engine.tokens import collate
 from sdjax.engine.train import Experiment, Outcome
 from sdjax.models import adapters, pretrained
-from sdjax.run import checkpoint, digests
 from sdjax.run.folder import RunError, as_json
-from sdjax.run.log import NoLog, RunLog
-from sdjax.run.mirror import Mirror
+from sdjax.run.logs.log import NoLog, RunLog
 from sdjax.run.numbers import describe, mean_of
 from sdjax.run.prompts import Prompts
 from sdjax.run.starting import Source, parameters
+from sdjax.run.storage import checkpoint, digests
+from sdjax.run.storage.mirror import Mirror
 from sdjax.types import Batch, Rollout
 
 

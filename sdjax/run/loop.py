@@ -16,17 +16,18 @@ from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.train import Experiment, State
-from sdjax.run import checkpoint, records
-from sdjax.run.evaluate import Accuracy, accuracy, by_cap
 from sdjax.run.export import export
 from sdjax.run.folder import RunError, as_json
 from sdjax.run.interrupts import Interrupted, Interrupts
 from sdjax.run.learner import Learner
-from sdjax.run.measures import sampled_accuracy
-from sdjax.run.mirror import Mirror
-from sdjax.run.places import replace_text
-from sdjax.run.saving import Keep, Saver
-from sdjax.run.sentinels import Alarm, Watch, watched
+from sdjax.run.logs import records
+from sdjax.run.logs.sentinels import Alarm, Watch, watched
+from sdjax.run.measuring.evaluate import Accuracy, accuracy, by_cap
+from sdjax.run.measuring.measures import sampled_accuracy
+from sdjax.run.storage import checkpoint
+from sdjax.run.storage.mirror import Mirror
+from sdjax.run.storage.places import replace_text
+from sdjax.run.storage.saving import Keep, Saver
 from sdjax.tasks import bounded, maths
 
 

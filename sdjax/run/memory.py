@@ -13,8 +13,8 @@ from sdjax.devices.memory import MemoryShortage, gigabytes
 from sdjax.engine.needs import Sizes
 from sdjax.engine.tokens import ROWS
 from sdjax.engine.train import Experiment
-from sdjax.run.places import read_json, replace_text
 from sdjax.run.sizes import FEW_ROWS, TOKENS, at_once, choose, given_sizes, guessed, planned
+from sdjax.run.storage.places import read_json, replace_text
 
 FILE = "memory.json"
 

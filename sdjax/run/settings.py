@@ -16,7 +16,8 @@ from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment
 from sdjax.models import adapters, pretrained, templates
 from sdjax.models.pretrained import Pretrained
-from sdjax.run import teachers, trackers
+from sdjax.run import teachers
+from sdjax.run.logs import trackers
 from sdjax.run.teachers import Teachers
 from sdjax.tasks import judges
 from sdjax.tasks.judges import Judge

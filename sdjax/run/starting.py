@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.devices.processes import by_first
-from sdjax.run import checkpoint, places
 from sdjax.run.folder import RunError
+from sdjax.run.storage import checkpoint, places
 
 
 class Source(NamedTuple):

@@ -21,10 +21,10 @@ from sdjax.engine import policies
 from sdjax.engine.generate import Sampling, first
 from sdjax.engine.policies import Policy
 from sdjax.engine.train import Experiment, models
-from sdjax.run import checkpoint
-from sdjax.run.evaluate import by_cap
 from sdjax.run.fit import fit
-from sdjax.run.places import replace_text
+from sdjax.run.measuring.evaluate import by_cap
+from sdjax.run.storage import checkpoint
+from sdjax.run.storage.places import replace_text
 from sdjax.types import Example, Messages, Method, Verdict
 
 # ---- arms ---------------------------------------------------------------------------------------------------------

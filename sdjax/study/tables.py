@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from sdjax.run.estimates import wilson
+from sdjax.run.measuring.estimates import wilson
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

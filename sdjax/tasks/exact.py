@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdjax.tasks import answers
+from sdjax.tasks.answers import marks
 from sdjax.tasks.completions import split
 from sdjax.tasks.judging import reads_answers
 from sdjax.types import Example, Verdict
@@ -12,16 +12,16 @@ from sdjax.types import Example, Verdict
 def verify(example: Example, text: str, *, reveal_answer: bool = False) -> Verdict:
     """1 where the stated answer is `example.answer`, or one of them, up to spacing and a final full stop; capitals count.
 
-    The answer is found by `answers.stated_answer`, after the thinking.  Never raises.
+    The answer is found by `marks.stated_answer`, after the thinking.  Never raises.
     """
     said = split(text).answer
-    found = [answers.stated_answer(said, lines=right.count("\n") + 1) for right in example.answers]
+    found = [marks.stated_answer(said, lines=right.count("\n") + 1) for right in example.answers]
     for answer, right in zip(found, example.answers, strict=True):
         if answer is not None and _normalised(answer) == _normalised(right):
             return Verdict(1.0)
     answer = next(iter(found), None)
-    remark = answers.remark_on(
-        answer, example.main_answer, fixed=example.feedback, remark=answers.outcome, reveal_answer=reveal_answer
+    remark = marks.remark_on(
+        answer, example.main_answer, fixed=example.feedback, remark=marks.outcome, reveal_answer=reveal_answer
     )
     return Verdict(0.0, remark)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from sdjax.tasks import answers, bounded
+from sdjax.tasks import bounded
+from sdjax.tasks.answers import marks
 from sdjax.tasks.completions import split
 from sdjax.types import Example, Verdict
 
@@ -81,7 +82,7 @@ def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], *, thread
 
 def has_marked_answer(text: str) -> bool:
     """Whether the last mark of the answer, after the thinking, is complete."""
-    mark = answers.marked(split(text).answer)
+    mark = marks.marked(split(text).answer)
     return mark is not None and mark.answer is not None
 
 

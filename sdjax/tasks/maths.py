@@ -6,10 +6,11 @@ import functools
 import importlib.util
 import re
 
-from sdjax.tasks import answers, bounded, equivalence, extraction
+from sdjax.tasks import bounded
+from sdjax.tasks.answers import equivalence, extraction, marks
+from sdjax.tasks.answers.numbers import exact, same_value
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.judging import from_threads, reads_answers
-from sdjax.tasks.numbers import exact, same_value
 from sdjax.types import Example, Verdict
 
 _LONGEST = 500
@@ -25,7 +26,7 @@ _CHARACTERS = re.compile(r"\\.|[(\[{)\]}]", re.DOTALL)
 @from_threads
 @reads_answers
 def verify(
-    example: Example, text: str, *, reveal_answer: bool = False, remark: answers.Remark = answers.direction
+    example: Example, text: str, *, reveal_answer: bool = False, remark: marks.Remark = marks.direction
 ) -> Verdict:
     r"""1 where the answer of `text` equals `example.answer`, or one of them, mathematically.
 
@@ -44,7 +45,7 @@ def verify(
     if any(each is not None and equal(gold, each) for gold, each in zip(golds, found, strict=True)):
         return Verdict(1.0)
     gold, answer = (golds[0], found[0]) if golds else ("", None)
-    feedback = answers.remark_on(answer, gold, fixed=example.feedback, remark=remark, reveal_answer=reveal_answer)
+    feedback = marks.remark_on(answer, gold, fixed=example.feedback, remark=remark, reveal_answer=reveal_answer)
     return Verdict(0.0, feedback)
 
 
@@ -56,7 +57,7 @@ def extract(text: str, gold: str) -> str | None:
 
 def unwrapped(answer: str) -> str:
     r"""An answer without `\boxed{}`, dollar signs and spaces around it, and without a worked solution before "####"."""
-    answer = (answers.last_boxed(answer) or answer).strip()
+    answer = (marks.last_boxed(answer) or answer).strip()
     answer = answer.rsplit("####", 1)[-1].strip() or answer
     return answer.strip("$").strip() if answer.count("$") == 2 or not answer.startswith("$") else answer
 

@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdjax.tasks import answers, maths
+from sdjax.tasks import maths
+from sdjax.tasks.answers import marks
 from sdjax.tasks.bounded import Judge, note_out_of_time
 from sdjax.tasks.completions import split
 from sdjax.tasks.errors import TaskError
@@ -56,16 +57,16 @@ def reasoning_gym(
     seed: int = 0,
     partial_credit: bool = False,
     reveal_answer: bool = False,
-    remark: answers.Remark = answers.direction,
-    extract: answers.Extract | None = None,
+    remark: marks.Remark = marks.direction,
+    extract: marks.Extract | None = None,
     **family_options: Any,
 ) -> Task:
     """Any family of reasoning-gym: `size` train and `test_size` test problems, all questions distinct.
 
     The reward is the family's own `score_answer` of the extracted answer: 1 where that is 1, else 0, or the score
     itself with `partial_credit` (families give crumbs: 0.01 for any text, 0.5 for "10" where "0" is right).  `extract`
-    takes a completion without its thinking and returns the answer or `None`; by default `answers.numeric_answer` where the correct answer is
-    a number, else `answers.stated_answer`.  `remark` words the feedback of a wrong answer; the correct answer is named
+    takes a completion without its thinking and returns the answer or `None`; by default `marks.numeric_answer` where the correct answer is
+    a number, else `marks.stated_answer`.  `remark` words the feedback of a wrong answer; the correct answer is named
     only with `reveal_answer`.  The test problems depend on the seed and `test_size`, not on `size` (acre excepted).
 
     Raises: `TaskError` for an unknown family or option, a value the family refuses, or fewer distinct problems than
@@ -88,7 +89,7 @@ def reasoning_gym(
         score = 0.0 if answer is None else _score(dataset, family, family_options, answer, entry)
         if score >= 1.0:
             return Verdict(1.0)
-        feedback = answers.remark_on(
+        feedback = marks.remark_on(
             answer, example.answer, fixed=example.feedback, remark=remark, reveal_answer=reveal_answer
         )
         return Verdict(score if partial_credit else 0.0, feedback)
@@ -243,13 +244,13 @@ def _check_sizes(**sizes: int) -> None:
 # ---- judging ------------------------------------------------------------------------------------------------------
 
 
-def _extracted(text: str, correct: str, extract: answers.Extract | None) -> str | None:
+def _extracted(text: str, correct: str, extract: marks.Extract | None) -> str | None:
     text = split(text).answer
     if extract is not None:
         return extract(text)
-    if answers.parse_number(correct) is not None:
-        return answers.numeric_answer(text)
-    return answers.stated_answer(text, lines=correct.count("\n") + 1 if correct else 0)
+    if marks.parse_number(correct) is not None:
+        return marks.numeric_answer(text)
+    return marks.stated_answer(text, lines=correct.count("\n") + 1 if correct else 0)
 
 
 def _score(dataset: Any, family: str, options: Mapping[str, Any], answer: str, entry: Mapping[str, Any]) -> float:

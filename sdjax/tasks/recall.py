@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from sdjax.tasks import answers
+from sdjax.tasks.answers import marks
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Task, Verdict
 
@@ -43,7 +43,7 @@ def verify(example: Example, text: str) -> Verdict:
     first = next(iter(text.split()), None)
     if first == example.answer:
         return Verdict(1.0)
-    return Verdict(0.0, answers.NO_ANSWER if first is None else answers.outcome(first, example.answer))
+    return Verdict(0.0, marks.NO_ANSWER if first is None else marks.outcome(first, example.answer))
 
 
 def vocabulary(*, keys: int = 16) -> tuple[str, ...]:

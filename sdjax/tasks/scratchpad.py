@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sdjax.tasks import answers
+from sdjax.tasks.answers import marks
 from sdjax.tasks.completions import split
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Task, Verdict
@@ -240,7 +240,7 @@ def verify(example: Example, text: str) -> Verdict:
     stated = _ANSWER.findall(split(text).answer)
     if stated and stated[-1].strip() == example.answer:
         return Verdict(1.0)
-    return Verdict(0.0, remark(first_error(example, text)) if stated else answers.NO_ANSWER)
+    return Verdict(0.0, remark(first_error(example, text)) if stated else marks.NO_ANSWER)
 
 
 def remark(step: int | None) -> str:
@@ -283,5 +283,5 @@ def scratchpad(
 def vocabulary() -> tuple[str, ...]:
     """All words of questions, traces and plans, and of the remarks on wrong answers."""
     signs = ("+", "-", "*", "=", ";", ",", "so", "answer", "<think>", "</think>")
-    remarks = {w for step in (None, *range(8)) for w in remark(step).split()} | {*answers.NO_ANSWER.split()}
+    remarks = {w for step in (None, *range(8)) for w in remark(step).split()} | {*marks.NO_ANSWER.split()}
     return (*map(str, range(10)), *LABELS, *signs, *HEDGES, *sorted(remarks - {*map(str, range(10))}))

@@ -22,9 +22,9 @@ from sdjax.__main__ import main
 from sdjax.cli import options
 from sdjax.devices.compilation import keep_programs
 from sdjax.models import pretrained
-from sdjax.run import log
 from sdjax.run.interrupts import Interrupted
-from sdjax.run.log import RunLog
+from sdjax.run.logs import log
+from sdjax.run.logs.log import RunLog
 from sdjax.types import Rollout
 
 

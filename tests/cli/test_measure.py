@@ -11,9 +11,10 @@ import tiny
 from whole_runs import run_here
 
 from sdjax.cli import measure, models
-from sdjax.models import adapters, peft_files, pretrained
+from sdjax.models import adapters, pretrained
 from sdjax.models.adapters import Lora
 from sdjax.models.fields import ModelError
+from sdjax.models.files import peft_files
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from sdjax.engine.policies import Environment, score
 from sdjax.engine.tokens import collate, encode_context
 from sdjax.kernels.distributions import logprob
 from sdjax.methods.grpo import grpo
-from sdjax.run import records
+from sdjax.run.logs import records
 from sdjax.samplers.refill import refilled
 from sdjax.tasks.judging import CUT_OFF
 from sdjax.types import Rollout, Step, Turn, Verdict, View, World

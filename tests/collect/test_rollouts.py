@@ -17,7 +17,7 @@ from sdjax.engine.generate import GREEDY, mixture
 from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh
 from sdjax.engine.tokens import Shapes
 from sdjax.kernels.distributions import logprob, normalise
-from sdjax.run import records
+from sdjax.run.logs import records
 from sdjax.tasks.data.problems import problems
 from sdjax.types import REFERENCE, STUDENT, TEACHER, Example, Rollout, Verdict, View
 

@@ -38,7 +38,7 @@ from sdjax.methods.mixsd import mixsd, with_worked_answer
 from sdjax.methods.sft import sft
 from sdjax.methods.tessy import tessy
 from sdjax.models.transformer import Transformer, initialise
-from sdjax.tasks.answers import last_boxed
+from sdjax.tasks.answers.marks import last_boxed
 from sdjax.tasks.data.problems import problems
 from sdjax.types import SYNTHETIC, Rollout, Verdict
 

@@ -26,7 +26,7 @@ from whole_runs import (
 
 from sdjax.devices import processes
 from sdjax.devices.processes import ProcessError
-from sdjax.run import checkpoint
+from sdjax.run.storage import checkpoint
 
 
 def batches(folder) -> list[int]:

@@ -31,8 +31,8 @@ from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment, make_update
 from sdjax.methods.sft import sft
 from sdjax.models.transformer import Transformer
-from sdjax.run.evaluate import accuracy
 from sdjax.run.fit import fit
+from sdjax.run.measuring.evaluate import accuracy
 from sdjax.tasks.recall import WORDS
 from sdjax.types import REFERENCE
 

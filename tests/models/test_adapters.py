@@ -25,10 +25,11 @@ from sdjax.engine.policies import frozen
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.methods.sdpo import sdpo
-from sdjax.models import adapters, peft_files, pretrained, transformer, weights
+from sdjax.models import adapters, pretrained, transformer
 from sdjax.models.adapters import TARGETS, Lora, folded, is_adapters
 from sdjax.models.configs import FAMILIES, from_hf
 from sdjax.models.fields import ModelError
+from sdjax.models.files import peft_files, weights
 from sdjax.models.transformer import Transformer
 from sdjax.run.fit import fit
 from sdjax.run.folder import RunError

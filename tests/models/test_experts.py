@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from sdjax.devices.sharding import MeshError, parameter_spec
-from sdjax.models import adapters, attention, experts, transformer, weights
+from sdjax.models import adapters, attention, experts, transformer
 from sdjax.models.configs import from_hf, to_hf
 from sdjax.models.fields import ModelError
-from sdjax.models.layout import layout, shapes
+from sdjax.models.files import weights
+from sdjax.models.files.layout import layout, shapes
 from sdjax.models.routing import Moe, Routes, route
 
 NAMES = ("gpt_oss", "qwen3_moe", "mixtral", "olmoe", "qwen2_moe")

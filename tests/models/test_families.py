@@ -13,10 +13,11 @@ import pytest
 from networks import unoptimised
 from safetensors.numpy import load_file, save_file
 
-from sdjax.models import configs, families, transformer, weights
+from sdjax.models import configs, families, transformer
 from sdjax.models.configs import from_hf, to_hf
 from sdjax.models.families import FAMILIES, Family
 from sdjax.models.fields import ModelError
+from sdjax.models.files import weights
 from sdjax.models.ropes import NO_ROPE, rope
 from sdjax.models.transformer import Transformer
 

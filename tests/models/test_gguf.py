@@ -6,9 +6,9 @@ import pytest
 from models.test_families import GOLDEN, golden
 from safetensors.numpy import load_file
 
-from sdjax.models import gguf_files
-from sdjax.models.gguf_tokenizers import SPLITS, gguf_tokenizer
-from sdjax.models.layout import layout
+from sdjax.models.files import gguf_files
+from sdjax.models.files.gguf_tokenizers import SPLITS, gguf_tokenizer
+from sdjax.models.files.layout import layout
 
 gguf = pytest.importorskip("gguf")
 

@@ -12,9 +12,10 @@ import pytest
 from golden_models import Golden, run, step
 from safetensors.numpy import load_file, save_file
 
-from sdjax.models import gguf_files, pretrained, transformer, weights
+from sdjax.models import pretrained, transformer
 from sdjax.models.configs import FAMILIES, OPTIONAL, from_hf, to_hf
 from sdjax.models.fields import ModelError
+from sdjax.models.files import gguf_files, weights
 from sdjax.models.presets import PRESETS
 from sdjax.models.ropes import Rope, rope
 

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from sdjax.engine.policies import Policy
-from sdjax.models import adapters, peft_files, pretrained
+from sdjax.models import adapters, pretrained
 from sdjax.models.fields import ModelError
+from sdjax.models.files import peft_files
 from sdjax.models.pretrained import Origin
 from sdjax.models.templates import stop_tokens
 from sdjax.models.transformer import Transformer

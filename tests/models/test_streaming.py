@@ -10,10 +10,11 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from sdjax.devices import sharding
-from sdjax.models import pretrained, safetensors_files, unread, weights
+from sdjax.models import pretrained
 from sdjax.models.adapters import Lora, fingerprint
 from sdjax.models.fields import ModelError
-from sdjax.models.layout import layout
+from sdjax.models.files import safetensors_files, unread, weights
+from sdjax.models.files.layout import layout
 
 
 @pytest.fixture

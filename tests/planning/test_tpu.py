@@ -16,7 +16,7 @@ import yaml
 from whole_runs import kept_in, lines
 
 from sdjax.planning.chips import TOPOLOGIES
-from sdjax.run import places
+from sdjax.run.storage import places
 
 TPU = Path(__file__).parents[2] / "tpu"
 SCRIPTS = sorted(TPU.glob("*.sh"))

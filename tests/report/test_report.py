@@ -24,8 +24,8 @@ from sdjax.report import figures, page, report, rollouts
 from sdjax.report.groups import Group, Interval, accuracy_at, band, closing, grouped_runs, last_values, over_seeds
 from sdjax.report.microscope import Scored, fitting, method_signals, open_run, rollout_of, score_rollouts
 from sdjax.report.runs import ReportError, Run, read_run
-from sdjax.run import records
-from sdjax.run.log import drop_metrics_after
+from sdjax.run.logs import records
+from sdjax.run.logs.log import drop_metrics_after
 from sdjax.types import Example, Objective, Rollout, Term, View
 
 NASTY = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"

@@ -9,9 +9,9 @@ import tiny
 
 from sdjax.engine.protocol import Protocol, ProtocolError
 from sdjax.engine.tokens import decode_text
-from sdjax.run import answering, measures
-from sdjax.run.answering import Answer, all_answers, span
 from sdjax.run.folder import RunError
+from sdjax.run.measuring import answering, measures
+from sdjax.run.measuring.answering import Answer, all_answers, span
 from sdjax.tasks import maths
 from sdjax.tasks.judging import reads_answers
 from sdjax.types import Example, Verdict

@@ -10,10 +10,10 @@ import whole_runs
 from states import assert_same, state
 from whole_runs import STEPS, arguments, assert_same_end, assert_same_run, ended, joining, lines, run_here, start
 
-from sdjax.run import checkpoint, manifest, places, saving
-from sdjax.run.checkpoint import CheckpointError
-from sdjax.run.places import place
-from sdjax.run.saving import Saver
+from sdjax.run.storage import checkpoint, manifest, places, saving
+from sdjax.run.storage.checkpoint import CheckpointError
+from sdjax.run.storage.places import place
+from sdjax.run.storage.saving import Saver
 
 
 def assert_same_as(folder: str, reference) -> None:

@@ -16,9 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 from states import assert_same, state
 
-from sdjax.run import checkpoint, digests, manifest, saving
-from sdjax.run.checkpoint import CheckpointError
-from sdjax.run.saving import Keep, Saver
+from sdjax.run.storage import checkpoint, digests, manifest, saving
+from sdjax.run.storage.checkpoint import CheckpointError
+from sdjax.run.storage.saving import Keep, Saver
 
 
 def save(folder, state, host, keep=2, scores=None):

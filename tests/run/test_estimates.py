@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sdjax.run.estimates import clustered, majority_at, mean, paired, pass_at, wilson
+from sdjax.run.measuring.estimates import clustered, majority_at, mean, paired, pass_at, wilson
 
 
 def test_one_answer_a_problem_is_the_binomial_interval():

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.run import evaluate
-from sdjax.run.evaluate import Accuracy, accuracy, by_cap, pass_at_k, wilson
+from sdjax.run.measuring import evaluate
+from sdjax.run.measuring.evaluate import Accuracy, accuracy, by_cap, pass_at_k, wilson
 from sdjax.types import Example, Rollout, Verdict
 
 

@@ -27,13 +27,13 @@ from sdjax.kernels.distributions import logprob
 from sdjax.methods.vpd import vpd
 from sdjax.models.pretrained import Pretrained
 from sdjax.run import loop
-from sdjax.run.checkpoint import CheckpointError
 from sdjax.run.fit import check_lengths, fit
 from sdjax.run.folder import RunError
 from sdjax.run.interrupts import Interrupts
-from sdjax.run.log import RunLog
-from sdjax.run.mirror import Mirror
+from sdjax.run.logs.log import RunLog
 from sdjax.run.prompts import Prompts
+from sdjax.run.storage.checkpoint import CheckpointError
+from sdjax.run.storage.mirror import Mirror
 from sdjax.types import Method, Objective, Term, Verdict, View
 
 pytestmark = pytest.mark.usefixtures("cached")

@@ -9,10 +9,10 @@ import time
 import pytest
 from whole_runs import arguments, run_here
 
-from sdjax.run import places
 from sdjax.run.folder import RunError, claim
-from sdjax.run.mirror import Mirror
-from sdjax.run.places import PlaceError, place
+from sdjax.run.storage import places
+from sdjax.run.storage.mirror import Mirror
+from sdjax.run.storage.places import PlaceError, place
 
 
 @pytest.fixture(params=["disk", "bucket"])

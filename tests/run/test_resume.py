@@ -13,7 +13,7 @@ import pytest
 import whole_runs
 from whole_runs import STEPS, arguments, assert_same_end, ended, lines, run_here, start, wait_for
 
-from sdjax.run import checkpoint
+from sdjax.run.storage import checkpoint
 
 
 def batches(folder) -> list[int]:

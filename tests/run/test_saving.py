@@ -14,8 +14,9 @@ import whole_runs
 from whole_runs import FILE, arguments, assert_same_end, lines, run_here
 
 from sdjax.models import pretrained
-from sdjax.run import checkpoint, loop, saving
+from sdjax.run import loop
 from sdjax.run.folder import RunError
+from sdjax.run.storage import checkpoint, saving
 
 pytestmark = pytest.mark.usefixtures("cached")
 

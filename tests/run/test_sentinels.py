@@ -15,7 +15,7 @@ from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.kernels.distributions import logprob
 from sdjax.run.fit import fit
-from sdjax.run.sentinels import SENTINELS, WINDOW, Watch, watched
+from sdjax.run.logs.sentinels import SENTINELS, WINDOW, Watch, watched
 from sdjax.types import REFERENCE, Method, Objective, Rollout, Term, Verdict, View
 
 GOOD = {

@@ -12,7 +12,7 @@ import pytest
 import whole_runs
 from whole_runs import FILE, STEPS, arguments, assert_same_end, ended, lines, run_here, start, wait_for
 
-from sdjax.run import checkpoint, manifest, places
+from sdjax.run.storage import checkpoint, manifest, places
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", "12"))

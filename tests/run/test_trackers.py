@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdjax.run import trackers
-from sdjax.run.trackers import Run, TrackerError, Trackers, chosen
+from sdjax.run.logs import trackers
+from sdjax.run.logs.trackers import Run, TrackerError, Trackers, chosen
 
 ROWS = [{"step": 3, "prompt": "2+2?", "completion": "4", "reward": 1.0}]
 

@@ -14,8 +14,9 @@ from sdjax.collect.peers import peers
 from sdjax.engine.policies import Environment
 from sdjax.engine.tokens import decode_text, thinking_opened
 from sdjax.methods.sdpo import peer_or_feedback
-from sdjax.run import log, records
-from sdjax.tasks import bounded, exact, extraction, judging, maths, numbers
+from sdjax.run.logs import log, records
+from sdjax.tasks import bounded, exact, judging, maths
+from sdjax.tasks.answers import extraction, numbers
 from sdjax.tasks.completions import Completion, split
 from sdjax.tasks.data import problems
 from sdjax.tasks.errors import TaskError

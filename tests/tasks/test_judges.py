@@ -11,8 +11,8 @@ from whole_runs import FILE, ended, lines, run_here, start_all
 from sdjax.devices import http_json
 from sdjax.devices.http_json import KEY, EngineError
 from sdjax.run.interrupts import Interrupts
-from sdjax.run.mirror import LOGS
 from sdjax.run.settings import Settings
+from sdjax.run.storage.mirror import LOGS
 from sdjax.tasks import judging
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.judges import NO_ANSWER, Judge, Opinion, Range, chat_text, judged, read_opinion, score_range

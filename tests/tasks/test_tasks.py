@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from sdjax.tasks import answers, bounded, exact, maths, recall
+from sdjax.tasks import bounded, exact, maths, recall
 from sdjax.tasks import reasoning_gym as gym
+from sdjax.tasks.answers import marks
 from sdjax.tasks.data import problems
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import question_key, split_by_question
@@ -53,7 +54,7 @@ def questions(examples) -> set[str]:
     ],
 )
 def test_last_number(text, number):
-    assert answers.last_number(text) == number
+    assert marks.last_number(text) == number
 
 
 @pytest.mark.parametrize(
@@ -72,41 +73,41 @@ def test_last_number(text, number):
     ],
 )
 def test_stated_answer(text, answer):
-    assert answers.stated_answer(text) == answer
+    assert marks.stated_answer(text) == answer
 
 
 def test_stated_answer_with_several_lines():
-    assert answers.stated_answer("The board:\n1 2\n3 4", lines=2) == "1 2\n3 4"
-    assert answers.stated_answer("The answer is\n1 2\n3 4\n\nBye", lines=2) == "1 2\n3 4"
-    assert answers.stated_answer("a\nb\nc", lines=0) == "a\nb\nc"
+    assert marks.stated_answer("The board:\n1 2\n3 4", lines=2) == "1 2\n3 4"
+    assert marks.stated_answer("The answer is\n1 2\n3 4\n\nBye", lines=2) == "1 2\n3 4"
+    assert marks.stated_answer("a\nb\nc", lines=0) == "a\nb\nc"
 
 
 def test_numeric_answer_prefers_what_is_marked():
-    assert answers.numeric_answer(r"\boxed{x = 5}; check: 2 + 3") == "5"
-    assert answers.numeric_answer(r"\boxed{none}: 3") == "3"
+    assert marks.numeric_answer(r"\boxed{x = 5}; check: 2 + 3") == "5"
+    assert marks.numeric_answer(r"\boxed{none}: 3") == "3"
 
 
 def test_parse_number_is_exact_and_bounded():
-    assert answers.parse_number("0.1") * 10 == 1
-    assert answers.parse_number("-1,000.50") == answers.parse_number("-2001/2")
+    assert marks.parse_number("0.1") * 10 == 1
+    assert marks.parse_number("-1,000.50") == marks.parse_number("-2001/2")
     for text in ("", "x", "1/0", "1e99999", "1 2", "7" * 5000):
-        assert answers.parse_number(text) is None
+        assert marks.parse_number(text) is None
 
 
 def test_remarks():
-    assert answers.outcome("7", "9") == "Your answer 7 is wrong."
-    assert answers.direction("7", "9") == "Your answer 7 is wrong: it is too small."
-    assert answers.distance("7", "9") == "Your answer 7 is wrong: it is too small by 2."
-    assert answers.distance("1/2", "1/3") == "Your answer 1/2 is wrong: it is too large by 1/6."
-    assert answers.distance("1.25", "1") == "Your answer 1.25 is wrong: it is too large by 0.25."
-    assert answers.distance("blue", "9") == "Your answer blue is wrong."
-    assert answers.reveal("7", "9") == "Your answer 7 is wrong; the correct answer is 9."
+    assert marks.outcome("7", "9") == "Your answer 7 is wrong."
+    assert marks.direction("7", "9") == "Your answer 7 is wrong: it is too small."
+    assert marks.distance("7", "9") == "Your answer 7 is wrong: it is too small by 2."
+    assert marks.distance("1/2", "1/3") == "Your answer 1/2 is wrong: it is too large by 1/6."
+    assert marks.distance("1.25", "1") == "Your answer 1.25 is wrong: it is too large by 0.25."
+    assert marks.distance("blue", "9") == "Your answer blue is wrong."
+    assert marks.reveal("7", "9") == "Your answer 7 is wrong; the correct answer is 9."
 
 
 def test_extraction_is_linear_on_any_text():
     start = time.monotonic()
     for text in NASTY:
-        for extract in (answers.last_boxed, answers.last_tagged, answers.last_number, answers.stated_answer):
+        for extract in (marks.last_boxed, marks.last_tagged, marks.last_number, marks.stated_answer):
             extract(text * 5)
     assert time.monotonic() - start < 5
 
@@ -145,7 +146,7 @@ def test_maths_rejects(correct, text):
 def test_maths_feedback():
     wrong = example("9")
     assert maths.verify(wrong, "7").feedback == "Your answer 7 is wrong: it is too small."
-    assert maths.verify(wrong, "7", remark=answers.distance).feedback.endswith("too small by 2.")
+    assert maths.verify(wrong, "7", remark=marks.distance).feedback.endswith("too small by 2.")
     assert maths.verify(wrong, "7", reveal_answer=True).feedback.endswith("the correct answer is 9.")
     assert maths.verify(wrong, "no idea").feedback == "No answer was found in your response."
     assert maths.verify(example("9", feedback="Carry the one."), "7").feedback == "Carry the one."
@@ -343,7 +344,7 @@ def test_recall():
     assert sorted(words.values()) == sorted(recall.WORDS * 2)
     each = task.train[0]
     assert task.verify(each, f"{each.answer} and more").reward == 1.0
-    assert task.verify(each, each.answer[:2]).reward == 0.0 and task.verify(each, "").feedback == answers.NO_ANSWER
+    assert task.verify(each, each.answer[:2]).reward == 0.0 and task.verify(each, "").feedback == marks.NO_ANSWER
     used = " ".join(f"{e.prompt[0]['content']} {e.solution}" for e in task.train + task.test).split()
     assert set(used) == set(recall.vocabulary(keys=16))
     assert recall.recall(keys=16, seed=2).train != task.train

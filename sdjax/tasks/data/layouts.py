@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sdjax.tasks.answers import last_boxed
+from sdjax.tasks.answers.marks import last_boxed
 from sdjax.tasks.data.fields import FIELDS, at, unpacked
 
 QUESTIONS = ("prompt", "messages", "problem", "question", "Problem", "Question", "query")

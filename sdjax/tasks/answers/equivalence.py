@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from sdjax.tasks import text_answers
-from sdjax.tasks.notation import plain
-from sdjax.tasks.quantities import quantity, same_quantity
+from sdjax.tasks.answers import text_answers
+from sdjax.tasks.answers.notation import plain
+from sdjax.tasks.answers.quantities import quantity, same_quantity
 
 Library = Callable[[str, str], bool]
 """Compares two answers that are mathematics."""

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sdjax.models.adapters import TARGETS, Lora, targeted
 from sdjax.models.configs import ModelConfig
 from sdjax.models.fields import ModelError
-from sdjax.models.layout import layout, stored_shapes
+from sdjax.models.files.layout import layout, stored_shapes
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 STEM = "base_model.model."

@@ -18,10 +18,10 @@ import orbax.checkpoint as ocp
 
 from sdjax.devices.processes import ProcessError, by_each, by_first, everyone, first, many
 from sdjax.engine.train import State
-from sdjax.run import manifest, places
-from sdjax.run.checkpoint import CheckpointError, absolute, arrays_of, check_space, described
-from sdjax.run.digests import digests
-from sdjax.run.places import first_line
+from sdjax.run.storage import manifest, places
+from sdjax.run.storage.checkpoint import CheckpointError, absolute, arrays_of, check_space, described
+from sdjax.run.storage.digests import digests
+from sdjax.run.storage.places import first_line
 
 SECONDS = 600
 """After which a save that does not come to its end has failed: a disk or a bucket that no longer answers."""

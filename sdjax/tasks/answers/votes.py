@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sdjax.tasks import extraction, maths
+from sdjax.tasks import maths
+from sdjax.tasks.answers import extraction
 from sdjax.tasks.judging import Case, has_marked_answer
 from sdjax.types import Example
 

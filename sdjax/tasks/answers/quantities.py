@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from sdjax.tasks.numbers import Exact, exact, number, same_value, times
+from sdjax.tasks.answers.numbers import Exact, exact, number, same_value, times
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+(?:\(\d+\))?)?|\.\d+"
 _POWER = r"(?:\s*(?:\^|\*\*)\s*(?:[-+]?\d+|\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}|\([-+]?\d+(?:/\d+)?\)))"

@@ -1,7 +1,7 @@
 """The mark of a whole checkpoint: `checkpoints/<step>.json`, written last and in one go.
 
 It lists the files of `checkpoints/<step>/` with their sizes, the arrays with their shapes and digests
-(`sdjax.run.digests`), the host's half of the state, and a checksum of all that.
+(`sdjax.run.storage.digests`), the host's half of the state, and a checksum of all that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdjax.run import places
+from sdjax.run.storage import places
 
 
 def steps(folder: Path) -> list[int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from sdjax.tasks import answers, text_answers
+from sdjax.tasks.answers import marks, text_answers
+from sdjax.tasks.answers.notation import ascii_signs, plain
+from sdjax.tasks.answers.quantities import EXPRESSION, QUANTITY, quantity
 from sdjax.tasks.completions import split
-from sdjax.tasks.notation import ascii_signs, plain
-from sdjax.tasks.quantities import EXPRESSION, QUANTITY, quantity
 
 _LONGEST_PROSE, _LONGEST_STATEMENT = 6000, 1500
 _PADDING = re.compile(r"\n\s+\n|[ \t]{3,}")
@@ -50,21 +50,21 @@ def taken(text: str, gold: str) -> Taken:
         return Taken(None, "the thinking does not end")
     if not said.answer:
         return Taken(None, "there is no answer after the thinking" if said.thinking else "the text is empty")
-    mark = answers.marked(said.answer)
+    mark = marks.marked(said.answer)
     if mark is not None and mark.answer is None:
         return Taken(None, f"the last {_NAMES[mark.by]} is empty or broken")
     if mark is not None:
-        inner = answers.statement(plain(mark.answer)) if mark.by == "box" else None
+        inner = marks.statement(plain(mark.answer)) if mark.by == "box" else None
         content = (
             inner
             if inner is not None
-            else answers.last_boxes(said.answer)
+            else marks.last_boxes(said.answer)
             if mark.by == "box"
             else _in_prose(_PADDING.sub(_unpadded, mark.answer[-_LONGEST_STATEMENT:]), gold, whole=True)
         )
         return Taken(content, f"the last {_NAMES[mark.by]}")
     prose = _PADDING.sub(_unpadded, said.answer[-_LONGEST_PROSE:])
-    stated = answers.statement(prose)
+    stated = marks.statement(prose)
     if stated is not None:
         content = _in_prose(stated[:_LONGEST_STATEMENT], gold)
         return Taken(content, "stated as the answer" if content else "an answer is announced, and nothing follows")
@@ -79,9 +79,9 @@ def _in_prose(text: str, gold: str, whole: bool = False) -> str | None:
     wanted = plain(gold)
     numeric = quantity(wanted) is not None
     if whole and "\n" not in text.strip() and len(text) < 80 and not numeric:
-        inner = answers.statement(text)
+        inner = marks.statement(text)
         return (inner if inner is not None else text).strip() or None
-    if whole and (inner := answers.statement(text)) is not None:
+    if whole and (inner := marks.statement(text)) is not None:
         text = inner
     text = _dedented(text)
     if numeric:

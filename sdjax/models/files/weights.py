@@ -21,11 +21,11 @@ from sdjax.devices.sharding import to_host
 from sdjax.models.adapters import Adapted
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
+from sdjax.models.files.layout import Place, layout, shapes, stored_shapes
+from sdjax.models.files.mxfp4 import unpacked
+from sdjax.models.files.safetensors_files import FLOATS, INDEX, SINGLE, Stored, common_dtype, open_folder
+from sdjax.models.files.unread import Unread
 from sdjax.models.joined_experts import apart
-from sdjax.models.layout import Place, layout, shapes, stored_shapes
-from sdjax.models.mxfp4 import unpacked
-from sdjax.models.safetensors_files import FLOATS, INDEX, SINGLE, Stored, common_dtype, open_folder
-from sdjax.models.unread import Unread
 from sdjax.models.wrapped import text_tensors
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ from sdjax.models.wrapped import text_tensors
 def opened(folder: str | os.PathLike, config: ModelConfig) -> tuple[dict, str]:
     """Parameters in the safetensors of a folder of the transformers library, not read yet, and the type of most of them.
 
-    Every tensor of the files is checked by its header.  The leaves (`sdjax.models.unread.Unread`) are read in float32 or,
+    Every tensor of the files is checked by its header.  The leaves (`sdjax.models.files.unread.Unread`) are read in float32 or,
     after `astype`, in another type, where they are placed on devices: each process reads what its devices hold.
 
     Raises: ModelError for a file that is absent or damaged, and once for all tensors that are missing, not expected or

@@ -13,7 +13,7 @@ from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import sample, verdicts
 from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.policies import Policy
-from sdjax.run.estimates import pass_at, wilson
+from sdjax.run.measuring.estimates import pass_at, wilson
 from sdjax.types import Example, Messages, Rollout, Verdict
 
 

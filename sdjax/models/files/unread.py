@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.models.layout import Place
-from sdjax.models.safetensors_files import Stored
+from sdjax.models.files.layout import Place
+from sdjax.models.files.safetensors_files import Stored
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -6,7 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sdjax.run import places, records
+from sdjax.run.logs import records
+from sdjax.run.storage import places
 from sdjax.tasks import judges
 
 LOGS = ("metrics.jsonl", "alarms.jsonl", "rollouts.txt", records.ROLLOUTS, "trackers.json", "tensorboard", "mlflow.db")

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from sdjax.run import records
-from sdjax.run import trackers as tracked
-from sdjax.run.places import replace_text
-from sdjax.run.sentinels import Alarm
-from sdjax.run.trackers import Trackers
+from sdjax.run.logs import records
+from sdjax.run.logs import trackers as tracked
+from sdjax.run.logs.sentinels import Alarm
+from sdjax.run.logs.trackers import Trackers
+from sdjax.run.storage.places import replace_text
 from sdjax.tasks.completions import split
 from sdjax.types import Rollout, View
 

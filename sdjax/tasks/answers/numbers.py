@@ -1,7 +1,7 @@
 """Exact values of texts that are numbers: fractions, decimals, powers of any size, and arithmetic with them.
 
 No value is rounded and no large power is evaluated: `2^{2024}` and `4^{1012}` are compared as products of powers.  Texts are
-those that `sdjax.tasks.notation.plain` returns.
+those that `sdjax.tasks.answers.notation.plain` returns.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from sdjax.collect.contexts import question
 from sdjax.collect.rollouts import sample, verdicts
 from sdjax.engine.policies import Policy
 from sdjax.engine.protocol import Protocol
-from sdjax.run import places
 from sdjax.run.folder import RunError
+from sdjax.run.storage import places
 from sdjax.types import Example, Rollout, Verdict
 
 ANSWERS, ABOUT = "answers.jsonl", "evaluation.json"

@@ -11,8 +11,8 @@ import numpy as np
 
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.fields import ModelError
-from sdjax.models.safetensors_files import Stored
-from sdjax.models.weights import unread
+from sdjax.models.files.safetensors_files import Stored
+from sdjax.models.files.weights import unread
 
 
 def open_gguf(path: str | os.PathLike) -> Any:

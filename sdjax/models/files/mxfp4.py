@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.models.fields import ModelError
-from sdjax.models.safetensors_files import Stored
+from sdjax.models.files.safetensors_files import Stored
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """What four bits say: a sign, two bits of exponent, one of fraction."""

@@ -1,8 +1,8 @@
 """What a checkpoint holds, and how it is read: Orbax for arrays, JSON for the host, a manifest that says it is whole.
 
-A step lies in `checkpoints/<step>/` and counts only once `checkpoints/<step>.json` lies beside it (`sdjax.run.manifest`).
+A step lies in `checkpoints/<step>/` and counts only once `checkpoints/<step>.json` lies beside it (`sdjax.run.storage.manifest`).
 One that was being written when the process died has none and is ignored; one that does not match it is refused.
-`sdjax.run.saving` writes them.
+`sdjax.run.storage.saving` writes them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from sdjax.devices.processes import by_first
 from sdjax.engine.train import State
 from sdjax.errors import InputError
-from sdjax.run import manifest, places
-from sdjax.run.digests import digests, named
-from sdjax.run.places import first_line
+from sdjax.run.storage import manifest, places
+from sdjax.run.storage.digests import digests, named
+from sdjax.run.storage.places import first_line
 
 
 class CheckpointError(InputError, RuntimeError):

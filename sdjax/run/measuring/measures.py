@@ -14,11 +14,11 @@ from sdjax.collect.rollouts import sample, verdicts
 from sdjax.engine.policies import Policy
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.tokens import decode_text, encode_context, thinking_opened
-from sdjax.run.answering import Answer, by_problem
-from sdjax.run.estimates import Estimate, clustered, majority_at, mean, paired, pass_at
-from sdjax.run.evaluate import Accuracy
+from sdjax.run.measuring.answering import Answer, by_problem
+from sdjax.run.measuring.estimates import Estimate, clustered, majority_at, mean, paired, pass_at
+from sdjax.run.measuring.evaluate import Accuracy
 from sdjax.tasks import maths
-from sdjax.tasks import votes as voting
+from sdjax.tasks.answers import votes as voting
 from sdjax.tasks.judging import Case
 from sdjax.types import Example, Rollout, Verdict
 

@@ -1,0 +1,1 @@
+"""Parameters and tokenizers in the files of other libraries, in and out."""

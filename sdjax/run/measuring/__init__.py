@@ -1,0 +1,1 @@
+"""What a model's answers come to: during a run, and by `sdjax evaluate`."""

@@ -1,0 +1,1 @@
+"""From a text to its answer, and whether two answers are the same."""
