@@ -10,6 +10,7 @@ import lzma
 import pytest
 
 from sdjax.collect.rollouts import to_file
+from sdjax.tasks import maths
 from sdjax.tasks.data import layouts, problems
 from sdjax.tasks.data.problems import stem
 from sdjax.tasks.data.sources import source
@@ -62,6 +63,11 @@ FILES = {
     "p.jsonl.gz": gzip.compress(as_lines(ROWS)),
     "p.csv.bz2": bz2.compress(as_csv(ROWS)),
     "p.json.xz": lzma.compress(json.dumps(ROWS).encode()),
+    # Names that say something else than the file is.
+    "packed.jsonl": gzip.compress(as_lines(ROWS)),
+    "packed.csv": bz2.compress(as_csv(ROWS)),
+    "other.json.gz": lzma.compress(json.dumps(ROWS).encode()),
+    "unpacked.jsonl.gz": as_lines(ROWS),
 }
 
 
@@ -75,14 +81,14 @@ def test_every_kind_of_file_holds_the_same_problems(tmp_path, name):
     assert found.examples[0].id.rsplit(":", 1)[0] == name.split(".")[0] and len({e.id for e in found.examples}) == 2
 
 
-@pytest.mark.parametrize("name", ["p.parquet", "p.arrow", "file.arrow", "p.jsonl.zst"])
+@pytest.mark.parametrize("name", ["p.parquet", "parquet.jsonl", "p.arrow", "file.arrow", "p.jsonl.zst"])
 def test_files_that_need_arrow(tmp_path, name):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     table = arrow.Table.from_pylist([{**row, "answer": str(row["answer"])} for row in ROWS])
     table = table.append_column("when", arrow.array([0, 1], arrow.timestamp("s")))
-    if name == "p.parquet":
+    if "parquet" in name:
         parquet.write_table(table, tmp_path / name, row_group_size=1)
     elif name == "p.jsonl.zst":
         with arrow.output_stream(tmp_path / name, compression="zstd") as file:
@@ -137,8 +143,19 @@ def test_tables_keep_nested_values_as_json(tmp_path):
         ("x.json", b'[{"prompt": "a", "answer": NaN}]', "x.json, row 1: `answer` is nan, which is no number"),
         ("x.json", b'{"a": 1, "a": 2}', "x.json: this is not JSON (the key 'a' stands twice"),
         ("x.jsonl.gz", gzip.compress(b"{}" * 9999, mtime=0)[:30], "x.jsonl.gz is damaged or cut off"),
-        ("x.jsonl.gz", b"{}", "x.jsonl.gz is damaged or cut off"),
-        ("x.jsonl.xz", b"{}", "x.jsonl.xz is damaged or cut off"),
+        ("x.jsonl", b"{'prompt': 1}", "each line must be one JSON object; a file that is one list or one object must"),
+        (
+            "x.jsonl",
+            b'[{"prompt": "a"}]',
+            "line 1: expected a JSON object with `prompt` and `answer`, found a list; a file",
+        ),
+        ("x.csv", b'{"prompt": "a", "answer": 1}', "x.csv, line 1: this is JSON and no table"),
+        ("x.csv", b"question,answer\na,1\nb,\n", "x.csv, line 3: `answer` is missing; found question; name its column"),
+        ("x.jsonl", b'{"instruction": "a"}', "found only instruction; name its column, as --fields prompt=COLUMN"),
+        ("x.csv", "prompt,answer".encode("utf-16"), "x.csv is UTF-16; save the file as UTF-8"),
+        ("x.xlsx", b"PK\x03\x04", "x.xlsx is a ZIP archive or a spreadsheet"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\n", "x.parquet is a pointer of Git LFS"),
+        ("x.jsonl", b"<!DOCTYPE html>", "x.jsonl is a web page; download the file itself"),
     ],
 )
 def test_bad_files_and_rows_are_named(tmp_path, name, content, sentence):
@@ -227,6 +244,48 @@ def test_layouts_are_known_by_their_shape_and_said(tmp_path, row, question, answ
         solution,
     )
     assert said in found.said and list(found.about["layouts"].values()) == [1]
+
+
+LETTER = "\n\nAnswer with the letter of the right choice."
+
+
+@pytest.mark.parametrize(
+    "row, question, answer, solution",
+    [
+        ({"question": "q", "choices": ["w", "x", "y"], "answer": 1}, "q\n\nA. w\nB. x\nC. y", "B", None),  # MMLU
+        ({"question": "q", "options": ["3", "4"], "answer": "B", "answer_index": 0}, "q\n\nA. 3\nB. 4", "B", None),
+        ({"question": "q", "choices": ["3", "4"], "answer": "3"}, "q\n\nA. 3\nB. 4", "A", None),
+        ({"question": "q", "choices": ["3", "4"], "answer": "1"}, "q\n\nA. 3\nB. 4", "B", None),
+        (
+            {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+            "q\n\n1. x\n2. y",
+            "2",
+            None,
+        ),
+        (
+            {"question": "q", "options": ["A)21", "B)22"], "rationale": "r", "correct": "B"},
+            "q\n\nA)21\nB)22",
+            "B",
+            "r",
+        ),
+    ],
+)
+def test_choices_are_written_below_their_question(tmp_path, row, question, answer, solution):
+    write(tmp_path / "x.jsonl", row)
+    found = read(tmp_path / "x.jsonl")
+    (example,) = found.examples
+    assert (example.prompt[-1]["content"], example.answer, example.solution) == (question + LETTER, answer, solution)
+    assert "read as multiple choice: `question` with `" in found.said
+    assert maths.verify(example, f"It is ({answer}).").reward == 1.0 == 1 - maths.verify(example, "It is (D).").reward
+
+
+def test_choices_that_stand_in_the_question_stay_there(tmp_path):
+    row = {"question": "Is it A. tea, B. milk?", "choices": ["tea", "milk"], "answer": "B"}
+    write(tmp_path / "x.jsonl", row, {**row, "question": "Which?", "answer": "D"})
+    with pytest.raises(TaskError, match="x.jsonl, line 2: `answer` is 'D', which is none of the choices in `choices`"):
+        read(tmp_path / "x.jsonl")
+    assert asked(read(tmp_path / "x.jsonl", skip_bad_rows=True).examples) == [row["question"]]
+    assert answers(read(tmp_path / "x.jsonl", fields="answer=answer").examples) == ["B", "D"]  # as they stand
 
 
 def test_other_columns_stay_for_the_verifier_and_teachers():

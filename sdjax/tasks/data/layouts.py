@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdjax.tasks.answers.marks import last_boxed
+from sdjax.tasks.data import choices
 from sdjax.tasks.data.fields import FIELDS, at, unpacked
 
-QUESTIONS = ("prompt", "messages", "problem", "question", "Problem", "Question", "query")
+QUESTIONS = ("prompt", "messages", "problem", "question", "Problem", "Question", "query", "question_stem")
 ANSWERS = ("answer", "Answer", "answers", "final_answer", "expected_answer", "ground_truth", "target")
 SOLUTIONS = ("solution", "Solution", "completion", "rationale", "explanation")
 """Columns, the first that a row has."""
@@ -28,9 +29,10 @@ class Laid(NamedTuple):
 def laid_out(row: Mapping[str, Any], chosen: Mapping[str, str], where: str) -> Laid:
     """A row with its fields under their own names: by its layout, and by `chosen` columns where there are any.
 
-    Raises: `TaskError` for a chosen column that is not there.
+    Raises: `TaskError` for a chosen column that is not there, or choices of which none is right.
     """
-    found = verl(row) or columns(row)
+    asked = None if {"prompt", "messages", "answer"} & {*chosen} else multiple_choice(row, where)
+    found = asked or verl(row) or columns(row)
     if not chosen:
         return found
     given = {name: at(row, column, where) for name, column in chosen.items() if column}
@@ -72,11 +74,24 @@ def verl(row: Mapping[str, Any]) -> Laid | None:
     return Laid(found, names, "verl and DAPO: the answer in `reward_model.ground_truth`")
 
 
+def multiple_choice(row: Mapping[str, Any], where: str) -> Laid | None:
+    """MMLU, ARC and their like: the choices stand below the question, the answer is a letter.  Raises: `TaskError`."""
+    question = question_of(row)
+    found = None if question is None else choices.asked(row, question, where)
+    if found is None:
+        return None
+    text, right = found.text, found.right
+    rest = {name: value for name, value in row.items() if name not in (question, right)}
+    laid = columns({**rest, "prompt": text, "answer": found.letter})
+    names = {**laid.names, "prompt": question, "answer": right}
+    return Laid(laid.row, names, f"multiple choice: `{question}` with `{found.column}`, the right one in `{right}`")
+
+
 def columns(row: Mapping[str, Any]) -> Laid:
     """Question, answer and solution by the names of their columns; the answer may stand at the end of the solution."""
     question, answer = question_of(row), first_of(row, ANSWERS)
     solution = first_of(row, SOLUTIONS)
-    if question is None or (answer is None and solution is None):
+    if question is None:
         return Laid(dict(row), {}, "prompt and answer")
     form = "messages" if question == "messages" else "prompt"
     used = {form: question, "answer": answer, "solution": solution}
@@ -89,6 +104,8 @@ def columns(row: Mapping[str, Any]) -> Laid:
         names["id"] = "ID"
     if solution == "completion":
         found["solution"] = said(found["solution"])
+    if answer is None and solution is None:
+        return Laid(found, names, "no answer")
     if answer is None:
         found, names, how = from_solution(found, names)
         return Laid(found, names, f"{known(question, row)}`{question}`, {how}")

@@ -32,28 +32,47 @@ class Row(NamedTuple):
 WRAPPED = ("data", "rows", "examples", "problems", "questions", "instances", "train", "test")
 """Keys under which a JSON file that is one object may hold its rows."""
 
+WHOLE = "; a file that is one list or one object must have the ending .json"
+
+COMPRESSIONS = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+BINARY = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
+"""Endings by the first bytes of a file."""
+
+UTF16 = "is UTF-16; save the file as UTF-8"
+NO_ROWS = {
+    b"pk\x03\x04": "is a ZIP archive or a spreadsheet; unpack it, or save it as CSV",
+    b"version https://git-lfs": "is a pointer of Git LFS in place of the file; fetch it with `git lfs pull`",
+    b"<!doctype html": "is a web page; download the file itself",
+    b"<html": "is a web page; download the file itself",
+    b"\xff\xfe": UTF16,
+    b"\xfe\xff": UTF16,
+}
+"""What files are that begin so (in small letters) and hold no rows."""
+
 
 def rows_of(path: Path, *, texts: bool = False) -> Iterator[Row]:
-    """The rows of a file by its ending (JSON lines for endings that are not known), one at a time; `texts` may be rows.
+    """The rows of a file, one at a time; `texts` may be rows.
 
-    The value of a row that cannot be read is a `TaskError`.  Raises: `TaskError` for a file that cannot.
+    How it is read is said by its first bytes where they are those of a known format, else by its ending (JSON lines for
+    endings that are not known).  The value of a row that cannot be read is a `TaskError`.
+
+    Raises: `TaskError` for a file that cannot be read.
     """
-    inner = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
-    read = READERS.get(inner.suffix.lower(), json_lines)
     with opened(path) as stream:
-        for row in read(stream, path):
+        for row in reader_of(stream, path)(stream, path):
             if isinstance(row.value, Mapping | TaskError) or (texts and isinstance(row.value, str)):
                 yield row
             else:
                 expected = "expected a JSON object with `prompt` and `answer`"
-                yield Row(row.place, TaskError(f"{path}, {row.place}: {expected}, found {kind(row.value)}."))
+                hint = WHOLE if isinstance(row.value, list) and row.place == "line 1" else ""
+                yield Row(row.place, TaskError(f"{path}, {row.place}: {expected}, found {kind(row.value)}{hint}."))
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A file's bytes, decompressed.  Raises: `TaskError` here, or later where the file turns out to be damaged."""
     try:
-        with COMPRESSED.get(path.suffix.lower(), plain)(path) as stream:
+        with COMPRESSED.get(compression(path), plain)(path) as stream:
             yield stream
     except FileNotFoundError:
         raise TaskError(f"{path} does not exist; give the path of a file with one JSON object per line.") from None
@@ -62,6 +81,24 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise TaskError(f"{path} cannot be read ({reason}); give the path of a readable file.") from None
+
+
+def compression(path: Path) -> str:
+    """The ending of the compression that a file has by its first bytes, whatever its name says; empty for none."""
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+    return next((ending for mark, ending in COMPRESSIONS.items() if start.startswith(mark)), "")
+
+
+def reader_of(stream: BinaryIO, path: Path) -> Callable[[BinaryIO, Path], Iterator[Row]]:
+    """What reads a file's rows.  Raises: `TaskError` for contents that are none of rows."""
+    start = stream.peek(64)
+    for mark, what in NO_ROWS.items():
+        if start.lower().startswith(mark):
+            raise TaskError(f"{path} {what}.")
+    inner = path.stem if path.suffix.lower() in COMPRESSED else path.name
+    ending = next((ending for mark, ending in BINARY.items() if start.startswith(mark)), Path(inner).suffix.lower())
+    return READERS.get(ending, json_lines)
 
 
 def plain(path: Path) -> BinaryIO:
@@ -129,7 +166,8 @@ def parsed(line: bytes, where: str) -> Any:
         return TaskError(f"{where}: {reason}, or skip bad rows.")
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return TaskError(f"{where}: this is not JSON ({reason}); each line must be one JSON object.")
+        hint = WHOLE if where.endswith(", line 1") else ""
+        return TaskError(f"{where}: this is not JSON ({reason}); each line must be one JSON object{hint}.")
 
 
 def each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,6 +201,8 @@ def comma_separated(stream: BinaryIO, path: Path) -> Iterator[Row]:
     """
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     first = text.readline()
+    if first.startswith(("{", "[")):
+        raise TaskError(f"{path}, line 1: this is JSON and no table; give the file the ending .jsonl or .json.")
     separator = max(",;\t", key=first.count)
     csv.field_size_limit(1 << 30)
     lines = csv.reader(chain_first(first, text), delimiter=separator, strict=True)

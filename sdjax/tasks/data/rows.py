@@ -37,7 +37,8 @@ def answer_of(row: Mapping[str, Any], where: str, names: Mapping[str, str]) -> s
     """The right answer, or all of them where the field is a list.  Raises: `TaskError`."""
     answer, said = row.get("answer"), names.get("answer", "answer")
     if "answer" not in row:
-        raise bad(where, said, f"is missing; found {', '.join(sorted(names.get(n, n) for n in row))}")
+        found = ", ".join(sorted(names.get(n, n) for n in row))
+        raise bad(where, said, f"is missing; found {found}; name its column, as --fields answer=COLUMN")
     listed = unpacked(answer)  # in a table; `[1, 2]` is an answer, `["1", "2"]` are two
     if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
         answer = listed
@@ -53,8 +54,12 @@ def prompt_of(row: Mapping[str, Any], where: str, names: Mapping[str, str] | Non
     """The chat of a row: a text, or turns that may be JSON in a text.  Raises: `TaskError`."""
     names = names or {}
     if ("prompt" in row) == ("messages" in row):
-        found = "both are there" if "prompt" in row else f"found only {', '.join(sorted(row)) or 'an empty object'}"
-        raise bad(where, "prompt", f"or `messages` must be given, one of the two; {found}")
+        only = f"found only {', '.join(sorted(row)) or 'an empty object'}; name its column, as --fields prompt=COLUMN"
+        raise bad(
+            where,
+            "prompt",
+            f"or `messages` must be given, one of the two; {'both are there' if 'prompt' in row else only}",
+        )
     form = "prompt" if "prompt" in row else "messages"
     said, turns = names.get(form, form), unpacked(row[form])
     if form == "prompt" and not (isinstance(turns, list) and turns and all(isinstance(t, Mapping) for t in turns)):
