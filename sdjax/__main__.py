@@ -102,8 +102,7 @@ def export(arguments: list[str]) -> int:
     """`sdjax export RUN@STEP ...`"""
     from sdjax.cli.export import export
 
-    options.check_names(arguments, list(inspect.signature(export).parameters))
-    print(tyro.cli(export, args=arguments, prog="sdjax export"))
+    print(options.from_command_line(export, arguments, "sdjax export"))
     return 0
 
 
@@ -112,10 +111,8 @@ def evaluate(arguments: list[str]) -> int:
     from sdjax.cli.measure import measure
     from sdjax.devices.compilation import prepare_to_compile
 
-    arguments = options.take_template(arguments)
-    options.check_names(arguments, list(inspect.signature(measure).parameters))
     prepare_to_compile()
-    print(tyro.cli(measure, args=arguments, prog="sdjax evaluate"))
+    print(options.from_command_line(measure, options.take_template(arguments), "sdjax evaluate"))
     return 0
 
 
@@ -123,8 +120,7 @@ def verify(arguments: list[str]) -> int:
     """`sdjax verify FILE --data FILE ...`"""
     from sdjax.cli.rewards import rewards
 
-    options.check_names(arguments, list(inspect.signature(rewards).parameters))
-    print(tyro.cli(rewards, args=arguments, prog="sdjax verify"))
+    print(options.from_command_line(rewards, arguments, "sdjax verify"))
     return 0
 
 
@@ -133,9 +129,8 @@ def report(arguments: list[str]) -> int:
     from sdjax.devices.compilation import prepare_to_compile
     from sdjax.report.report import report
 
-    options.check_names(arguments, list(inspect.signature(report).parameters))
     prepare_to_compile()
-    print(tyro.cli(report, args=arguments, prog="sdjax report"))
+    print(options.from_command_line(report, arguments, "sdjax report"))
     return 0
 
 
@@ -143,8 +138,7 @@ def watch(arguments: list[str]) -> int:
     """`sdjax watch RUN [RUN ...]`"""
     from sdjax.report.watch import watch
 
-    options.check_names(arguments, list(inspect.signature(watch).parameters))
-    tyro.cli(watch, args=arguments, prog="sdjax watch")
+    options.from_command_line(watch, arguments, "sdjax watch")
     return 0
 
 
@@ -154,7 +148,7 @@ def bench(arguments: list[str]) -> int:
     from sdjax.devices.compilation import give_back_memory
 
     give_back_memory()
-    for name, value in tyro.cli(bench, args=arguments, prog="sdjax bench").items():
+    for name, value in options.from_command_line(bench, arguments, "sdjax bench").items():
         print(f"{name:45s} {value:10.3f}")
     return 0
 
@@ -228,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise options.OptionError(f"there is no command {arguments[0]!r}{near}")
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt as interrupt:
-        print(f"sdjax: {str(interrupt) or 'SIGINT'}: ended; checkpoints written before it are whole", file=sys.stderr)
+        print(f"sdjax: {str(interrupt) or 'SIGINT'}: ended; what was written before it is whole", file=sys.stderr)
         return 128 + getattr(interrupt, "number", signal.SIGINT)
     except Exception as error:
         from sdjax.devices import processes

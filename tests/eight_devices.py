@@ -43,21 +43,27 @@ from methods import test_base as base
 from methods import test_host as host
 from methods import test_pairs as pairs
 
+from sdjax.cli import measure, models
+from sdjax.cli.judged import judged
 from sdjax.cli.options import method_factory, method_names
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.engine import train
 from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.engine.policies import reading, row_keys
+from sdjax.engine.protocol import Protocol
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment
 from sdjax.kernels.top_k import top_k
 from sdjax.methods.sdpo import sdpo
-from sdjax.models import attention, transformer
+from sdjax.models import adapters, attention, pretrained, transformer
 from sdjax.models.adapters import Lora
 from sdjax.models.configs import to_hf
+from sdjax.models.files import peft_files
 from sdjax.planning import scaling
 from sdjax.run.fit import fit
+from sdjax.run.programs import Programs
+from sdjax.run.reading import Rows
 from sdjax.types import ByField, Scored, Scores, Task
 
 LAYOUTS = ("8x1", "4x2", "2x4", "1x8")
@@ -357,6 +363,38 @@ def test_collected_rows_are_those_of_one_device(layout):
             np.testing.assert_allclose(value, other.extras[name], atol=1e-4, rtol=1e-4)
 
 
+# ---- evaluating -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["4x2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("8x1", "2x4"))])
+def test_an_evaluation_is_that_of_one_device(layout, tmp_path):
+    """A model and an adapter of it: the same answers, word for word, so the same numbers."""
+    pretrained.save(tmp_path / "model", config(), tiny.pretrained().params, tiny.tokenizer())
+    lora = Lora(rank=2)
+    own = jax.tree.map(lambda x: x + 0.5, adapters.initial(config(), lora, jax.random.key(1)))
+    peft_files.save(tmp_path / "adapter", config(), own, lora, str(tmp_path / "model"))
+    rows = [{"prompt": f"ask key {k} ->", "answer": str(k)} for k in range(5)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names, data, protocol = (
+        [str(tmp_path / n) for n in ("model", "adapter")],
+        str(tmp_path / "p.jsonl"),
+        Protocol(4, 1.0),
+    )
+    shapes = Shapes(context=32, completion=6, rows=8)
+    problems = judged(data, "file", "maths", Rows(), Programs())
+    setting = measure.Setting(problems, protocol, shapes, (), False, 0, "", "", tmp_path / "one")
+    for name in names:  # without a mesh: on the first device
+        measure.measured(name, lambda name=name: models.named(name), setting)
+    how = {"data": data, "protocol": protocol, "completion": 6, "context": 32, "rows": 8}
+    measure.measure(tuple(names), **how, mesh=layout, out=str(tmp_path / "mesh"))
+    found, wanted = (
+        {file.parent.name: file.read_text() for file in (tmp_path / kind).glob("*/answers.jsonl")}
+        for kind in ("mesh", "one")
+    )
+    assert found == wanted and len({*found.values()}) == 2
+    assert len(list((tmp_path / "mesh").glob("model-*-minus-adapter-*.json"))) == 1
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +446,6 @@ def run_of_adapters(layout, base, folder):
 def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
     (losses, params), *others = (run_of_adapters(layout, base, tmp_path / layout) for layout in ("8x1", "2x4"))
     assert losses[-1] > 0
-    for found, adapters in others:
+    for found, own in others:
         np.testing.assert_allclose(found, losses, rtol=1e-4)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), adapters, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), own, params)

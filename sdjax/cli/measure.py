@@ -10,13 +10,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from sdjax.cli import models
+from sdjax.cli.judged import Judged, Known, Verifier, judged
 from sdjax.devices import sharding
 from sdjax.devices.http_json import KEY
 from sdjax.devices.memory import MemoryShortage, exhausted
@@ -30,27 +30,22 @@ from sdjax.models.transformer import Transformer
 from sdjax.run.data import marked
 from sdjax.run.folder import RunError
 from sdjax.run.measuring import measures
-from sdjax.run.measuring.answering import all_answers
+from sdjax.run.measuring.answering import ANSWERS, all_answers
 from sdjax.run.measuring.measures import Measures
+from sdjax.run.programs import Programs
+from sdjax.run.reading import Rows
 from sdjax.run.storage import places
 from sdjax.run.storage.digests import digests
 from sdjax.samplers.refill import refilled
 from sdjax.samplers.servers import completions_server
-from sdjax.tasks import exact, maths
-from sdjax.tasks.data.problems import problems
-from sdjax.types import Example
-
-VERIFIERS = {"maths": (maths.verify, maths.equal), "exact": (exact.verify, str.__eq__)}
 
 
 class Setting(NamedTuple):
     """What is the same for all models: problems, how they are answered and judged, on what."""
 
-    examples: Sequence[Example]
-    read: str
+    judged: Judged
     protocol: Protocol
     shapes: Shapes
-    verifier: str
     caps: tuple[int, ...]
     bf16: bool
     slots: int
@@ -60,25 +55,18 @@ class Setting(NamedTuple):
 
 
 def measure(
-    model: tyro.conf.Positional[tuple[str, ...]],
+    model: tuple[str, ...],
     /,
     *,
-    data: str,
-    split: str = "",
-    config: str = "",
-    fields: str = "",
-    skip_bad_rows: bool = False,
-    most: int = 0,
-    samples: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 0,
+    data: str = "",
+    task: Known = "file",
+    verifier: Verifier = "maths",
+    reading: Rows = Rows(),
+    programs: Programs = Programs(),
+    protocol: Protocol = Protocol(),
     completion: int = 256,
     context: int = 1024,
     caps: str = "",
-    verifier: Literal["maths", "exact"] = "maths",
     out: str = "evaluations",
     rows: int = 16,
     slots: int = 0,
@@ -100,21 +88,11 @@ def measure(
       model: one or two of: a folder, a run's folder (its model), RUN@STEP (a checkpoint), a folder of the peft library, a
         hub name, "smollm2"; folders may be in a bucket, gs://...
       data: the problems: a file, a folder or a hub data set, as `sdjax train experiments/own_data.py` reads them.
-      split: the split of a folder or hub data set; by default test, else validation, else train.
-      config: the configuration of a hub data set, where it has several.
-      fields: columns by field, as prompt=question,answer=answer.
-      skip_bad_rows: leave bad rows out instead of refusing the data.
-      most: answer only this many problems, the first ones; 0 answers all.
-      samples: answers to each problem.
-      temperature: 0 is greedy.
-      top_p: only the likeliest tokens with so much probability together.
-      top_k: only so many of the likeliest tokens; 0 does not filter.
-      min_p: only tokens with so much of the likeliest one's probability.
-      seed: seed of every sample.
+      task: humaneval (pip install 'sdjax[code]'), or the problems that `--data` names.
+      verifier: how answers are judged: as mathematics, as texts, or as programs by the tests of each row.
       completion: most tokens of an answer.
       context: most tokens of a prompt.
       caps: what accuracy would have been had answers been cut there: numbers of tokens, as 1024,4096.
-      verifier: how answers are compared: as mathematics, or as texts.
       out: the folder below which answers and results are kept, one folder for each model, data and protocol.
       rows: answers written at a time.
       slots: write so many answers at a time and let new ones take the place of those that end; for long answers.
@@ -128,22 +106,14 @@ def measure(
       template: options of the chat template, as --template.enable-thinking false or together as JSON.
       as_json: print JSON.
     """
-    check_numbers({"completion": completion, "context": context, "rows": rows, "most": most, "slots": slots})
-    if len({*model}) != len(model):
-        raise RunError(f"{model[0]} is named twice: name two models that differ")
-    if len(model) not in (1, 2):
-        raise RunError(f"sdjax evaluate compares one or two models, and {len(model)} are named")
-    protocol, cut = Protocol(samples, temperature, top_p, top_k, min_p, seed), parsed_caps(caps, completion)
-    shape = sharding.mesh_shape(mesh)
-    how = {"split": split, "config": config, "fields": fields, "skip_bad_rows": skip_bad_rows}
-    read = problems(data, **how, prefer=("test", "validation", "train"))
-    folder = Path(out)
+    check_numbers({"completion": completion, "context": context, "rows": rows, "slots": slots})
+    check_models(model, server)
+    cut, shape, folder = parsed_caps(caps, completion), sharding.mesh_shape(mesh), Path(out)
     if places.in_bucket(places.place(out)):
         raise RunError(f"{out}: answers are kept on a disk: name a folder with --out")
+    known = judged(data, task, verifier, reading, programs)
     shapes = Shapes(context=context, completion=completion, rows=rows)
-    setting = Setting(
-        read.examples[: most or None], read.said, protocol, shapes, verifier, cut, bf16, slots, server, served, folder
-    )
+    setting = Setting(known, protocol, shapes, cut, bf16, slots, server, served, folder)
     devices = sharding.make_mesh(shape)
     found = {}
     with sharding.on(devices if devices.size > 1 else None):
@@ -153,7 +123,17 @@ def measure(
             )
             found[name] = measured(name, load, setting)
             gc.collect()  # one model's parameters at a time
-    return report(found, data, setting, as_json)
+    return report(found, setting, as_json)
+
+
+def check_models(names: Sequence[str], server: str) -> None:
+    """Raises: `RunError` unless these are one model, or two that can be compared."""
+    if len(names) not in (1, 2):
+        raise RunError(f"sdjax evaluate compares one or two models, and {len(names)} are named")
+    if len({*names}) != len(names):
+        raise RunError(f"{names[0]} is named twice: name two models that differ")
+    if server and len(names) == 2:
+        raise RunError(f"--server {server} serves one model, and two are named: measure them one after the other")
 
 
 def parsed_caps(text: str, most: int) -> tuple[int, ...]:
@@ -187,11 +167,15 @@ def measured(name: str, load: Any, setting: Setting) -> tuple[Measures, Path]:
     policy = Policy(network, params, student.tokenizer, setting.shapes, writer=writer(setting), origin=student.origin)
     about = described(student, params, setting)
     folder = setting.out / f"{slug(name)}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}"
-    say(f"{setting.read}\n{name}: {setting.protocol}; answers in {folder}")
-    verify, same = VERIFIERS[setting.verifier]
+    say(f"{setting.judged.read}\n{name}: {setting.protocol}; answers in {folder}")
+    if setting.server and (folder / ANSWERS).exists():
+        say(
+            f"if {setting.server} has other weights than when it wrote the answers there, name another folder with --out"
+        )
+    examples, verify = setting.judged.examples, setting.judged.verify
     try:
         answers = all_answers(
-            policy, setting.examples, verify, setting.protocol, folder, about=about, block=block(setting), say=say
+            policy, examples, verify, setting.protocol, folder, about=about, block=block(setting), say=say
         )
     except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
         if not exhausted(error):
@@ -200,8 +184,8 @@ def measured(name: str, load: Any, setting: Setting) -> tuple[Measures, Path]:
             f"memory ran out with --rows {setting.shapes.rows}: answers written before it are kept; go on with --rows "
             f"{max(1, (setting.shapes.rows or 2) // 2)}, a shorter --completion or --bf16"
         ) from error
-    caps = {cap: measures.capped(policy, setting.examples, answers, verify, cap) for cap in setting.caps}
-    found = measures.measures(setting.examples, answers, caps=caps, same=same)
+    caps = {cap: measures.capped(policy, examples, answers, verify, cap) for cap in setting.caps}
+    found = measures.measures(examples, answers, caps=caps, same=setting.judged.same)
     places.replace_text(folder / "result.json", json.dumps({"model": name, **found.as_json()}, indent=1))
     return found, folder
 
@@ -225,12 +209,12 @@ def described(student: Pretrained, params: Any, setting: Setting) -> dict[str, A
     numbers = sorted((path, int(x)) for path, x in known.items())
     return {
         "weights": hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16],
-        "prompts": hashlib.sha256("".join(map(marked, setting.examples)).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256("".join(map(marked, setting.judged.examples)).encode()).hexdigest()[:16],
         "template": str(getattr(student.tokenizer, "chat_template", "")),
         "protocol": vars(setting.protocol),
         "completion": setting.shapes.completion,
         "context": setting.shapes.context,
-        "verifier": setting.verifier,
+        **setting.judged.about,
         "bf16": setting.bf16,
         "writer": f"{setting.server} {setting.served}" if setting.server else f"slots {setting.slots}",
     }
@@ -244,11 +228,11 @@ def slug(name: str) -> str:
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
 
-def report(found: dict[str, tuple[Measures, Path]], data: str, setting: Setting, as_json: bool) -> str:
+def report(found: dict[str, tuple[Measures, Path]], setting: Setting, as_json: bool) -> str:
     """All numbers, for people or as JSON; of two models their difference, too, which is also written beside them."""
-    whole: dict[str, Any] = {"data": data, "protocol": vars(setting.protocol)}
+    whole: dict[str, Any] = {"data": setting.judged.name, "protocol": vars(setting.protocol)}
     whole["models"] = {name: {**m.as_json(), "folder": str(folder)} for name, (m, folder) in found.items()}
-    parts = [table(name, m, data, setting) for name, (m, _) in found.items()]
+    parts = [table(name, m, setting) for name, (m, _) in found.items()]
     if len(found) == 2:
         (one, (first, folder)), (other, (second, beside)) = found.items()
         gap = measures.difference(first, second)
@@ -260,9 +244,9 @@ def report(found: dict[str, tuple[Measures, Path]], data: str, setting: Setting,
     return json.dumps(whole, indent=1) if as_json else "\n\n".join(parts)
 
 
-def table(name: str, found: Measures, data: str, setting: Setting) -> str:
+def table(name: str, found: Measures, setting: Setting) -> str:
     """A model's numbers, below one line that says what was measured."""
-    first = f"{data}: {found.average.percent()} of {found.problems}"
+    first = f"{setting.judged.name}: {found.average.percent()} of {found.problems}"
     rows = measures.lines(found)
     width = max(len(what) for what, _ in rows)
     body = [f"  {what:{width}s}  {value}" for what, value in rows]

@@ -9,6 +9,7 @@ import inspect
 import json
 import pkgutil
 import re
+import sys
 import traceback
 import types
 import typing
@@ -209,13 +210,16 @@ class Heading:
 def under_headings(settings: Any) -> list[tuple[str, Any, Any]]:
     """Fields for `dataclasses.make_dataclass` from a frozen dataclass of settings: one nested class per heading.
 
-    The fields of `settings` say `heading` and `help` in their metadata; its values are the defaults.
+    The fields of `settings` say `heading` and `help` in their metadata, else the class by its name and its docstring; its
+    values are the defaults.
     """
     hints, groups = typing.get_type_hints(type(settings)), {}
+    texts, heading = argument_help(type(settings)), type(settings).__name__.lower()
     for field in dataclasses.fields(settings):
-        hint = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
+        said = field.metadata.get("help", texts.get(field.name, ""))
+        hint = Annotated[hints[field.name], tyro.conf.arg(help=said)]
         own = (field.name, hint, dataclasses.field(default=getattr(settings, field.name)))
-        groups.setdefault(field.metadata["heading"], []).append(own)
+        groups.setdefault(field.metadata.get("heading", heading), []).append(own)
     return [headed(heading, fields) for heading, fields in groups.items()]
 
 
@@ -228,7 +232,8 @@ def headed(heading: str, fields: Sequence[tuple]) -> tuple[str, Any, Any]:
 def options_class(name: str, function: Callable, defaults: Mapping[str, Any], extra: Sequence = ()) -> type:
     """A dataclass with one field per plain keyword argument of a function, and `extra` fields.
 
-    An argument whose default is a dataclass (`Settings`) becomes options of its own, under headings.
+    An argument whose default is a dataclass (`Settings`) becomes options of its own, under headings; one that is only
+    positional stays so.
     """
     hints, texts = typing.get_type_hints(function), argument_help(function)
     fields = []
@@ -240,6 +245,9 @@ def options_class(name: str, function: Callable, defaults: Mapping[str, Any], ex
             continue
         default = defaults.get(parameter.name, parameter.default)
         annotated = Annotated[hint, tyro.conf.arg(help=texts.get(parameter.name, ""))]
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            said = tyro.conf.arg(help=texts.get(parameter.name, ""), metavar=parameter.name.upper())
+            annotated = tyro.conf.Positional[Annotated[hint, said]]
         if default is inspect.Parameter.empty:
             fields.insert(0, (parameter.name, annotated))
         else:
@@ -258,17 +266,23 @@ def shallow(options: Any) -> dict[str, Any]:
 
 def call(function: Callable, chosen: Mapping[str, Any]) -> Any:
     """A function's result for chosen options; those of an argument that is a dataclass are put into it."""
-    chosen, arguments = dict(chosen), {}
+    chosen, arguments, first = dict(chosen), {}, []
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            first.append(chosen.pop(parameter.name))
         if dataclasses.is_dataclass(parameter.default):
             names = [field.name for field in dataclasses.fields(parameter.default)]
             own = {name: chosen.pop(name) for name in names}
             arguments[parameter.name] = dataclasses.replace(parameter.default, **own)
-    return function(**chosen, **arguments)
+    return function(*first, **chosen, **arguments)
 
 
-def from_command_line(function: Callable) -> Any:
-    """A function's result for the options that this process was started with; `--help` shows them."""
-    known = options_class("Options", function, {})
-    chosen = tyro.cli(known, description=(inspect.getdoc(function) or "").partition("\n")[0])
-    return call(function, shallow(chosen))
+def from_command_line(function: Callable, arguments: Sequence[str] | None = None, prog: str | None = None) -> Any:
+    """A function's result for options, by default those that this process was started with; `--help` shows them.
+
+    Raises: `OptionError` for an option that does not exist.
+    """
+    known, arguments = options_class("Options", function, {}), sys.argv[1:] if arguments is None else arguments
+    check_names(arguments, option_names(known))
+    description = (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()
+    return call(function, shallow(tyro.cli(known, args=arguments, prog=prog, description=description)))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from sdjax.cli.judged import Known, Verifier, judged
 from sdjax.errors import InputError, nearest
-from sdjax.tasks import bounded, exact, judging, maths
+from sdjax.run.programs import Programs
+from sdjax.run.reading import Rows
+from sdjax.tasks import bounded, judging, maths
 from sdjax.tasks.answers import extraction, marks
+from sdjax.tasks.code.programs import program_in
 from sdjax.tasks.completions import split
-from sdjax.tasks.data.problems import problems
 from sdjax.tasks.data.readers import rows_of
 from sdjax.tasks.data.rows import prompt_of
 from sdjax.tasks.errors import TaskError
@@ -20,8 +23,6 @@ from sdjax.types import Example
 
 TEXTS = ("text", "completion", "response")
 """Fields that may hold a text."""
-
-VERIFIERS = {"maths": maths.verify, "exact": exact.verify}
 
 
 class RewardError(InputError, ValueError):
@@ -32,12 +33,11 @@ def rewards(
     file: str,
     /,
     *,
-    data: str,
-    split: str = "",
-    config: str = "",
-    fields: str = "",
-    verifier: Literal["maths", "exact"] = "maths",
-    skip_bad_rows: bool = False,
+    data: str = "",
+    task: Known = "file",
+    verifier: Verifier = "maths",
+    rows: Rows = Rows(keep_duplicates=True),
+    programs: Programs = Programs(),
     as_json: bool = False,
 ) -> str:
     """Rewards of given texts, with what was taken for the answer of each: look at them before you train.
@@ -49,24 +49,19 @@ def rewards(
     Args:
       file: JSON lines; JSON, CSV and Parquet are read, too, compressed or not.
       data: the problems, a file, folder or hub data set, as `sdjax train experiments/own_data.py` reads them.
-      split: the split of a folder or hub data set.
-      config: the configuration of a hub data set, where it has several.
-      fields: columns by field, as prompt=question,answer=answer.
-      verifier: how answers are compared: as mathematics, or as texts.
-      skip_bad_rows: leave bad lines of `data` out instead of refusing the file.
+      task: humaneval (pip install 'sdjax[code]'), or the problems that `--data` names.
+      verifier: how answers are judged: as mathematics, as texts, or as programs by the tests of each row.
       as_json: print one JSON object a line instead.
     """
-    # Texts may belong to problems by their order: none is left out for being there twice.
-    how = {"split": split, "config": config, "fields": fields, "skip_bad_rows": skip_bad_rows, "duplicates": True}
-    examples = problems(data, **how, prefer=("test", "validation", "train")).examples
-    cases, recorded = read_cases(file, data, examples)
+    problems = judged(data, task, verifier, rows, programs)
+    cases, recorded = read_cases(file, problems.name, problems.examples)
     late = bounded.out_of_time()
-    verdicts = judging.verdicts(VERIFIERS[verifier], cases)
-    rows = [
+    verdicts = judging.verdicts(problems.verify, cases)
+    found = [
         {
             "id": case.example.id,
             "reward": verdict.reward,
-            **taken(case, verifier, verdict.reward),
+            **taken(case, problems.about["verifier"], verdict.reward),
             "right": case.example.answers if len(case.example.answers) > 1 else case.example.main_answer,
             **({} if before is None else {"recorded": before}),
             **({} if verdict.feedback is None else {"feedback": verdict.feedback}),
@@ -74,12 +69,14 @@ def rewards(
         for case, verdict, before in zip(cases, verdicts, recorded, strict=True)
     ]
     if as_json:
-        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    return "\n".join([*map(line_of, rows), "", summary(rows, bounded.out_of_time() - late)])
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in found)
+    return "\n".join([*map(line_of, found), "", summary(found, bounded.out_of_time() - late)])
 
 
 def taken(case: judging.Case, verifier: str, reward: float) -> dict[str, str | None]:
     """What was taken for the answer, and why."""
+    if verifier == "tests":
+        return {"answer": program_in(case.text), "why": "the last fenced block of the answer"}
     if not case.finished and not judging.has_marked_answer(case.text):
         return {"answer": None, "why": r"cut off before a complete \boxed{} or <answer>"}
     if verifier == "exact":
@@ -96,7 +93,8 @@ def line_of(row: Mapping[str, Any]) -> str:
     shown = lambda text: "nothing" if text is None else repr(text if len(text) <= 80 else text[:77] + "...")
     right = " or ".join(map(repr, row["right"])) if isinstance(row["right"], tuple) else repr(row["right"])
     before = f"  (recorded: {row['recorded']:g})" if row.get("recorded", row["reward"]) != row["reward"] else ""
-    return f"{row['reward']:g}  {row['id']}: took {shown(row['answer'])} ({row['why']}); right is {right}{before}"
+    right = f"; right is {right}" if row["right"] else ""
+    return f"{row['reward']:g}  {row['id']}: took {shown(row['answer'])} ({row['why']}){right}{before}"
 
 
 def summary(rows: Sequence[Mapping[str, Any]], late: int) -> str:

@@ -56,8 +56,10 @@ def ask(url: str, body: Mapping[str, Any], headers: Mapping[str, str], *, timeou
             return parsed(url, text)
         why = f"status {status}: {' '.join(text.split())[:300]}"
         if status != 429 and status < 500:
-            key = f": is {KEY} its key?" if status in (401, 403) else ""
-            raise EngineError(f"{url} refused a request ({why}){key}")
+            hint = f": is {KEY} its key?" if status in (401, 403) else ""
+            if status == 404 and url.endswith("/completions") and "/v1/" not in url:
+                hint = ": an address mostly ends in /v1, as http://localhost:8000/v1"
+            raise EngineError(f"{url} refused a request ({why}){hint}")
     times = f" ({retries + 1} attempts)" if retries else ""
     raise EngineError(f"{url} did not answer{times}, at last: {why}: is the server up, and is this its address?")
 

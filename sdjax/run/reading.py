@@ -1,4 +1,4 @@
-"""Which rows of a file or data set an experiment reads, and what it holds out: options of every experiment with `--data`."""
+"""Which rows of a file or data set a command reads, and what an experiment holds out: options of everything with `--data`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from sdjax.types import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """How `--data` is read.  An experiment file takes it as an argument `reading: Reading = Reading()`."""
+class Rows:
+    """How `--data` is read."""
 
-    split: str = option("", "problems", "the split of a folder or hub data set to train on; by default train")
+    split: str = option(
+        "",
+        "problems",
+        "the split of a folder or hub data set; by default train to learn from, and test, else validation, to measure on",
+    )
     config: str = option("", "problems", "the configuration of a hub data set, where it has several")
     fields: str = option(
         "",
@@ -24,6 +28,23 @@ class Reading:
     first_rows: int = option(0, "problems", "read no more than so many rows; 0 reads all")
     skip_bad_rows: bool = option(False, "problems", "leave bad rows out and say how many, instead of refusing the data")
     keep_duplicates: bool = option(False, "problems", "keep rows that say the same as an earlier one")
+
+    def how(self) -> dict[str, Any]:
+        """The arguments of `problems.problems`."""
+        return {
+            "split": self.split,
+            "config": self.config,
+            "fields": self.fields,
+            "first": self.first_rows,
+            "skip_bad_rows": self.skip_bad_rows,
+            "duplicates": self.keep_duplicates,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading(Rows):
+    """How `--data` is read and what is held out.  An experiment file takes it as `reading: Reading = Reading()`."""
+
     test_data: str | None = option(None, "problems", "problems that are held out: a file, a folder or a hub data set")
     test_split: str = option("", "problems", "the split that is held out, of --test-data or else of --data")
     test_fraction: float | None = option(
@@ -42,14 +63,3 @@ class Reading:
             **self.how(),
             **how,
         )
-
-    def how(self) -> dict[str, Any]:
-        """The arguments of `problems.problems`."""
-        return {
-            "split": self.split,
-            "config": self.config,
-            "fields": self.fields,
-            "first": self.first_rows,
-            "skip_bad_rows": self.skip_bad_rows,
-            "duplicates": self.keep_duplicates,
-        }

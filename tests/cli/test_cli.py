@@ -314,7 +314,7 @@ def test_smoke_exports_a_model_that_evaluate_reads(tmp_path, capfd, monkeypatch,
     for model in (run / "model", run):
         assert run_here("evaluate", model, *how) == 0
         assert re.search(r"problems\.jsonl: \d+\.\d % \[\d+\.\d, \d+\.\d\] of 5", capfd.readouterr().out)
-    assert run_here("evaluate", model, *how, "--most", 2) == 0
+    assert run_here("evaluate", model, *how, "--first-rows", 2) == 0
     assert "of 2" in capfd.readouterr().out
     sampled = (
         *how,

