@@ -392,7 +392,7 @@ def test_an_evaluation_is_that_of_one_device(layout, tmp_path):
         for kind in ("mesh", "one")
     )
     assert found == wanted and len({*found.values()}) == 2
-    assert len(list((tmp_path / "mesh").glob("model-*-minus-adapter-*.json"))) == 1
+    assert len(list((tmp_path / "mesh").glob("*-minus-*.json"))) == 1
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
