@@ -76,7 +76,7 @@ def resd(
       top_k: entries of the student's distribution that are kept, the others in one bucket; `None`: all.
       low, high: the teacher's probability is kept within these factors of the student's; 0 and `None`: no bound.
         With `low` above 1/e (0.37) the clipped divergence can be negative.
-      ema_rate: the teacher's parameters follow the student's; at 1e-4 they hardly leave the initial ones.
+      ema_rate: the teacher's parameters follow the student's: 1 is live, and at 1e-4 they hardly leave the initial ones.
       is_cap: cap of the importance weight; `None`: no weight.
       balance: the rarer outcome gets more weight, at powers of 1 half of it all.
       balance_powers: a and b of the weights `(1 - s)^a` of successes and `s^b` of failures, s the share of successes.
@@ -89,7 +89,7 @@ def resd(
       write: who writes reflections and lessons: `(environment, chats, key) -> texts`.
       reduce: how tokens are averaged.
     """
-
+    reader = "live" if ema_rate == 1.0 else "teacher"
     rules = book.Rules(reflection, playbook, cap, prune, prune_every)
 
     def collect(environment, examples, key, memory):
@@ -121,6 +121,7 @@ def resd(
             "entropy": Term(sig["entropy"], coef=0.0),
         }
 
-    views = {"student": View(trainable=True), "teacher": View("teacher", per_rollout=True, told=True)}
+    views = {"student": View(trainable=True), "teacher": View(reader, per_rollout=True, told=True)}
     memory = {"playbook": book.empty(), "solved": {}}
-    return Method(collect, (Objective(views, signals, terms),), {"teacher": ema(ema_rate)}, memory)
+    snapshots = {} if reader == "live" else {"teacher": ema(ema_rate)}
+    return Method(collect, (Objective(views, signals, terms),), snapshots, memory)

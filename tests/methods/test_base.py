@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from inspect import signature
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from networks import unoptimised
 
+from sdjax.cli import options
 from sdjax.collect import rollouts as host
 from sdjax.collect.contexts import question
 from sdjax.engine.policies import ema, frozen, occasion, refresh
@@ -455,10 +457,13 @@ def test_rows_without_a_lesson_still_have_a_reward():
 # ---- snapshots ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factory", [sdpo, sdft, opsd])
+FOLLOWED = [f for f in map(options.method_factory, options.method_names()) if "ema_rate" in signature(f).parameters]
+
+
+@pytest.mark.parametrize("factory", FOLLOWED, ids=lambda f: f.__name__)
 def test_self_teacher_rates(factory):
     live = factory(ema_rate=1.0)
-    assert live.objectives[0].views["teacher"].policy == "live"
+    assert all(o.views["teacher"].policy == "live" for o in live.objectives)
     assert not live.snapshots
     frozen = refresh_snapshots(factory(ema_rate=0.0))
     old, now = jnp.asarray([1.0, 1e-8]), jnp.asarray([3.0, 1e8])
