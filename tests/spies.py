@@ -1,5 +1,6 @@
 """Environments in which no two policies are the same, and a record of who samples and scores, after what, and how."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,23 @@ def watch(monkeypatch, environment):
     monkeypatch.setattr(policies, "sample", watched_sample)
     monkeypatch.setattr(policies, "compiled_score", watched_score)
     return sampled, scored
+
+
+class Asked(Exception):
+    """What ends a collection where it would write."""
+
+
+def first_sampled(monkeypatch, environment, method, examples):
+    """The first call with which a method's collection samples; nothing is written."""
+    sampled, _ = watch(monkeypatch, environment)
+
+    def ended(*call, **how):
+        raise Asked
+
+    monkeypatch.setattr(policies, "generate", ended)
+    with contextlib.suppress(Asked):
+        method.collect(environment, examples, jax.random.key(0), method.memory)
+    return sampled[0]
 
 
 def key_of(key):

@@ -1,6 +1,7 @@
 """Who writes, who reads and who is asked, with which context, key and sampling: policies that all differ, and a spy."""
 
 import dataclasses
+import inspect
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import spies
 import tiny
 from networks import unoptimised
 
+from sdjax.cli import options
 from sdjax.collect.annotators import Span, request
 from sdjax.collect.contexts import question, with_solution
 from sdjax.collect.critiques import critique_request
@@ -26,7 +28,7 @@ from sdjax.methods.pbsd import pbsd
 from sdjax.methods.sdft import sdft
 from sdjax.methods.trace import trace
 from sdjax.methods.vpd import vpd
-from sdjax.types import STUDENT, TEACHER, Verdict
+from sdjax.types import STUDENT, TEACHER, Verdict, View
 
 EXAMPLES = tiny.TASK.train[:2]
 ROOMY = Shapes(context=512, completion=8, rows=16, tokens_per_chunk=None)
@@ -36,6 +38,93 @@ FOUR = {"n": 4, "sampling": Sampling(temperature=1.0)}
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
     yield from unoptimised()
+
+
+# ---- every method -----------------------------------------------------------------------------------------------------
+
+
+def having(*names):
+    """The methods that have all these options, by name."""
+    factories = {name: options.method_factory(name) for name in options.method_names()}
+    return {n: f for n, f in factories.items() if {*names} <= inspect.signature(f).parameters.keys()}
+
+
+DRAWN = {"temperature": 0.8, "top_p": 0.9, "top_k": 7}
+FILTERED = ("dash", "egrsd", "mixsd", "op2sd", "opsd", "pw_opsd", "tessy")
+"""Methods whose `top_k` is that of sampling; elsewhere it is a divergence's."""
+COUNTED = ("group_size", "pairs", "tagger_rollouts")
+BY = {"minillm": ("live", "teacher"), "mixsd": ("initial", "initial"), "pbsd": "teacher", "tessy": "initial"}
+"""Who writes first, where it is not the student."""
+
+
+@pytest.mark.parametrize("name", having("temperature"))
+def test_texts_are_drawn_as_told(name, monkeypatch):
+    """By whom, after which chats, how many and with which filters."""
+    factory = options.method_factory(name)
+    there = inspect.signature(factory).parameters.keys()
+    filters = {o: v for o, v in DRAWN.items() if o in there and (o != "top_k" or name in FILTERED)}
+    counted = dict.fromkeys({*COUNTED} & there, 3)
+    method = factory(**filters, **counted, **({"lmbda": 1.0} if name == "gkd" else {}))
+    first = spies.first_sampled(monkeypatch, spies.distinct(method), method, EXAMPLES)
+    assert first.who == BY.get(name, "live") and first.sampling == Sampling(**filters)
+    assert first.n == (3 if counted else 1)
+    if name not in ("mixsd", "pbsd"):
+        assert first.chats == tuple(map(question, EXAMPLES))
+
+
+def alone(rollout, rollouts):
+    """A lesson made of the attempt and of how many there are; none for the second prompt."""
+    if rollout.group:
+        return None
+    asked = question(rollout.example)
+    return with_solution(asked, f"{rollout.text} {len(rollouts)}")
+
+
+BEFORE = ("minillm", "mixsd", "pbsd", "tessy")
+"""Their lesson is asked for before anything is written: below."""
+STUDENTS = {"gkd": {"lmbda": 1.0}, "vpd": {"every": 0}, "brts": {"coef": 0.0}, "stable_opd": {"gold_coef": 0.0}}
+PLAINLY = {"temperature": 1.0, "top_p": 1.0, "group_size": 2}
+
+
+@pytest.mark.parametrize("name", [n for n in having("lesson") if n not in BEFORE])
+def test_a_teacher_reads_the_lesson_it_was_given(name):
+    """Of the very attempt and of its whole batch; each attempt its own."""
+    factory = options.method_factory(name)
+    there = inspect.signature(factory).parameters.keys()
+    plainly = {o: v for o, v in PLAINLY.items() if o in there} | ({"top_k": 0} if name in FILTERED else {})
+    method = factory(lesson=alone, **plainly, **STUDENTS.get(name, {}))
+    rows, _ = method.collect(spies.distinct(method), EXAMPLES, jax.random.key(0), method.memory)
+    view = {"purified_opsd": "informed"}.get(name, "teacher")
+    assert [r.contexts[view] for r in rows] == [alone(r, rows) for r in rows]
+    assert [r.contexts[view] is None for r in rows] == [r.group == 1 for r in rows]
+    readers = [o.views[view] for o in method.objectives if view in o.views]
+    # BRTS has one attempt per prompt, and what scores before the update is no view of it.
+    assert all(v.told and (v.per_rollout or name == "brts") for v in readers)
+    assert readers or method.early[view] == View(per_rollout=True, told=True)
+
+
+@pytest.mark.parametrize("name", having("teacher"))
+def test_who_teaches(name):
+    """The policy that is named; else the initial one if it is told a lesson, else the external one; and no other snapshot."""
+    factory = options.method_factory(name)
+    cases = [
+        ({}, "teacher"),
+        ({"lesson": alone}, "initial"),
+        ({"teacher": "live"}, "live"),
+        ({"teacher": "other"}, "other"),
+    ]
+    for how, who in [*cases, ({"teacher": "other", "lesson": alone}, "other")]:
+        method = factory(**how)
+        views = method.objectives[-1].views
+        if "teacher" in views:
+            assert views["teacher"].policy == who and views["teacher"].told is ("lesson" in how)
+        else:
+            assert method.writers == (who,)
+        kept = {"initial"} if name in ("stable_opd", "tessy") or who == "initial" else set()
+        assert set(method.snapshots) == kept
+
+
+# ---- before anything is written ---------------------------------------------------------------------------------------
 
 
 def told(rollout, rollouts):
@@ -186,8 +275,8 @@ def test_trace_asks_about_wrong_rows_where_they_are_distilled(monkeypatch):
         seen.append({r.reward >= 0.5 for r in rollouts})
         return [[Span(0, len(r.text), " "), Span(0, 1, "sign")][: 1 + i % 2] for i, r in enumerate(rollouts)]
 
-    for options in ({"error_weight": 1.0}, {"error_weight": 1.0, "key_weight": 0.0}, {"active_only": False}, {}):
-        method = trace(group_size=4, temperature=1.0, annotate=annotate, **options)
+    for chosen in ({"error_weight": 1.0}, {"error_weight": 1.0, "key_weight": 0.0}, {"active_only": False}, {}):
+        method = trace(group_size=4, temperature=1.0, annotate=annotate, **chosen)
         rows, _ = method.collect(spies.distinct(method), EXAMPLES, jax.random.key(0), 0)
         # A span without a kind is none: nothing could be told about it.
         for r in rows:
