@@ -16,6 +16,7 @@ LENGTHS = (6, 4, 1, 5, 3, 6, 2, 5, 6, 4, 6)
 GROUPS = (4, 4, 0, 0, 2, 2, 2, 7, 7, 7, 7)
 REWARDS = (1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.3, 0.7, 0.0, 99.0)  # all right, all wrong, one right, partial; padding
 UNTAUGHT = (1, 6, 10)
+CUT = (3, 5)  # at the length cap: they are trained and compared like all others
 VIEWS = ("student", "teacher", "reference", "initial", "base", "informed", "plan", "sampler", "prior")
 
 
@@ -32,6 +33,7 @@ class Data:
     group: np.ndarray
     source: np.ndarray
     valid: np.ndarray
+    finished: np.ndarray
     extras: types.SimpleNamespace
 
     @property
@@ -66,6 +68,7 @@ def hostile(vocabulary=6, **changes):
         group=np.asarray(GROUPS),
         source=np.full(rows, STUDENT),
         valid=np.arange(rows) < 10,
+        finished=~np.isin(np.arange(rows), CUT),
         extras=types.SimpleNamespace(),
     )
     data = dataclasses.replace(data, behavior=data.said(dists["student"]) + noise)

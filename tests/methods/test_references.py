@@ -1,10 +1,11 @@
 """Every method's value and gradient against float64 references, on one batch that hides nothing.
 
-Ragged rows, holes in the mask, an off-policy sampler, unbalanced groups, partial rewards, rows without a lesson, one
-without a trained token, a padding row; and infinities and NaN wherever a loss must not look.
+Ragged rows, two of them cut off, holes in the mask, an off-policy sampler, unbalanced groups, partial rewards, rows
+without a lesson, one without a trained token, a padding row; and infinities and NaN wherever a loss must not look.
 """
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -81,23 +82,33 @@ def as_batch(data, views):
         views=("student", *views),
         **extras,
     )
-    return found.replace(source=jnp.asarray(data.source, jnp.int32), valid=jnp.asarray(data.valid))
+    rows = {"source": jnp.asarray(data.source, jnp.int32), "valid": data.valid, "finished": data.finished}
+    return found.replace(**{name: jnp.asarray(x) for name, x in rows.items()})
 
 
-def ours(objective, data, trained="student", step=0):
-    """The objective's loss and its gradient in the trained view's logits, its signals full of garbage."""
+def addends(objective, data, step=0):
+    """The references' batch, the views' distributions, and `terms(distributions)`, whose signals are full of garbage."""
     views = {name: name if name in made.VIEWS else "teacher" for name in objective.views}
     dists = {name: jnp.asarray(data.dists[source], jnp.float32) for name, source in views.items()}
     batch = as_batch(data, [name for name in views if name != "student"])
+
+    def terms(dists):
+        signals = objective.signals(dists, batch.completion)
+        hidden = lambda x: jnp.where(data.over, x, jnp.where(jnp.arange(x.shape[1]) % 2 == 0, jnp.nan, jnp.inf))
+        return objective.terms(batch, {name: hidden(value) for name, value in signals.items()}, jnp.asarray(step))
+
+    return batch, dists, terms
+
+
+def ours(objective, data, trained="student", step=0):
+    """The objective's loss and its gradient in the trained view's logits."""
+    batch, dists, terms = addends(objective, data, step)
     trainable = {name for name, view in objective.views.items() if view.trainable}
     assert trainable == {trained}
 
     def loss(logits):
-        signals = objective.signals({**dists, trained: normalise(logits)}, batch.completion)
-        hidden = lambda x: jnp.where(data.over, x, jnp.where(jnp.arange(x.shape[1]) % 2 == 0, jnp.nan, jnp.inf))
-        signals = {name: hidden(value) for name, value in signals.items()}
         over = batch.mask & batch.valid[:, None]
-        return reduce_terms(objective.terms(batch, signals, jnp.asarray(step)), over, token_mean_of_tokens)[0]
+        return reduce_terms(terms({**dists, trained: normalise(logits)}), over, token_mean_of_tokens)[0]
 
     value, found = jax.value_and_grad(loss)(dists[trained])
     return float(value), np.asarray(found)
@@ -354,6 +365,24 @@ def test_opsd_version_one():
         ours(opsd_v1().objectives[0], PLAIN),
         made.value_and_gradient(distributions.opsd(0.5, None, 1.2), PLAIN),
     )
+
+
+AVERAGED = {
+    method: (name, options.method_factory(method))
+    for name, (method, *_) in reversed(CASES.items())
+    if "reduce" in inspect.signature(options.method_factory(method)).parameters
+}
+
+
+@pytest.mark.parametrize("method", AVERAGED)
+def test_tokens_are_averaged_as_told(method):
+    """Every trained term of a method with the option `reduce`."""
+    name, factory = AVERAGED[method]
+    chosen, data = CASES[name][1], CASES[name][3]
+    told = lambda value, over: token_mean_of_tokens(value, over)
+    _, dists, terms = addends(factory(**chosen, reduce=told).objectives[-1], data)
+    found = [term.reduce for term in terms(dists).values() if float(term.coef) != 0.0]
+    assert found and all(reduce is told for reduce in found)
 
 
 def test_every_method_has_a_reference():
