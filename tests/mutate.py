@@ -54,7 +54,12 @@ MORE = {
     "engine/train": ("run/test_teachers.py",),
 }
 """Test files beyond those of a module's own room, by module."""
-METHODS = ("methods/test_defaults.py", "methods/test_references.py", "methods/test_roles.py")
+METHODS = (
+    "methods/test_defaults.py",
+    "methods/test_references.py",
+    "methods/test_roles.py",
+    "collect/test_every_control.py",
+)
 """Test files that go over all methods."""
 PRELOADED = (
     "jax",

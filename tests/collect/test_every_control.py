@@ -21,10 +21,15 @@ from sdjax.engine.train import all_views
 from sdjax.kernels.distributions import normalise
 from sdjax.methods.antisd import antisd
 from sdjax.methods.dasd import dasd
+from sdjax.methods.dash import dash
 from sdjax.methods.egrsd import egrsd
+from sdjax.methods.iw_opd import iw_opd
 from sdjax.methods.msd import msd
 from sdjax.methods.op2sd import op2sd
 from sdjax.methods.opd import opd
+from sdjax.methods.opsa import opsa
+from sdjax.methods.pw_opsd import pw_opsd
+from sdjax.methods.rlcsd import rlcsd
 from sdjax.methods.rlrt import rlrt
 from sdjax.methods.sdpo import sdpo
 from sdjax.methods.sort import sort
@@ -244,11 +249,18 @@ def test_options_that_switch_the_credit_off_switch_its_controls_off():
     for method in (
         antisd(coef=0.0),
         dasd(beta=0.0),
+        dash(horizon=0.0),
         egrsd(strength=0.0, ratio_eps=0.0),
-        rlrt(mix=0.0),
+        iw_opd(gamma=0.0),
         msd(weighted=False),
+        opsa(penalty=0.0),
+        pw_opsd(lowest=1.0),
+        rlcsd(coef=0.0),
+        rlrt(mix=0.0),
     ):
         refused(lambda m: controls.with_token_weights(m, "shuffled"), method, "control.weights=shuffled")
+    for still in (egrsd(strength=0.0), egrsd(ratio_eps=0.0)):
+        assert controls.with_token_weights(still, "shuffled") != still
     refused(lambda m: controls.with_teacher_context(m, "none"), opd(), "control.context=none")
     refused(
         lambda m: controls.with_teacher_context(m, "mismatched"), op2sd(context="none"), "control.context=mismatched"
