@@ -156,17 +156,22 @@ def mopd_steps(alpha=0.5):
     return loss
 
 
+def sure_and_apart(data, k=20, sampled=False):
+    """MSD's (1 - H(q on its top k) / log k) (1 - p(y*))."""
+    at, teacher = data.dists["student"], data.dists["teacher"]
+    k_here = min(k, at.shape[-1])
+    sure = 1.0 - entropy(kept(teacher, teacher, k_here, "renormalised")) / np.log(k_here)
+    best = np.take_along_axis(at, teacher.argmax(-1)[..., None], axis=-1)[..., 0]
+    return sure * (1.0 - np.exp(data.said(at) if sampled else best))
+
+
 def msd(k=20, sampled=False):
-    """Row means of w KL(p || q), w = (1 - H(q on its top k) / log k) (1 - p(y*)), of mean 1 per row."""
+    """Row means of w KL(p || q), w of mean 1 per row."""
 
     def loss(live, at, data):
-        teacher = data.dists["teacher"]
-        k_here = min(k, at.shape[-1])
-        sure = 1.0 - entropy(kept(teacher, teacher, k_here, "renormalised")) / np.log(k_here)
-        best = np.take_along_axis(at, teacher.argmax(-1)[..., None], axis=-1)[..., 0]
-        weight = sure * (1.0 - np.exp(data.said(at) if sampled else best))
+        weight = sure_and_apart(data, k, sampled)
         total = np.maximum(row_mean(weight, data.heard), 1e-12)[:, None]
-        return sequence_mean(weight / total * kl(live, teacher), data.heard)
+        return sequence_mean(weight / total * kl(live, data.dists["teacher"]), data.heard)
 
     return loss
 

@@ -128,31 +128,41 @@ def rlcsd(coef=0.5, tau=1.0, threshold=0.0):
     return loss
 
 
+def rebellious(data, mix=0.5, eps=1.0, toward=False):
+    """RLRT's credit (1 - mix) + mix clip((p/q)^sign A, 1 -+ eps) on credited rows, else 1."""
+    old, informed = data.extras.old_logprobs, data.extras.old_teacher
+    exponent = np.sign(advantage(data)) * ((informed - old) if toward else (old - informed))
+    credit = 1.0 - mix + mix * np.clip(np.exp(exponent), 1.0 - eps, 1.0 + eps)
+    return np.where(data.extras.credited[:, None], credit, 1.0)
+
+
 def rlrt(mix=0.5, eps=1.0, toward=False, mean_one=False):
-    """A ((1 - mix) + mix clip((p/q)^sign A, 1 -+ eps)) on credited rows; TIS with cap 2; clip .2 and .28."""
+    """A times the credit; TIS with cap 2; clip .2 and .28."""
 
     def loss(live, at, data):
-        old, informed, gain = data.extras.old_logprobs, data.extras.old_teacher, advantage(data)
-        exponent = np.sign(gain) * ((informed - old) if toward else (old - informed))
-        credit = 1.0 - mix + mix * np.clip(np.exp(exponent), 1.0 - eps, 1.0 + eps)
-        credit = np.where(data.extras.credited[:, None], credit, 1.0)
+        old, credit = data.extras.old_logprobs, rebellious(data, mix, eps, toward)
         if mean_one:
             credit = credit / np.where(row_mean(credit, data.over) > 0, row_mean(credit, data.over), 1.0)[:, None]
         weight = np.minimum(np.exp(old - data.behavior), 2.0)
-        return token_mean(weight * ppo(data.said(live), old, gain * credit, (0.2, 0.28)), data.over)
+        return token_mean(weight * ppo(data.said(live), old, advantage(data) * credit, (0.2, 0.28)), data.over)
 
     return loss
 
 
+def sure(data, strength=0.3, window=0, windowed_maximum=False):
+    """EGRSD's gate clip(1 - strength H / max(H max, 1), .1, 1), the teacher's entropy H the least of a window."""
+    unsure = entropy(data.dists["teacher"])
+    hidden, length = np.where(data.heard, unsure, np.inf), unsure.shape[1]
+    least = np.stack([hidden[:, t : t + window + 1].min(-1) for t in range(length)], axis=-1)
+    highest = max(1.0, (least if windowed_maximum else unsure)[data.heard].max())
+    return np.clip(1.0 - strength * least / highest, 0.1, 1.0)
+
+
 def egrsd(strength=0.3, eps=0.2, window=0, windowed_maximum=False):
-    """-A clip((q/p)^sign A, 1 -+ eps) clip(1 - strength H / max(H max, 1), .1, 1) log p, Eq. 4-9."""
+    """-A clip((q/p)^sign A, 1 -+ eps) gate log p, Eq. 4-9."""
 
     def loss(live, at, data):
-        gain, unsure = data.extras.advantage[:, None], entropy(data.dists["teacher"])
-        hidden, length = np.where(data.heard, unsure, np.inf), unsure.shape[1]
-        least = np.stack([hidden[:, t : t + window + 1].min(-1) for t in range(length)], axis=-1)
-        highest = max(1.0, (least if windowed_maximum else unsure)[data.heard].max())
-        gate = np.clip(1.0 - strength * least / highest, 0.1, 1.0)
+        gain, gate = data.extras.advantage[:, None], sure(data, strength, window, windowed_maximum)
         ratio = np.exp(np.sign(gain) * (data.said(data.dists["teacher"]) - data.said(at)))
         credit = np.where(data.taught[:, None], gate * np.clip(ratio, 1.0 - eps, 1.0 + eps), 1.0)
         return token_mean(-gain * credit * data.said(live), data.over)
@@ -160,20 +170,28 @@ def egrsd(strength=0.3, eps=0.2, window=0, windowed_maximum=False):
     return loss
 
 
+def directed(data, repelled=0.2, about="mean", unit="magnitude"):
+    """DASD's direction tanh((h - H) / spread) and bonus, direction sigmoid(|d| - 1) d; statistics of one row's tokens."""
+    at = data.dists["student"]
+    gap, unsure = data.said(data.dists["teacher"]) - data.said(at), entropy(at)
+    direction, bonus = np.zeros(gap.shape), np.zeros(gap.shape)
+    for row in np.flatnonzero(data.heard.any(-1)):
+        here = data.heard[row]
+        own, delta = unsure[row, here], gap[row, here]
+        level = np.quantile(own, 1.0 - repelled)
+        spread = np.mean(np.abs(own - (own.mean() if about == "mean" else level))) + 1e-6
+        scaled = delta / ((np.mean(np.abs(delta)) if unit == "magnitude" else np.std(delta)) + 1e-6)
+        direction[row, here] = np.tanh((level - own) / spread)
+        bonus[row, here] = direction[row, here] * sigmoid(np.abs(scaled) - 1.0) * scaled
+    return direction, bonus
+
+
 def dasd(beta=0.1, repelled=0.2, about="mean", unit="magnitude"):
-    """A + beta tanh((h - H) / spread) sigmoid(|d| - 1) d; all statistics of one row's tokens."""
+    """A + beta times the bonus."""
 
     def loss(live, at, data):
-        gap, unsure = data.said(data.dists["teacher"]) - data.said(at), entropy(at)
-        bonus = np.zeros(gap.shape)
-        for row in np.flatnonzero(data.heard.any(-1)):
-            here = data.heard[row]
-            own, delta = unsure[row, here], gap[row, here]
-            level = np.quantile(own, 1.0 - repelled)
-            spread = np.mean(np.abs(own - (own.mean() if about == "mean" else level))) + 1e-6
-            scaled = delta / ((np.mean(np.abs(delta)) if unit == "magnitude" else np.std(delta)) + 1e-6)
-            bonus[row, here] = np.tanh((level - own) / spread) * sigmoid(np.abs(scaled) - 1.0) * scaled
-        return token_mean(ppo(data.said(live), data.behavior, advantage(data) + beta * bonus), data.over)
+        gain = advantage(data) + beta * directed(data, repelled, about, unit)[1]
+        return token_mean(ppo(data.said(live), data.behavior, gain), data.over)
 
     return loss
 

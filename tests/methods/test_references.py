@@ -24,7 +24,7 @@ from sdjax.kernels.distributions import normalise
 from sdjax.kernels.reductions import reduce_terms
 from sdjax.kernels.reductions import token_mean as token_mean_of_tokens
 from sdjax.methods.opsd import opsd_v1
-from sdjax.types import Rollout
+from sdjax.types import STUDENT, Rollout
 
 PLAIN = hostile()
 TOKENS = np.random.default_rng(3)
@@ -367,22 +367,81 @@ def test_opsd_version_one():
     )
 
 
-AVERAGED = {
-    method: (name, options.method_factory(method))
-    for name, (method, *_) in reversed(CASES.items())
-    if "reduce" in inspect.signature(options.method_factory(method)).parameters
-}
+FIRST = {method: (name, options.method_factory(method)) for name, (method, *_) in reversed(CASES.items())}
+"""The first case of every method, and its factory."""
 
 
-@pytest.mark.parametrize("method", AVERAGED)
+@pytest.mark.parametrize("method", [m for m, (_, f) in FIRST.items() if "reduce" in inspect.signature(f).parameters])
 def test_tokens_are_averaged_as_told(method):
     """Every trained term of a method with the option `reduce`."""
-    name, factory = AVERAGED[method]
+    name, factory = FIRST[method]
     chosen, data = CASES[name][1], CASES[name][3]
     told = lambda value, over: token_mean_of_tokens(value, over)
     _, dists, terms = addends(factory(**chosen, reduce=told).objectives[-1], data)
     found = [term.reduce for term in terms(dists).values() if float(term.coef) != 0.0]
     assert found and all(reduce is told for reduce in found)
+
+
+said = lambda view: lambda data: data.said(data.dists[view])
+student, teacher, behavior = said("student"), said("teacher"), lambda data: data.behavior
+heard, trained = lambda data: data.heard, lambda data: data.over
+one_each = lambda data: data.over & (np.cumsum(data.over, axis=-1) == 1)
+own = lambda data: data.over & (data.source == STUDENT)[:, None]
+drift = {"log_ratio": (lambda data: behavior(data) - teacher(data), heard)}
+live_drift = {"log_ratio": (lambda data: student(data) - teacher(data), heard)}
+LOGGED = {
+    # method: {name: (what is averaged, over which tokens)}
+    "antisd": {
+        "bonus": (lambda data: -0.5 * (np.log1p(np.exp(data.extras.log_ratio)) - np.log(2.0)), trained),
+        "gate": (lambda data: data.taught[:, None] * np.ones(data.over.shape), one_each),
+    },
+    "dasd": {
+        name: (lambda data, i=i: rewards.directed(data)[i], heard) for i, name in enumerate(("direction", "bonus"))
+    },
+    "egrsd": {
+        "gate": (lambda data: rewards.sure(data), heard),
+        "teacher_entropy": (lambda data: made.entropy(data.dists["teacher"]), heard),
+    },
+    "iw_opd": drift,
+    "msd": {"weight": (lambda data: distributions.sure_and_apart(data), heard)},
+    "opd": drift,
+    "opsa": {"penalised": (lambda data: np.exp(data.behavior) < 0.1, trained)},
+    "power_opd": {
+        **drift,
+        "token_reward": (lambda data: np.exp(5.0 * teacher(data)) - np.exp(5.0 * behavior(data)), heard),
+    },
+    "purified_opsd": {
+        "shortcut": (lambda data: np.abs(said("reference")(data) - student(data)), heard),
+        "kept": (lambda data: np.abs(said("informed")(data) - said("reference")(data)), heard),
+    },
+    "rlrt": {"credit": (rewards.rebellious, lambda data: data.over & data.extras.credited[:, None])},
+    "stable_opd": drift,
+    "topd": {
+        **live_drift,
+        "token_reward": (lambda data: np.log(0.5 * np.exp(teacher(data) - student(data)) + 0.5), heard),
+    },
+    "vopd": {**live_drift, "baseline": (lambda data: -made.kl(data.dists["student"], data.dists["teacher"]), heard)},
+}
+ENTROPY_OVER = {"egrsd": heard, "vopd": heard, "sort": own}
+ELSEWHERE = {"ignored_ratios", "informative", "margin"}
+"""Tested with their methods: they are of groups and pairs, or of garbage."""
+
+
+@pytest.mark.parametrize("method", FIRST)
+def test_what_is_logged(method):
+    """Sign, scale and population of all that a method logs and does not train; alignment has tests of its own."""
+    name, factory = FIRST[method]
+    chosen, data = CASES[name][1], CASES[name][3]
+    batch, dists, terms = addends(factory(**chosen).objectives[-1], data)
+    found = terms(dists)
+    means = reduce_terms(found, batch.mask & batch.valid[:, None], token_mean_of_tokens)[1]
+    logged = {n for n, term in found.items() if float(term.coef) == 0.0}
+    entropy = {"entropy": (lambda data: made.entropy(data.dists["student"]), ENTROPY_OVER.get(method, trained))}
+    known = {**LOGGED.get(method, {}), **entropy}
+    assert logged - ELSEWHERE <= known.keys() or method == "rethinking_opd"
+    for n in logged & known.keys():
+        value, over = known[n]
+        np.testing.assert_allclose(means[n], token_mean(value(data), over(data)), rtol=3e-5, err_msg=n)
 
 
 def test_every_method_has_a_reference():
