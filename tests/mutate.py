@@ -44,6 +44,7 @@ from mutants import Mutant, mutants
 ROOT = Path(__file__).parent.parent
 MORE = {
     "kernels/distributions": ("kernels/test_divergences.py",),
+    "collect/annotators": ("methods/test_host.py", "methods/test_pairs.py"),
     "collect/critiques": ("collect/test_lessons.py", "methods/test_roles.py"),
     "collect/lessons": ("methods/test_roles.py",),
     "collect/plans": ("collect/test_lessons.py", "methods/test_host.py"),
@@ -51,7 +52,10 @@ MORE = {
     "collect/selection": ("collect/test_lessons.py", "methods/test_host.py"),
     "collect/continuations": ("methods/test_rethinking_opd.py",),
     "engine/needs": ("run/test_memory.py",),
+    "engine/policies": ("collect/test_rollouts.py",),
+    "engine/protocol": ("run/test_answering.py",),
     "engine/train": ("run/test_teachers.py",),
+    "engine/waves": ("collect/test_conversations.py",),
 }
 """Test files beyond those of a module's own room, by module."""
 METHODS = (

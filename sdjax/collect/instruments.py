@@ -49,7 +49,7 @@ def with_instruments(method: Method, k: int = 16, success: float = 0.5) -> Metho
     )
 
 
-def instrumented(objective: Objective, k: int, success: float = 0.5) -> Objective:
+def instrumented(objective: Objective, k: int, success: float) -> Objective:
     """One objective with the diagnostics; as it is without both views."""
     if not {"student", "teacher"} <= set(objective.views):
         return objective
@@ -78,7 +78,7 @@ def instrumented(objective: Objective, k: int, success: float = 0.5) -> Objectiv
     return objective._replace(views=whole, signals=signals, terms=terms)
 
 
-def measurements(batch: Batch, found: dict[str, Array], success: float = 0.5) -> dict[str, Term]:
+def measurements(batch: Batch, found: dict[str, Array], success: float) -> dict[str, Term]:
     """Terms of coefficient 0 from per-token diagnostics `[B, T]`."""
     taught = batch.contexts["teacher"].valid
     over = batch.mask & (batch.valid & taught)[:, None]
@@ -101,7 +101,7 @@ def measurements(batch: Batch, found: dict[str, Array], success: float = 0.5) ->
     }
 
 
-def by_outcome(batch: Batch, log_ratio: Array, over: Array, success: float = 0.5) -> dict[str, Term]:
+def by_outcome(batch: Batch, log_ratio: Array, over: Array, success: float) -> dict[str, Term]:
     """How the log-ratio `[B, T]` differs between correct and wrong rows, those with a reward of at least `success`."""
     taught, correct = over.any(-1), batch.reward >= success
     reward = diagnostics.sequence_reward(log_ratio, over)

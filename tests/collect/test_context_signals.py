@@ -73,6 +73,21 @@ def test_no_prompt_is_no_number(monkeypatch):
     assert prompts == 0 and np.isnan(list(found["none"].values())).all()
 
 
+def test_what_an_uninformed_teacher_has_is_logged_where_no_prompt_can_be_compared_on(monkeypatch):
+    monkeypatch.setattr(context_signals, "scores", lambda *_: np.asarray([1.0, 2.0]))
+    (logged, _) = [r.extras for r in context_signals.with_signals(None, [attempt(i, 0.0) for i in range(2)])]
+    assert logged["signal/prompts"] == 0.0
+    for measure, value in {"spearman": 0.0, "pairwise": 0.5, "auc": 0.5}.items():
+        assert {logged[f"signal/{context}/{measure}"] for context in context_signals.peer_contexts()} == {value}
+
+
+def test_half_a_reward_is_a_success():
+    rows = [attempt(0, 0.5), attempt(1, 0.4), attempt(2, 0.4), attempt(3, 0.5)]
+    shown = {name: lesson(rows[0], rows)[-1]["content"] for name, lesson in context_signals.peer_contexts().items()}
+    assert "answer 3" in shown["1S"] and "answer 3" not in shown["1F"]
+    assert any(text in shown["1F"] for text in ("answer 1", "answer 2"))
+
+
 def test_mopd_logs_what_the_live_model_says():
     """Scores are means of log-probabilities after each context; what is logged is their ranking."""
     method = mopd(group_size=4, diagnose_contexts=True, top_k=None)
@@ -81,6 +96,10 @@ def test_mopd_logs_what_the_live_model_says():
     plain = context_signals.scores(environment, rollouts, lambda r, rows: question(r.example), "live")
     own = [np.mean(r.logprobs) for r in rollouts]
     np.testing.assert_allclose(plain, own, atol=1e-5)  # sampled at temperature 1 after the question
+    silent = lambda r, rows: None if r is rollouts[1] else question(r.example)
+    some = context_signals.scores(environment, rollouts, silent, "live")
+    assert np.isnan(some[1]) and np.array_equal(np.delete(some, 1), np.delete(plain, 1))
+    assert np.isnan(context_signals.scores(environment, rollouts[:2], lambda *_: None, "live")).all()
     contexts = context_signals.peer_contexts()
     found, prompts = context_signals.context_signals(environment, rollouts, contexts)
     assert prompts > 0

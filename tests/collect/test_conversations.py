@@ -10,7 +10,6 @@ import pytest
 import talks
 import tiny
 
-from sdjax.collect.hindsight import hindsight
 from sdjax.collect.rollouts import judge, sample
 from sdjax.engine import train
 from sdjax.engine.bridges import bridge
@@ -22,7 +21,7 @@ from sdjax.methods.grpo import grpo
 from sdjax.run.logs import records
 from sdjax.samplers.refill import refilled
 from sdjax.tasks.judging import CUT_OFF
-from sdjax.types import Rollout, Step, Turn, Verdict, View, World
+from sdjax.types import Step, Verdict, View, World
 
 optimised_little = pytest.fixture(scope="module", autouse=True)(networks.unoptimised)
 
@@ -213,27 +212,3 @@ def test_observed_tokens_are_not_trained():
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
     assert max(float(jnp.abs(a).max()) for a in one) > 0
-
-
-def test_hindsight_tells_each_observation_a_peer_and_the_outcome():
-    turn = lambda text, said: Turn(0, 1, text, ({"role": "tool", "name": "calculator", "content": said},))
-    rows = [
-        Rollout(
-            talks.EXAMPLES[0],
-            (1,),
-            (0.0,),
-            f"try {i}",
-            0,
-            reward=float(i),
-            feedback="wrong",
-            turns=(turn("a", "7"), turn("b", "8")),
-        )
-        for i in range(2)
-    ]
-    lesson = hindsight()
-    told = [lesson(r, rows)[-1] for r in rows]
-    assert "After message 1:\n[calculator]\n7\n\nAfter message 2:\n[calculator]\n8" in told[0]["content"]
-    assert "try 1" in told[0]["content"] and "wrong" in told[0]["content"]
-    assert "try" not in told[1]["content"] and "wrong" not in told[1]["content"]
-    assert told[0]["privileged"] in told[0]["content"] and told[0]["question"] == "a"
-    assert hindsight(observations=False)(rows[1], rows) is None

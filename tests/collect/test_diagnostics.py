@@ -74,6 +74,18 @@ def test_repetition_needs_length_and_a_loop():
     assert np.isnan(diagnostics.repetition_rate([]))
 
 
+def test_the_papers_thresholds_are_the_defaults():
+    """More than 10,000 characters, of which the last compress more than ten times: texts on either side of each."""
+    letters = random.Random(0)
+    noise = "".join(letters.choice(string.ascii_letters) for _ in range(1300))
+    looped = lambda period: (noise[:period] * 20)[:10_001]
+    assert 10.0 < diagnostics.compression(looped(1000)) < 12.5
+    assert 8.0 < diagnostics.compression(looped(1300)) < 10.0
+    texts = {looped(1000): True, looped(1000)[1:]: False, looped(1300): False}
+    assert [diagnostics.repeats(text) for text in texts] == [*texts.values()]
+    assert diagnostics.repetition_rate([*texts]) == pytest.approx(1 / 3)
+
+
 def test_repeats_reads_the_tail_only():
     numbers = " ".join(str(i * i) for i in range(5000))
     assert diagnostics.repeats(numbers + "again " * 2000) and not diagnostics.repeats("again " * 2000 + numbers)

@@ -49,6 +49,16 @@ def test_controls_show_as_many():
     assert len(of_equal_size(picks, GROUP[:1], random.Random(0), "random", 0.5)) == 1
 
 
+def test_controls_in_a_lesson():
+    """As many as the lesson would show, any of the group or the first successes; never the attempt itself."""
+    titles = lambda **how: [block.split("\n\n") for block in shown(peers(**how), W1, GROUP).split("\n\n\n")]
+    ((*blocks,),) = titles(shown="successes")
+    assert blocks == [SUCCESS, "right one", SECOND, "right two", SECOND, "right three"]
+    ((*blocks,),) = titles(shown="random")
+    assert blocks[::2] == ["Another attempt:"] * 3
+    assert len({*blocks[1::2]}) == 3 and {*blocks[1::2]} <= {r.text for r in GROUP if r is not W1}
+
+
 def test_the_lesson_of_each_attempt():
     lesson = peers()
     assert shown(lesson, R1, [R1, W1, R2]) == f"{SUCCESS}\n\nright two\n\n{FAILURE}\n\nwrong one"
@@ -83,19 +93,19 @@ def test_thinking_is_shown_on_request_and_never_alone():
     assert shown(peers(thinking=True), W1, [W1, lost, thought]) == f"{SUCCESS}\n\n<think>hm</think>yes"
 
 
+RIGHT = "Summary of a successful attempt:"
+
+
 @pytest.mark.parametrize(
     "summarised, wanted",
     [
-        (
-            "successes",
-            ["Summary of a successful attempt:\n\nright one", "Summary of a successful attempt:\n\nright two"],
-        ),
+        ("successes", [f"{RIGHT}\n\nright {number}" for number in ("one", "two", "three")]),
         ("failures", ["Summary of a failed attempt:\n\nwrong two"]),
-        ("all", ["Summary of a successful attempt:\n\nright one", "Summary of a successful attempt:\n\nright two"]),
+        ("all", [f"{RIGHT}\n\nright one", f"{RIGHT}\n\nright two", "Summary of a failed attempt:\n\nwrong two"]),
     ],
 )
 def test_summaries(summarised, wanted):
-    lesson = peers(summaries=2, summarised=summarised, use_feedback=False)
+    lesson = peers(summaries=3, summarised=summarised, use_feedback=False)
     long = [dataclasses.replace(r, text=f"first\n\n{r.text}") for r in GROUP]
     assert shown(lesson, long[1], long) == "\n\n".join(wanted)
     assert last_paragraph("a\n\nb\n\nc\n") == "c" and last_paragraph("a") == "a"

@@ -1,7 +1,10 @@
 """What stands between two turns is what the chat template writes there, for templates of several kinds; texts stay texts."""
 
+import copy
+
 import pytest
 import talks
+from tokenizers import processors
 
 from sdjax.engine.bridges import bridge
 from sdjax.engine.chats import render
@@ -30,6 +33,17 @@ def test_a_bridge_is_what_the_template_writes(name, role):
     tokenizer = talks.tokenizer(name)
     ids = bridge(tokenizer, ({"tool": TOOL, "user": USER}[role],), talks.stop(name))
     assert tokenizer.decode(ids) == WRITTEN[name, role]
+
+
+def test_a_tokenizer_that_frames_every_text_frames_no_bridge():
+    framed, frame = copy.deepcopy(talks.tokenizer()), "<|endoftext|>"
+    framed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{frame} $A {frame}", special_tokens=[(frame, framed.convert_tokens_to_ids(frame))]
+    )
+    assert framed.encode("42") != framed.encode("42", add_special_tokens=False)
+    for said in ("42", "4<|im_end|>2"):
+        seen = (TOOL | {"content": said},)
+        assert bridge(framed, seen, talks.stop()) == bridge(talks.tokenizer(), seen, talks.stop())
 
 
 def test_several_observations_are_written_together():

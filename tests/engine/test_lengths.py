@@ -9,7 +9,7 @@ from sdjax.collect.contexts import after_demonstrations, question, with_solution
 from sdjax.collect.rollouts import attempts
 from sdjax.engine import policies
 from sdjax.engine.chats import render
-from sdjax.engine.lengths import encoded, fitted, shortened
+from sdjax.engine.lengths import encoded, fitted, marked, shortened
 from sdjax.engine.policies import Policy
 from sdjax.engine.tokens import LengthError, Shapes
 from sdjax.types import Rollout, View
@@ -51,6 +51,15 @@ def test_privileged_text_that_nobody_named_is_found():
         read = shortened(chat, PROMPT, count, count(chat) - 10)
         assert asked in read[-1]["content"] and count(read) <= count(chat) - 10
         assert read[-1]["content"].count("key") < content.count("key")
+
+
+def test_what_nobody_named_is_the_longer_side_of_the_question_and_after_it_where_both_are_as_long():
+    asked = PROMPT[-1]["content"]
+    told = {("", "key key"): "key key", ("key key", ""): "key key", ("abc ", " def"): " def", ("abcd ", " ef"): "abcd "}
+    for (before, after), privileged in told.items():
+        (turn,) = marked(({"role": "user", "content": before + asked + after},), PROMPT)
+        assert turn["privileged"] == privileged
+        assert turn.get("question", asked) == (before + asked if privileged == after else asked)
 
 
 def test_demonstrations_go_before_turns_of_the_prompt():

@@ -74,6 +74,17 @@ def test_unused_ids_are_the_padding_and_the_holes():
     assert not any(vocabulary.is_token(model, wrong) for wrong in (-1, TOKENS, 1.0, "1", None))
 
 
+class Other:
+    def get_vocab(self):
+        return {"a": 1, "b": 2, "c": 6, "e": 8}
+
+
+def test_vocabularies_differ_at_the_first_id_that_has_another_token():
+    assert vocabulary.difference(Holes(), Other()) == "4 and 4 tokens; id 5 is 'c' and nothing"
+    assert vocabulary.difference(Other(), Holes()) == "4 and 4 tokens; id 5 is nothing and 'c'"
+    assert vocabulary.same_vocabulary(Holes(), Holes()) and not vocabulary.same_vocabulary(Holes(), Other())
+
+
 def test_without_padding_the_network_and_its_programs_are_the_same():
     model = tiny.model()
     assert vocabulary.limited(model, tiny.tokenizer()) is model

@@ -191,3 +191,23 @@ def test_padding_rows_are_out():
     value, gradient = jax.value_and_grad(class_means)(reward, positive, valid)
     np.testing.assert_allclose(value, 1.108710, atol=2e-6)
     np.testing.assert_allclose(gradient, (-0.425557, 0.425557, 0, 0), atol=2e-6)
+
+
+def test_against_float64_for_every_choice_of_classes_and_padding():
+    """All 256 of four rows, NaN in padding: values, and gradients with the midpoint constant."""
+    reward = np.array([0.4, -0.9, 1.7, 0.1])
+    choices = np.array(list(itertools.product([False, True], repeat=8))).reshape(-1, 2, 4)
+    wanted, slopes = np.zeros((256, 4)), np.zeros((256, 4))
+    for row, (positive, valid) in enumerate(choices):
+        if (valid & positive).any() and (valid & ~positive).any():
+            midpoint = (reward[valid & positive].mean() + reward[valid & ~positive].mean()) / 2
+            sign = np.where(positive, -1.0, 1.0)
+            wanted[row] = np.where(valid, np.log1p(np.exp(sign * (reward - midpoint))), 0.0)
+            slopes[row] = np.where(valid, sign / (1.0 + np.exp(-sign * (reward - midpoint))), 0.0)
+    given = jnp.where(choices[:, 1], reward.astype(np.float32), jnp.nan)
+    run = lambda r, positive, valid: jax.vjp(lambda r: pref.unpaired(r, positive, valid), r)
+    value, back = jax.vmap(lambda r, p, v: (run(r, p, v)[0], run(r, p, v)[1](jnp.ones(4))[0]))(
+        given, *map(jnp.asarray, (choices[:, 0], choices[:, 1]))
+    )
+    np.testing.assert_allclose(value, wanted, atol=1e-6)
+    np.testing.assert_allclose(back, slopes, atol=1e-6)
