@@ -65,6 +65,17 @@ def test_a_bridge_is_the_rest_of_the_chat_where_the_template_keeps_its_turns():
     assert whole[-len(ids) - 2 :][:2] == tokenizer.encode("y<|im_end|>", add_special_tokens=False)
 
 
+def test_a_tool_is_named_and_its_call_has_an_id():
+    tokenizer = copy.deepcopy(talks.tokenizer())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% if m.role == 'tool' %}{{ m.name }} {{ m.tool_call_id }}"
+        "{% endif %}{% endfor %}"
+    )
+    nameless = {"role": "tool", "content": "43"}
+    ids = bridge(tokenizer, (TOOL, nameless), talks.stop())
+    assert tokenizer.decode(ids) == "42<|im_end|>calculator call0000043<|im_end|>tool call00001"
+
+
 def test_options_of_the_template_hold_in_the_later_turns_too():
     ids = bridge(talks.tokenizer(), (USER,), talks.stop(), {"enable_thinking": False})
     assert talks.tokenizer().decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")

@@ -70,6 +70,19 @@ def test_demonstrations_go_before_turns_of_the_prompt():
     assert [turn["content"] for turn in read[:2]] == ["key key", "key"] and PROMPT[-1]["content"] in read[-1]["content"]
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_system_turn_stays_where_demonstrations_go(left):
+    """The oldest go first, question and answer together; what stays is as many of them as fit."""
+    system = ({"role": "system", "content": "key"},)
+    shown = [({"role": "user", "content": "key " * n}, {"role": "assistant", "content": "key"}) for n in (8, 9)]
+    whole = (*system, *shown[0], *shown[1], *PROMPT)
+    wanted = (*system, *(shown[1] if left else ()), *PROMPT)
+    said = lambda chat: [(turn["role"], turn["content"]) for turn in chat]
+    assert said(shortened(whole, (*system, *PROMPT), count, count(wanted))) == said(wanted)
+    assert shortened(whole, (*system, *PROMPT), count, count(whole)) == whole
+    assert shortened(whole, (*system, *PROMPT), count, count((*system, *PROMPT)) - 1) is None
+
+
 def test_a_row_whose_lesson_cannot_be_read_is_not_trained_and_counted():
     lesson = with_solution(PROMPT, SECRET)
     rows = [rollout(lesson), rollout(PROMPT), rollout(None)]
@@ -83,7 +96,8 @@ def test_a_row_whose_lesson_cannot_be_read_is_not_trained_and_counted():
 
 def test_without_a_limit_of_its_own_it_is_an_error_as_before():
     lesson = with_solution(PROMPT, SECRET)
-    rows = fitted([rollout(lesson)], VIEWS, tiny.tokenizer(), shapes(None)).rollouts
+    rows, cut, left_out = fitted([rollout(lesson)], VIEWS, tiny.tokenizer(), shapes(None))
+    assert (rows, cut, left_out) == ([rollout(lesson)], 0, 0)
     with pytest.raises(LengthError, match="of --context"):
         policies.collate(rows, VIEWS, tiny.tokenizer(), shapes(None))
 

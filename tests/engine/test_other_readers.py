@@ -9,6 +9,7 @@ import pytest
 import tiny
 from networks import VOCABULARY, batch, context, full_logits, network, prompts, unoptimised
 
+from sdjax.devices import sharding
 from sdjax.engine import score, sketch
 from sdjax.engine.policies import reading
 from sdjax.engine.score import over_members, policies_of, spread, token_signals
@@ -124,6 +125,37 @@ def test_chunks_hold_rows_of_one_policy_but_for_one_less_than_there_are_policies
     np.testing.assert_array_equal(found % 1000, np.arange(2 * units))  # every row came back to its place
     size = 2 * units // max(chunks, 2 * members)
     assert (found >= 1000).sum() <= (members - 1) * max(size, 2)
+
+
+def test_on_a_mesh_rows_stay_in_their_places():
+    """Traced for two devices, computed on one: chunks are strided as without members, and nothing is sorted."""
+    tree = {"m": jnp.asarray([0, 1, 1, 0] * 2, jnp.int32).repeat(2), "row": jnp.arange(16)}
+    first = lambda x: x["row"] + 100 * x["row"][0]
+    run = lambda tree: over_members(first, tree, tree["m"], 2, 8, 2)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1), sharding.AXES)):
+        traced = jax.make_jaxpr(run)(tree)
+    (found,) = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(tree))
+    np.testing.assert_array_equal(found % 100, np.arange(16))
+    np.testing.assert_array_equal(found // 100, np.tile([0, 0, 2, 2], 4))
+    assert "sort" not in str(traced) and "sort" in str(jax.make_jaxpr(run)(tree))
+
+
+def test_rows_of_several_policies_that_are_read_together_have_a_part_each():
+    """As on a mesh, where the rows of a chunk may have any policy; the other policy's part of a row is 0."""
+    some, names = data((0, 1, 1, 0)), EACH.policies
+    networks, params = [MODELS[n] for n in names], [PARAMS[n] for n in names]
+
+    @jax.jit
+    def read(context):
+        rest = context, some.completion, some.present
+        alone = [score.hidden_states(model, own, *rest) for model, own in zip(networks, params, strict=True)]
+        return score.states_by_member(networks, params, *rest), alone
+
+    found, alone = read(some.contexts["teacher"])
+    rows = np.asarray(some.contexts["teacher"].member)[:, None, None]
+    wanted = np.concatenate([np.where(rows == number, own, 0.0) for number, own in enumerate(alone)], axis=-1)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert all((np.abs(own) > 1e-3).any((1, 2)).all() for own in alone)
 
 
 def test_a_view_reads_the_policies_that_it_names():
