@@ -60,6 +60,9 @@ def test_what_nobody_named_is_the_longer_side_of_the_question_and_after_it_where
         (turn,) = marked(({"role": "user", "content": before + asked + after},), PROMPT)
         assert turn["privileged"] == privileged
         assert turn.get("question", asked) == (before + asked if privileged == after else asked)
+    # A question that is said twice counts where it is said first, and turns before the last one stay as they are.
+    chat = ({"role": "system", "content": "a"}, PROMPT[-1], {"role": "user", "content": f"{asked} key {asked} key"})
+    assert marked(chat, PROMPT)[:2] == chat[:2] and marked(chat, PROMPT)[2]["privileged"] == f" key {asked} key"
 
 
 def test_demonstrations_go_before_turns_of_the_prompt():
