@@ -12,7 +12,17 @@ from method_checks import assert_same, close, fixture, slopes
 from networks import unoptimised
 
 from sdjax.collect.contexts import question
-from sdjax.collect.saliency import SCALE, START, effective, parts, relearned, restored, saliency
+from sdjax.collect.saliency import (
+    SCALE,
+    START,
+    compiled_saliency,
+    effective,
+    parts,
+    relearned,
+    restored,
+    saliency,
+    saliency_of_tokens,
+)
 from sdjax.engine.chats import render
 from sdjax.kernels.divergences import forward_kl
 from sdjax.kernels.reductions import masked_mean
@@ -175,14 +185,15 @@ def test_saliency_of_other_targets():
     close(own, same, atol=1e-5)
 
 
-def test_saliency_is_the_likelihood_it_claims_to_restore():
-    """Against a loop in plain sight: one rollout, no padding, the optimiser step by step."""
-    rollout = answer(ROLLOUTS[0])
+@pytest.mark.parametrize("number", [0, 2])
+def test_saliency_is_the_likelihood_it_claims_to_restore(number):
+    """Against a loop in plain sight: one rollout, no padding, the optimiser step by step; answers of one and two tokens."""
+    rollout = answer(ROLLOUTS[number], number)
+    reasoning, start, end = parts(rollout, policy(), "->")
     prompt = render(tiny.tokenizer(), question(rollout.example))
-    run = jnp.asarray([prompt + list(rollout.tokens)], jnp.int32)
-    reasoning = np.arange(len(prompt), len(prompt) + 3)
+    run = jnp.asarray([prompt + list(rollout.tokens[:end])], jnp.int32)
     region = np.zeros((run.size - 1,) * 2, bool)
-    region[len(prompt) :, reasoning] = True
+    region[len(prompt) :, len(prompt) : len(prompt) + reasoning] = True
     region &= np.tril(np.ones_like(region))
     mask = jnp.ones((1, run.size - 1), bool)
     net, params = tiny.model(), tiny.pretrained().params
@@ -190,12 +201,31 @@ def test_saliency_is_the_likelihood_it_claims_to_restore():
     def loss(H):
         bias = jnp.where(region, effective(H), 0.0)[None]
         final, _ = hidden(net, params, run[:, :-1], positions_of(mask), mask, None, bias)
-        logits = net.apply({"params": params}, final[0, -1], method="logits")
-        return -jax.nn.log_softmax(logits)[run[0, -1]]
+        logits = net.apply({"params": params}, final[0, len(prompt) + start - 1 :], method="logits")
+        said = run[0, len(prompt) + start :]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(said)), said])
 
     H = jax.jit(relearned, static_argnums=(0, 2))(loss, jnp.where(region, START, 0.0), 20)
-    close(masked_mean(restored(H), jnp.asarray(region)), found()[0], atol=2e-4)
+    close(masked_mean(restored(H), jnp.asarray(region)), found()[number], atol=2e-4)
+    columns = saliency_of_tokens(policy(), [rollout], delimiter="->", steps=20)[0]
+    wanted = masked_mean(restored(H), jnp.asarray(region), axis=0)[len(prompt) : len(prompt) + reasoning]
+    close(columns, wanted, atol=2e-4)
     assert SCALE * START == -4.0
+
+
+def test_few_rollouts_at_a_time_take_less_memory():
+    rollouts = [answer(ROLLOUTS[0], i) for i in range(4)]
+    tokens = jnp.asarray([[*r.tokens, *[0] * (8 - len(r.tokens))] for r in rollouts])
+    context = jnp.ones((4, 32), jnp.int32)
+    x = {"context": context, "read": context > 0, "completion": tokens, "present": tokens > 0}
+    x["parts"] = jnp.asarray([parts(r, policy(), "->") for r in rollouts], jnp.int32)
+    size = lambda rows: (
+        compiled_saliency.lower(tiny.model(), tiny.pretrained().params, x, 1, 1, "nll", "sgd", rows)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
+    assert size(1) < 0.5 * size(4)
 
 
 # ---- the reward -------------------------------------------------------------------------------------------------------

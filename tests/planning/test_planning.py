@@ -251,23 +251,6 @@ def test_the_scaling_command():
     assert weak["2x1"]["GFLOP per device"] == weak["1x1"]["GFLOP per device"]
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
-
-
-def test_batches_of_a_method_are_sized_by_what_it_collects():
-    batch = sketch.sketched(sdpo(group_size=4, lesson=lesson))
-    rows = sketch.rows_per_prompt(batch)
-    found = sketch.sized(batch, 3, rows, 100, {"student": 10, "teacher": 20})
-    assert rows == 4
-    assert found.completion.shape == found.mask.shape == found.behavior_logprobs.shape == (12, 100)
-    assert found.contexts["student"].tokens.shape == (3, 10)  # a group shares its question
-    assert found.contexts["teacher"].tokens.shape == (3, 20)  # and here the lesson
-    own = sketch.sized(batch, 3, rows, 100, {"student": 10, "teacher": 20}, own={"teacher"})
-    assert own.contexts["teacher"].tokens.shape == (12, 20)  # which may be one of each attempt's own
-    assert found.reward.shape == (12,)
-    assert found.completion.dtype == jnp.int32 and found.mask.dtype == jnp.bool_
-
-
 # ---- plans ------------------------------------------------------------------------------------------------------------
 
 
