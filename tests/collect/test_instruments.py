@@ -98,13 +98,13 @@ def test_instruments_find_markers_in_what_was_written():
 
 
 def test_each_row_has_thirds_of_its_own_and_a_row_without_a_difference_no_concentration():
-    """Rows of 3, 2, 1 and 4 tokens, the second of them with a hole, the third read alike by both, the last untaught."""
+    """Rows of 3, 2, 1 and 4 tokens, the second of them with a hole, the third read alike by both, two untaught."""
     own = with_instruments(sdpo(top_k=None))
-    mask = np.asarray([[1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    mask = np.asarray([[1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
     batch = tiny.batch(
-        jnp.arange(16).reshape(4, 4), mask=mask, reward=[0.5, 0.4, 1.0, 1.0], taught=[True] * 3 + [False]
+        jnp.arange(20).reshape(5, 4), mask=mask, reward=[0.5, 0.4, 1.0, 1.0, 0.0], taught=[True] * 3 + [False] * 2
     )
-    logits = jax.random.normal(jax.random.key(3), (2, 4, 4, 40)).at[1, 2].set(0.0).at[0, 2].set(0.0)
+    logits = jax.random.normal(jax.random.key(3), (2, 5, 4, 40)).at[1, 2].set(0.0).at[0, 2].set(0.0)
     terms = tiny.loss(own.objectives[0], batch, student=normalise(logits[0]), teacher=normalise(logits[1]))[1]
     found = {n.removeprefix("diagnostic/"): float(v) for n, v in terms.items() if n.startswith("diagnostic/")}
     dist = np.asarray(normalise(logits), np.float64)
@@ -115,7 +115,7 @@ def test_each_row_has_thirds_of_its_own_and_a_row_without_a_difference_no_concen
     ratio = np.take_along_axis(dist[1] - dist[0], np.asarray(batch.completion)[..., None], -1)[..., 0]
     size = [np.abs(ratio[row][mask[row]]) for row in range(2)]
     assert found["concentration"] == pytest.approx(np.mean([x.max() / x.sum() for x in size]), rel=1e-5)
-    over = mask & (np.arange(4) < 3)[:, None]
+    over = mask & (np.arange(5) < 3)[:, None]
     assert found["log_ratio"] == pytest.approx(ratio[over].mean(), rel=1e-4)
     assert found["absolute_log_ratio"] == pytest.approx(np.abs(ratio[over]).mean(), rel=1e-4)
     # Half a reward is a success unless somebody says otherwise.

@@ -12,13 +12,17 @@ import tiny
 
 from sdjax.engine import train
 from sdjax.engine.policies import ema, frozen, refresh
+from sdjax.engine.protocol import Protocol
 from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment
+from sdjax.engine.vocabulary import with_rows
 from sdjax.kernels.distributions import logprob
+from sdjax.kernels.reductions import token_mean
 from sdjax.methods.grpo import grpo
 from sdjax.methods.sdpo import sdpo
 from sdjax.models.transformer import Transformer, initialise
+from sdjax.tasks.words import word_tokenizer
 from sdjax.types import Method, Objective, Rollout, Task, Term, View
 
 METHOD = sdpo(group_size=2, ema_rate=0.5, top_k=None)
@@ -234,6 +238,7 @@ def experiment(**changes):
 
 
 ODD = View("teachr")
+BEST = {"keep_best": True, "evaluation": 1, "evaluate_every": 1, "save_every": 1}
 WRONG = {
     "steps=0: expected at least 1": {"steps": 0},
     "prompts=-1: expected at least 1": {"prompts": -1},
@@ -244,6 +249,16 @@ WRONG = {
     "view 'teacher' reads policy 'teachr', which is neither": {
         "method": METHOD._replace(objectives=(METHOD.objectives[0]._replace(views={"teacher": ODD}),))
     },
+    "the method writes with policy 'nobody', which is neither": {
+        "method": METHOD._replace(writers=("teacher", "nobody"))
+    },
+    "minibatches=2 does not divide the 3 groups that this method adds to prompts=4": {
+        "method": METHOD._replace(groups=lambda prompts: prompts + 3),
+        "minibatches": 2,
+    },
+    "keep_best needs evaluation": BEST | {"evaluation": 0},
+    "keep_best needs .* evaluate_every": BEST | {"evaluate_every": 0},
+    "keep_best needs .* save_every": BEST | {"save_every": 0},
     "teacher 'teacher' goes by the name of one of the method's own": {"teachers": {"teacher": tiny.pretrained()}},
 }
 
@@ -254,8 +269,86 @@ def test_wrong_experiments_are_refused(sentence):
         experiment(**WRONG[sentence])
 
 
-@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
-def test_learning_rates(lr):
-    with pytest.raises(ExperimentError, match="lr=.*: expected a number above 0"):
-        train.check_numbers({"lr": lr})
-    train.check_numbers({"lr": 1e-5, "steps": 1, "name": "x", "smoke": True})
+def test_experiments_beside_the_wrong_ones_work():
+    experiment(**BEST)
+    experiment(method=METHOD._replace(writers=("teacher", "live")))
+    experiment(method=METHOD._replace(groups=lambda prompts: prompts + 2), minibatches=2)
+
+
+def test_what_a_run_does_unless_told_otherwise():
+    whole = experiment()
+    found = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+    given = {name: found.pop(name) for name in ("method", "task", "student", "optimizer")}
+    assert given["method"] is METHOD and given["task"] is tiny.TASK
+    assert found == {
+        "shapes": Shapes(),
+        "steps": 100,
+        "prompts": 4,
+        "rounds": 1,
+        "minibatches": 1,
+        "epochs": 1,
+        "seed": 0,
+        "dtype": jnp.float32,
+        "memory": "auto",
+        "remat": None,
+        "scan": False,
+        "teachers": {},
+        "teacher_dtype": None,
+        "reduce": token_mean,
+        "evaluation": 100,
+        "evaluate_every": 0,
+        "protocol": Protocol(),
+        "save_every": 25,
+        "keep": 2,
+        "keep_every": 0,
+        "keep_best": False,
+        "grace": 0.0,
+        "most_skipped": 3,
+        "stop_on": "nothing",
+        "completions_every": 10,
+        "log": ("tensorboard",),
+        "log_project": "sdjax",
+        "export": True,
+        "export_dtype": None,
+        "mesh": None,
+        "lora": None,
+    }
+
+
+# ---- what an experiment says of its networks ------------------------------------------------------------------------
+
+
+def test_networks_compute_as_the_experiment_says():
+    teachers = {"other": tiny.pretrained(1)}
+    some = experiment(teachers=teachers, dtype=jnp.bfloat16, shapes=Shapes(context=100, completion=20))
+    found = train.models(some)
+    assert {*found} == {"live", "teacher", "other"} and {m.dtype for m in found.values()} == {jnp.bfloat16}
+    assert {(m.remat, m.scan, m.reach) for m in found.values()} == {(False, False, 120)}
+    found = train.models(dataclasses.replace(some, teacher_dtype=jnp.float16, remat=True, scan=True))
+    assert [found[name].dtype for name in ("live", "teacher", "other")] == [jnp.bfloat16, jnp.bfloat16, jnp.float16]
+    assert {(m.remat, m.scan) for m in found.values()} == {(True, True)}
+
+
+def test_a_policy_writes_by_the_template_of_its_first_view_a_trained_one_first():
+    views = {
+        "other": View("teacher", template={"a": 0}),
+        "first": View(template={"a": 1}),
+        "second": View(template={"a": 2}),
+    }
+    of = lambda views: METHOD._replace(objectives=(METHOD.objectives[0]._replace(views=views),))
+    assert train.template_of(of(views), "live") == {"a": 1} and train.template_of(of(views), "teacher") == {"a": 0}
+    trained = {**views, "second": views["second"]._replace(trainable=True)}
+    assert train.template_of(of(trained), "live") == {"a": 2} and train.template_of(of(views), "nobody") == {}
+
+
+def test_one_device_is_no_mesh():
+    assert train.mesh_of(experiment()) is None and train.mesh_of(experiment(mesh=(1, 1))) is None
+
+
+def test_only_teachers_over_the_students_tokens_get_as_many_rows():
+    """Another vocabulary stays what it is: its teacher may write, and is refused where it would score."""
+    strange = tiny.pretrained(1)._replace(tokenizer=word_tokenizer(["strange"]))
+    wide = with_rows(tiny.pretrained(2), len(tiny.tokenizer()) + 3)
+    found = train.over_shared_ids({"strange": strange, "wide": wide, "same": tiny.pretrained(3)}, tiny.pretrained())
+    assert found["strange"] is strange and found["same"] is tiny.pretrained(3)
+    assert found["wide"].config == tiny.config() and found["wide"].params["embed"].shape[0] == len(tiny.tokenizer())
