@@ -222,6 +222,23 @@ def test_gathers_are_seen():
         assert vocabulary_gathers(text(jax.lax.top_k, z)) and not vocabulary_gathers(text(top_k, z))
 
 
+@pytest.mark.parametrize("layout", ["4x2", "2x4"])
+def test_the_largest_entries_and_their_places_are_those_of_one_device(layout):
+    """Of one axis and of several, of rows and a vocabulary that do not divide, more than a part has; ties, and -inf."""
+    draw = np.random.default_rng(0)
+    for shape, k in (((30,), 3), ((8, 32), 5), ((3, 30), 1), ((8, 2, 30), 20), ((3, 8, 9), 9)):
+        z = draw.integers(-3, 3, shape).astype(np.float32)  # many ties
+        z[..., 1:4] = -np.inf
+        wanted = jax.jit(jax.lax.top_k, static_argnums=1)(z, k)
+        with on(layout):
+            found = jax.jit(top_k, static_argnums=1)(sharding.place_whole(z), k)
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)
+            # Rows that the data axis divides stay on their devices.
+            leading = (shape[0] // (int(layout[0]) if shape[0] == 8 else 1), *shape[1:-1]) if shape[1:] else ()
+            assert one.addressable_shards[0].data.shape == (*leading, k)
+
+
 # ---- the network ------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ Prints every mutant that survives, with its line, and exits with 1 if there is o
   the path.
 - **Fast**: third-party packages are imported once, and a process is forked for each mutant; compiled programs are kept
   for all of them; tests that run the wrong line come first, and the first failure ends a run.
-- **Not reached** means that no test runs the line in its own process; such a mutant survives without being run.
+- **Not reached** means that no test runs the line in its own process; such a mutant survives without being run.  Lines
+  for several devices: `XLA_FLAGS=--xla_force_host_platform_device_count=8` and `--tests tests/eight_devices.py::test_NAME`.
 - **Equivalent mutants**, wrong lines that are not wrong, stand in `equivalent_mutants.tsv` with the reason and are left out.
 
 mutmut and cosmic-ray do less here.  mutmut replaces functions by trampolines, which hide their signatures from jax and from
