@@ -10,6 +10,10 @@ import grain
 from sdjax.types import Example
 
 
+ENDLESS = 1 << 62
+"""Examples of a run, at most.  Without an end grain's own count overflows in batches of one."""
+
+
 class Prompts:
     """Examples in shuffled order, epoch after epoch, `size` at a time.
 
@@ -18,7 +22,8 @@ class Prompts:
     """
 
     def __init__(self, examples: Sequence[Example], size: int, seed: int, rounds: int = 1):
-        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat().batch(size)
+        epochs = ENDLESS // max(1, len(examples))
+        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(epochs).batch(size)
         reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # indices need no threads
         self.examples, self.iterator = examples, iter(order.to_iter_dataset(reading))
         self.rounds, self.left, self.present = rounds, 0, []

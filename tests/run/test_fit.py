@@ -289,6 +289,14 @@ def test_prompts_are_shuffled_and_go_on_from_a_position():
     assert Prompts(examples, 3, seed=6).take() != first[0] or Prompts(examples, 3, seed=7).take() != first[0]
 
 
+def test_batches_of_one_and_a_handful_of_examples():
+    for count, size in ((7, 1), (1, 1), (1, 3), (2, 5)):
+        prompts = Prompts(list(range(count)), size, seed=5)
+        stream = [x for _ in range(20) for x in prompts.take()]
+        epochs = [stream[i : i + count] for i in range(0, len(stream) - count, count)]
+        assert len(stream) == 20 * size and all(sorted(epoch) == list(range(count)) for epoch in epochs)
+
+
 def test_each_batch_is_taken_again_in_every_round():
     once, thrice = (Prompts(list(range(7)), 3, seed=5, rounds=rounds) for rounds in (1, 3))
     for _ in range(6):
