@@ -317,10 +317,10 @@ class Method(NamedTuple):
     `collect(environment, examples, key, memory) -> (rollouts, memory)` samples, judges and writes contexts.
     `objectives` are applied in order to the same batch.  `snapshots` maps a name to a rule
     `(live, old, step) -> new`, applied after every batch, or as `sdjax.engine.policies.Follows` says.  `memory` is the
-    initial host state, JSON-able.  `writers` names the policies, besides the live one, that `collect` itself asks to
-    write or to score.  `groups(prompts)` is how many groups a batch of so many examples has: more, where `collect` adds
-    some of its own.  `early` are the views that `collect` scores, with parameters as they are at rollout time, and that
-    no objective reads.
+    initial host state, JSON-able; what grows from batch to batch is `sdjax.collect.remembered`.  `writers` names the
+    policies, besides the live one, that `collect` itself asks to write or to score.  `groups(prompts)` is how many groups
+    a batch of so many examples has: more, where `collect` adds some of its own.  `early` are the views that `collect`
+    scores, with parameters as they are at rollout time, and that no objective reads.
     """
 
     collect: Callable[..., tuple[list[Rollout], Any]]

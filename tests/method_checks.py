@@ -1,15 +1,24 @@
 """What tests of methods share: losses and gradients of whole objectives on given distributions, without a model."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from sdjax.collect import remembered
 from sdjax.kernels.distributions import logprob, normalise
 
 close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=2e-6)
+
+
+def restored(memory):
+    """What a run that goes on has of what a method remembered: everything comes out of a JSON file."""
+    bare, found = remembered.apart(memory)
+    read = {path: remembered.Remembered(json.loads(json.dumps(dict(part)))) for path, part in found.items()}
+    return remembered.together(json.loads(json.dumps(bare)), read)
 
 
 def token_gradients(method, student, teacher, *, behavior=None, **rest):

@@ -17,6 +17,7 @@ import tiny
 
 from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
+from sdjax.collect.remembered import Remembered
 from sdjax.engine.train import Experiment
 from sdjax.run.settings import Settings
 from sdjax.run.storage import manifest
@@ -85,12 +86,12 @@ def remembering(method: Method) -> Method:
         written = zlib.crc32(repr([(r.tokens, r.logprobs) for r in fresh]).encode())
         memory = {
             "batches": memory["batches"] + 1,
-            "written": [*memory["written"], written],
+            "written": memory["written"] | {f"batch {memory['batches']}": written},
             "replay": [dataclasses.asdict(r) for r in fresh if r.group == 0],
         }
         return [*fresh, *old], memory
 
-    return method._replace(collect=collect, memory={"batches": 0, "written": [], "replay": []})
+    return method._replace(collect=collect, memory={"batches": 0, "written": Remembered(), "replay": []})
 
 
 def unpacked(row: dict) -> Rollout:

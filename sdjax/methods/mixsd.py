@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sdjax.collect.contexts import question, rewrite_last
 from sdjax.collect.lessons import before_writing
+from sdjax.collect.remembered import Remembered
 from sdjax.collect.rollouts import judge, written
 from sdjax.collect.synthesis import until_accepted
 from sdjax.engine.generate import Sampling, mixture
@@ -78,7 +79,7 @@ def mixsd(
         new = {e.id: e for e in examples if e.id not in memory}
         informed = {id: before_writing(told)(e) for id, e in new.items()}
         some = [e for id, e in new.items() if informed[id] is not None]
-        memory = {**memory, **dict.fromkeys(new), **(mixed(environment, some, informed, key) if some else {})}
+        memory = memory | {**dict.fromkeys(new), **(mixed(environment, some, informed, key) if some else {})}
         rows = [
             written(e, memory[e.id], environment.live, group=group, source=SYNTHETIC)
             for group, e in enumerate(examples)
@@ -94,4 +95,4 @@ def mixsd(
         texts, _ = until_accepted(pair, examples, contexts, key, accept, **how)
         return {e.id: text for e, text in zip(examples, texts, strict=True)}
 
-    return Method(collect, sft(reduce=reduce).objectives, {"initial": frozen()}, {})
+    return Method(collect, sft(reduce=reduce).objectives, {"initial": frozen()}, Remembered())

@@ -9,6 +9,7 @@ import jax
 
 from sdjax.collect import playbook as book
 from sdjax.collect.contexts import without_thinking
+from sdjax.collect.remembered import Remembered
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import ema
@@ -98,11 +99,11 @@ def resd(
         rollouts = attempts(environment, examples, own, n=group_size, sampling=sampling)
         reflections, lessons = book.updated(environment, rollouts, told, memory["playbook"], rules, write)
         solved = successes(rollouts, success)
-        known = {**memory["solved"], **solved} if buffer else solved
+        known = memory["solved"] | solved if buffer else solved
         shown = book.render_text(lessons) if playbook else ""
         read = [(r, reflections.get(i), known.get(r.example.id)) for i, r in enumerate(rollouts)]
         rows = [r.read_by(teacher=book.teacher_context(environment, r, shown, *rest)) for r, *rest in read]
-        return rows, {"playbook": lessons, "solved": known if buffer else {}}
+        return rows, {"playbook": lessons, "solved": known if buffer else memory["solved"]}
 
     def signals(dist, token):
         student, teacher = dist["student"], dist["teacher"]
@@ -122,6 +123,6 @@ def resd(
         }
 
     views = {"student": View(trainable=True), "teacher": View(reader, per_rollout=True, told=True)}
-    memory = {"playbook": book.empty(), "solved": {}}
+    memory = {"playbook": book.empty(), "solved": Remembered()}
     snapshots = {} if reader == "live" else {"teacher": ema(ema_rate)}
     return Method(collect, (Objective(views, signals, terms),), snapshots, memory)

@@ -11,6 +11,7 @@ from jax import Array
 
 from sdjax.collect.contexts import question
 from sdjax.collect.plans import redacted, repairs, with_plan, written_plans
+from sdjax.collect.remembered import Remembered
 from sdjax.collect.rollouts import attempts
 from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment
@@ -75,7 +76,7 @@ def sort(
         rows = repairs(environment, rollouts, examples, success)
         new = [r.example for r in rows if r.example.id not in memory]
         said = make(environment, new, planning, len(examples)) if new else []
-        memory = {**memory, **{e.id: redacted(text, e.answers) for e, text in zip(new, said, strict=True)}}
+        memory = memory | {e.id: redacted(text, e.answers) for e, text in zip(new, said, strict=True)}
         read = lambda r: r.read_by(plan=with_plan(question(r.example), memory[r.example.id]))
         return [*rollouts, *map(read, rows)], memory
 
@@ -111,4 +112,4 @@ def sort(
     # A group has at most one reference, so that its plan is the group's.
     views = {"student": View(trainable=True), "plan": View("live", told=True)}
     objective = Objective(views, signals, terms, credit=("repair",), rewarded=True)
-    return Method(collect, (objective,), memory={})
+    return Method(collect, (objective,), memory=Remembered())

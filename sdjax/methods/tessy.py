@@ -10,6 +10,7 @@ import jax
 
 from sdjax.collect.contexts import question
 from sdjax.collect.lessons import before_writing
+from sdjax.collect.remembered import Remembered
 from sdjax.collect.rollouts import judge, sample, written
 from sdjax.collect.synthesis import Boundary, Writer, weave
 from sdjax.collect.taggers import Swap, Word, annotated_by, boundary, connectives, fit_tagger, snippets
@@ -110,9 +111,9 @@ def tessy(
         able = [e for e in examples if told(e) is not None]
         marking, weaving = jax.random.split(key)
         if not memory["snippets"] and able and taggers is None:
-            memory = {**memory, "snippets": marked(environment, able, marking)}
+            memory = {**memory, "snippets": memory["snippets"] | marked(environment, able, marking)}
         new = [e for e in able if e.id not in memory["texts"]]
-        texts = {**memory["texts"], **(woven(environment, new, weaving, memory["snippets"]) if new else {})}
+        texts = memory["texts"] | (woven(environment, new, weaving, memory["snippets"]) if new else {})
         kept = [(group, e, texts.get(e.id)) for group, e in enumerate(examples)]
         how = {"policy": environment.live, "source": SYNTHETIC}
         rows = judge(environment, [written(e, text, group=group, **how) for group, e, text in kept if text])
@@ -143,5 +144,5 @@ def tessy(
         traces = weave(writers, key, end=end, sampling=sampling, tries=tries)
         return {e.id: None if t is None else t.text for e, t in zip(examples, traces, strict=True)}
 
-    memory = {"texts": {}, "snippets": {}}
+    memory = {"texts": Remembered(), "snippets": Remembered()}
     return Method(collect, sft(reduce=reduce).objectives, {"initial": frozen()}, memory, writers=(name,))

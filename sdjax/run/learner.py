@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdjax.collect import remembered
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.lengths import fitted
@@ -34,7 +35,7 @@ class Learner:
 
     def __init__(self, experiment: Experiment, mirror: Mirror):
         self.mirror, self.folder = mirror, mirror.folder
-        self.memory = as_json(experiment.method.memory, "the method's memory")
+        self.memory = as_restored(experiment.method.memory)
         self.models = train.models(experiment)
         self.base, start = train.frozen_and_trained(experiment)
         self.base_checksum = adapters.fingerprint(experiment.student.params, experiment.lora) if self.base else None
@@ -169,3 +170,12 @@ class Learner:
                 f"{self.skipped_in_a_row} updates in a row were not finite, the last at step {step + 1}; its batch is "
                 f"in {self.folder / name}: lower the learning rate or look at that batch"
             )
+
+
+def as_restored(memory: Any) -> Any:
+    """What a method remembers as a checkpoint gives it back; values remembered by key are so already.
+
+    Raises: RunError.
+    """
+    bare, found = remembered.apart(memory)
+    return remembered.together(as_json(bare, "the method's memory"), found)

@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 
+from sdjax.collect import remembered
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.train import Experiment, State
 from sdjax.run.export import export
-from sdjax.run.folder import RunError, as_json
+from sdjax.run.folder import RunError
 from sdjax.run.interrupts import Interrupted, Interrupts
-from sdjax.run.learner import Learner
+from sdjax.run.learner import Learner, as_restored
 from sdjax.run.logs import records
 from sdjax.run.logs.sentinels import Alarm, Watch, watched
 from sdjax.run.measuring.evaluate import Accuracy, accuracy, by_cap
@@ -122,8 +123,8 @@ class Run(Learner):
         method = self.experiment.method
         late = bounded.out_of_time()
         rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
-        # Through JSON in every step: what a method remembers is then the same in a run that was never interrupted.
-        self.memory = as_json(memory, "the method's memory")
+        # As restored, in every step: what a method remembers is then the same in a run that was never interrupted.
+        self.memory = as_restored(memory)
         if processes.many():
             written = zlib.crc32(repr([(r.tokens, r.reward, r.group, r.contexts) for r in rollouts]).encode())
             processes.agree(written, f"rollouts in step {step + 1}: collect depends on more than its arguments")
@@ -212,7 +213,7 @@ class Run(Learner):
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def host(self) -> dict[str, Any]:
-        """What the next step depends on besides the state, as JSON has it."""
+        """What the next step depends on besides the state, as JSON has it, but for what is remembered by key."""
         return {
             "memory": self.memory,
             "position": self.prompts.position(),
@@ -236,7 +237,7 @@ class Run(Learner):
                 f"{self.folder}: its adapters were trained on other weights, or with other options of Lora, than those "
                 "given now: resume with the model and the options that it began with"
             )
-        self.memory = host["memory"]
+        self.memory = remembered.like(host["memory"], self.memory)
         self.prompts.go_to(host["position"])
         self.skipped, self.skipped_in_a_row = host["skipped"]
         self.before = None if host["before"] is None else Accuracy(*host["before"])

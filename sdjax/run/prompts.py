@@ -9,7 +9,6 @@ import grain
 
 from sdjax.types import Example
 
-
 ENDLESS = 1 << 62
 """Examples of a run, at most.  Without an end grain's own count overflows in batches of one."""
 

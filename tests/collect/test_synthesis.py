@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import random
 
 import jax
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 import spies
 import tiny
-from method_checks import close, expected_gradient
+from method_checks import close, expected_gradient, restored
 from networks import unoptimised
 
 from sdjax.collect import synthesis, taggers
 from sdjax.collect.contexts import question
+from sdjax.collect.remembered import Remembered
 from sdjax.collect.rollouts import RolloutError
 from sdjax.collect.synthesis import (
     Trace,
@@ -212,7 +212,7 @@ def test_mixsd_keeps_what_passes():
         assert r.tokens == (*tiny.tokenizer().encode(r.text, add_special_tokens=False), end)
         assert r.contexts == {"student": r.example.prompt}
     # Texts are made once; with a file between the steps, too.
-    again, same = method.collect(env, EXAMPLES, jax.random.key(9), json.loads(json.dumps(memory)))
+    again, same = method.collect(env, EXAMPLES, jax.random.key(9), restored(memory))
     assert same == memory and tuple(again) == rows
     bare = [dataclasses.replace(EXAMPLES[0], solution=None, id="bare")]
     assert method.collect(env, bare, jax.random.key(0), {}) == ([], {"bare": None})
@@ -641,13 +641,13 @@ def test_tessy_with_trained_taggers(monkeypatch, annotator):
     jax.tree.map(np.testing.assert_array_equal, tiny.collected(method, rows), tiny.collected(method, as_synthetic))
     assert all(not r.extras for r in rows)
     # The second time everything is known; a new process trains the same taggers from the memory.
-    memory = json.loads(json.dumps(memory))
+    memory = restored(memory)
     again, same = method.collect(env, EXAMPLES, jax.random.key(5), memory)
     assert same == memory and [r.tokens for r in again] == [r.tokens for r in rows]
     fresh = tessy(
         end="", chunk=3, annotator=annotator, tagger_rollouts=8, temperature=1.0, top_p=1.0, top_k=0, tries=12
     )
-    known = {**memory, "texts": {}}
+    known = {**memory, "texts": Remembered()}
     assert fresh.collect(env, EXAMPLES, jax.random.key(0), known)[1]["texts"] == memory["texts"]
 
 

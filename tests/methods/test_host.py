@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, slopes
+from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, restored, slopes
 from networks import unoptimised
 
 from sdjax.collect import corrections, plans, playbook, selection
@@ -602,7 +602,7 @@ def resd_run(steps=3, roundtrip=True, verify=tiny.parity, **options):
     for number in range(steps):
         examples = tiny.TASK.train[2 * number : 2 * number + 2]
         rows, memory = method.collect(env, examples, jax.random.key(number), memory)
-        memory = json.loads(json.dumps(memory)) if roundtrip else memory
+        memory = restored(memory) if roundtrip else memory
         found.append(rows)
     return found, memory
 
@@ -906,7 +906,7 @@ def test_sort_repairs_lost_prompts(monkeypatch):
     assert batch.contexts["plan"].valid.tolist() == [False] * 4 + [True] + [False] * 5
     # A plan is made once; examples without a solution are left out.
     monkeypatch.setattr(sort_module, "written_plans", None)
-    again, same = method.collect(env, tiny.TASK.train[:2], jax.random.key(0), json.loads(json.dumps(memory)))
+    again, same = method.collect(env, tiny.TASK.train[:2], jax.random.key(0), restored(memory))
     assert same == memory and again == rows
     bare = [dataclasses.replace(e, solution=None) for e in tiny.TASK.train[:2]]
     rows, memory = method.collect(env, bare, jax.random.key(0), {})
@@ -1268,7 +1268,7 @@ def test_op2sd_matched_is_opsd():
     assert_same(op2sd(), opsd(), *fixture())
     none, _ = op2sd(context="none", **how).collect(env, examples, jax.random.key(0), [])
     assert all(r.contexts["teacher"] == r.contexts["student"] for r in none)
-    assert json.loads(json.dumps(memory)) == memory
+    assert restored(memory) == memory
 
 
 def test_op2sd_never_shows_the_own_problem():
@@ -1295,9 +1295,9 @@ def test_op2sd_shows_another_problem_of_the_same_topic():
     examples = [about(e, "ab"[i % 2]) for i, e in enumerate(tiny.TASK.train[:5])] + [about(tiny.TASK.train[5], 3)]
     env = environment(method)
     _, memory = method.collect(env, examples[:2], jax.random.key(0), [])
-    memory = json.loads(json.dumps(memory))
+    memory = restored(memory)
     rows, memory = method.collect(env, examples[2:], jax.random.key(1), memory)
-    assert json.loads(json.dumps(memory)) == memory and len(memory) == 6
+    assert restored(memory) == memory and len(memory) == 6
     seen = {}
     for r in rows:
         told = r.contexts["teacher"]
@@ -1367,7 +1367,7 @@ def history(name, count=2):
     for number in range(count):
         examples = EXAMPLES[2 * number : 2 * number + 2]
         rows, memory = method.collect(environment(method, verifier(name)), examples, jax.random.key(number), memory)
-        memory = json.loads(json.dumps(memory))
+        memory = restored(memory)
         found.append((tuple(rows), memory))
     return found
 
@@ -1412,7 +1412,7 @@ def test_memory_replays(name):
     method = made(name)
     first, second = history(name)
     rows, memory = method.collect(environment(method, verifier(name)), EXAMPLES[2:4], jax.random.key(1), first[1])
-    assert json.loads(json.dumps(memory)) == second[1]
+    assert restored(memory) == second[1]
     assert [(r.tokens, r.contexts, r.reward) for r in rows] == [(r.tokens, r.contexts, r.reward) for r in second[0]]
 
 

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from sdjax.collect.remembered import together
 from sdjax.devices.processes import by_first
 from sdjax.engine.train import State
 from sdjax.errors import InputError
-from sdjax.run.storage import manifest, places
+from sdjax.run.storage import manifest, places, segments
 from sdjax.run.storage.digests import digests, named
 from sdjax.run.storage.places import first_line
 
@@ -49,11 +50,13 @@ def restore(folder: str | os.PathLike, like: State, step: int | None = None) -> 
     try:
         content = by_first(lambda: matching(folder, step, tree))
         tree = arrays(folder, step, content, tree)
+        by_key = by_first(lambda: entries(folder, step, content))
     except CheckpointError as error:
         if not damaged(error):
             raise
         raise CheckpointError(f"{error}; {offer(folder, step, tree)}") from error
-    return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}), content["host"]
+    host = together(content["host"], segments.mappings(content.get(segments.FOLDER, segments.NONE), by_key))
+    return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}), host
 
 
 def found(folder: Path, step: int | None) -> int:
@@ -111,6 +114,14 @@ def arrays(folder: Path, step: int, content: Mapping[str, Any], tree: Any) -> An
     return tree
 
 
+def entries(folder: Path, step: int, content: Mapping[str, Any]) -> list[list]:
+    """What a checkpoint remembers by key.  Raises `DamageError`."""
+    try:
+        return segments.entries(folder, content.get(segments.FOLDER, segments.NONE))
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{folder / str(step)} is damaged ({first_line(error)})") from error
+
+
 def damaged(error: CheckpointError) -> bool:
     """Whether an error, perhaps of the first process, says that a checkpoint is damaged."""
     return isinstance(error, DamageError) or " is damaged (" in str(error)
@@ -124,6 +135,7 @@ def offer(folder: Path, step: int, tree: Any) -> str:
         try:
             content = by_first(lambda other=other: matching(folder, other, tree))
             arrays(folder, other, content, tree)
+            by_first(lambda other=other, content=content: entries(folder, other, content))
         except CheckpointError:
             continue
         remove = folder / f"{step}.json"

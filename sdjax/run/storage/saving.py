@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from sdjax.collect import remembered
 from sdjax.devices.processes import ProcessError, by_each, by_first, everyone, first, many
 from sdjax.engine.train import State
-from sdjax.run.storage import manifest, places
+from sdjax.run.storage import manifest, places, segments
 from sdjax.run.storage.checkpoint import CheckpointError, absolute, arrays_of, check_space, described
 from sdjax.run.storage.digests import digests
 from sdjax.run.storage.places import first_line
+from sdjax.run.storage.segments import Segments
 
 SECONDS = 600
 """After which a save that does not come to its end has failed: a disk or a bucket that no longer answers."""
@@ -63,13 +65,14 @@ class Saver:
         before: Callable[[], None] = lambda: None,
     ):
         self.folder, self.keep, self.say, self.before = absolute(folder), keep, say, before
+        self.segments = Segments(self.folder)
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "saving")
         self.under_way: concurrent.futures.Future | None = None
         self.step = self.saved = 0  # of the last save that was begun, and of the last one that is whole
         self.failures, self.seconds, self.blocked = 0, 0.0, 0.0
 
     def start(self, state: State, host: Any, scores: Mapping[int, float] | None = None) -> None:
-        """Begins to save the state and the JSON-able `host`; returns once the state may change.
+        """Begins to save the state and `host`, JSON-able or remembered by key; returns once the state may change.
 
         Waits for the save under way first.  A failure is said; the third in a row raises `CheckpointError`.  Earlier
         checkpoints stay until the new one is whole.
@@ -78,7 +81,8 @@ class Saver:
         started, step, tree = time.perf_counter(), int(state.step), arrays_of(state)
         self.step, target = step, self.folder / str(step)
         # A copy: methods may change in place what they remember, while it is being written.
-        content = {"arrays": described(tree), "host": copy.deepcopy(host)}
+        bare, by_key = remembered.apart(host)
+        content = {"arrays": described(tree), "host": copy.deepcopy(bare)}
         # Under way on the devices, before any program that changes the state.
         marks = digests(tree)
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -91,10 +95,17 @@ class Saver:
             return
         finally:
             self.blocked = time.perf_counter() - started
-        self.under_way = self.thread.submit(self.complete, checkpointer, content, marks, dict(scores or {}), started)
+        rest = (marks, dict(scores or {}), started)
+        self.under_way = self.thread.submit(self.complete, checkpointer, content, by_key, *rest)
 
     def complete(
-        self, checkpointer: Any, content: dict[str, Any], marks: Any, scores: Mapping[int, float], started: float
+        self,
+        checkpointer: Any,
+        content: dict[str, Any],
+        by_key: Mapping[remembered.Path, remembered.Remembered],
+        marks: Any,
+        scores: Mapping[int, float],
+        started: float,
     ) -> float:
         """What happens in the thread: waits for the arrays, then declares the checkpoint whole; returns seconds."""
         try:
@@ -106,8 +117,11 @@ class Saver:
             raise
         content["digests"] = {name: int(number) for name, number in jax.device_get(marks).items()}
         if first():
+            if by_key:
+                content[segments.FOLDER] = self.segments.write(self.step, by_key)
             self.before()
             declare(self.folder, self.step, content, self.keep, scores)
+            self.segments.prune(manifest.steps(self.folder))
         return time.perf_counter() - started
 
     def look(self) -> None:
@@ -198,7 +212,7 @@ def declare(folder: Path, step: int, content: Mapping[str, Any], keep: Keep, sco
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what was being written when a process died or a save failed."""
-    whole = {str(step) for step in manifest.steps(folder)}
+    stay = {segments.FOLDER, *map(str, manifest.steps(folder))}
     for name in places.names(folder):
-        if name.removesuffix(".json") not in whole:
+        if name.removesuffix(".json") not in stay:
             places.remove(folder / name)
