@@ -221,6 +221,18 @@ def test_closed_form_gradients(beta):
     np.testing.assert_allclose(jax.grad(loss)(jnp.array(student, jnp.float32)), want, rtol=1e-4, atol=3e-6)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
+def test_an_entry_changes_with_each_logarithm_by_that_ones_part(beta):
+    """Whether the entries add up to 1 or not."""
+    student, teacher = (np.log(softmax(x)) + shift for x, shift in zip(pairs(8, scale=3.0), (0.7, -0.2), strict=True))
+    p, q = np.exp(student), np.exp(teacher)
+    m = beta * q + (1 - beta) * p
+    entries = lambda s, t: div.jsd_entries(s, t, beta).sum()
+    got = jax.grad(entries, (0, 1))(jnp.array(student, jnp.float32), jnp.array(teacher, jnp.float32))
+    np.testing.assert_allclose(got[0], (1 - beta) * p * np.log(p / m), rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(got[1], beta * q * np.log(q / m), rtol=2e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_numerical_gradients_of_both_arguments(beta):
     student, teacher = (jnp.array(x, jnp.float32) for x in pairs(3, 5, scale=1.0))
