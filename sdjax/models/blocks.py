@@ -12,42 +12,45 @@ from sdjax.models.configs import ModelConfig
 from sdjax.models.delta import DeltaNet
 from sdjax.models.experts import Experts
 from sdjax.models.mlp import MLP
-from sdjax.models.primitives import INIT, RMSNorm, biased, grown, project, project_heads, rotate
+from sdjax.models.per_layer_inputs import LayerInput
+from sdjax.models.primitives import INIT, RMSNorm, biased, grown, project, project_heads, rotate, unit
 
 
 class Attention(nn.Module):
     """Grouped-query attention.  `qkv [width, kv_heads, per_kv + 2, head_dim]` holds each group's queries, key, value.
 
-    With gates, a group has a gate after each query.
+    With gates, a group has a gate after each query; a layer that borrows its keys has queries alone, and where a key
+    becomes the value, too, there is one product of both.
     """
 
     config: ModelConfig
     layer: int
 
     @nn.compact
-    def __call__(self, x, positions, mask, past, cache, column, bias):
-        c = self.config
-        per_kv = c.heads // c.kv_heads
+    def __call__(self, x, positions, mask, past, cache, column, bias, lent=None):
+        c, (kv_heads, head_dim) = self.config, self.config.heads_of(self.layer)
+        per_kv = c.heads // kv_heads
         queries = 2 * per_kv if c.gated_attention else per_kv
-        qkv = self.param("qkv", INIT, (c.width, c.kv_heads, queries + 2, c.head_dim))
-        out = self.param("out", INIT, (c.kv_heads, per_kv, c.head_dim, c.width))
+        shape = kv_heads, queries + c.key_products(self.layer), head_dim
+        qkv = self.param("qkv", INIT, (c.width, *shape))
+        out = self.param("out", INIT, (kv_heads, per_kv, head_dim, c.width))
         mixed = project(x, qkv)
         if c.qkv_bias:
-            mixed = biased(self, mixed, "qkv_bias", (c.kv_heads, queries + 2, c.head_dim))
-        query, key, value = mixed[..., :queries, :], mixed[..., queries, :], mixed[..., queries + 1, :]
+            mixed = biased(self, mixed, "qkv_bias", shape)
+        query, rope = mixed[..., :queries, :], c.ropes[self.layer]
         if c.gated_attention:  # each query stands before its gate
             query, gate = query[..., ::2, :], query[..., 1::2, :]
-        if c.qk_norm != "none":
-            query, key = self.normalised(query, key)
-        rope = c.ropes[self.layer]
-        query, key = grown(rotate(query, positions, rope), positions, rope), rotate(key, positions, rope)
-        query = scaled(query, query_factor(c, query.shape[-1]))
-        sinks = self.param("sinks", nn.initializers.zeros, (c.kv_heads, per_kv)) if c.sinks else None
+        query = self.normalised(query, "q_norm")
+        query = scaled(grown(rotate(query, positions, rope), positions, rope), query_factor(c, head_dim))
+        key, value = self.keys(mixed[..., queries:, :], positions) if lent is None else lent
+        sinks = self.param("sinks", nn.initializers.zeros, (kv_heads, per_kv)) if c.sinks else None
         own, before = Keys(key, value, positions, mask), () if past is None else (past,)
         if cache is None:
             read = attend(query, positions, (*before, own), c.windows[self.layer], bias, c.score_cap, sinks)
         else:
-            own = cache._replace(keys=put(cache.keys, key, column), values=put(cache.values, value, column))
+            # What is lent has been written by its own layer.
+            write = (lambda old, new: put(old, new, column)) if lent is None else (lambda old, new: new)
+            own = cache._replace(keys=write(cache.keys, key), values=write(cache.values, value))
             window, rest = c.windows[self.layer], (c.score_cap, sinks)
             read = attend_written(query, positions, before, own, column.written, window, *rest)
         if c.gated_attention:
@@ -55,14 +58,18 @@ class Attention(nn.Module):
         mixed = project_heads(read, out)
         return biased(self, mixed, "out_bias", (c.width,)) if c.out_bias else mixed, own.keys, own.values
 
-    def normalised(self, query, key):
-        """RMS norm of queries and keys, per head or over all heads together."""
-        norm = lambda name: RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
-        norms = norm("q_norm"), norm("k_norm")
-        if self.config.qk_norm == "head":
-            return norms[0](query), norms[1](key)
-        flat = lambda norm, x: norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
-        return flat(norms[0], query), flat(norms[1], key)
+    def keys(self, mixed, positions):
+        """Keys and values `[B, S, kv_heads, head_dim]` of products `[B, S, kv_heads, 2 or 1, head_dim]`."""
+        key, value = mixed[..., 0, :], mixed[..., -1, :]
+        key = rotate(self.normalised(key, "k_norm"), positions, self.config.ropes[self.layer])
+        return key, unit(value, self.config.norm_eps).astype(value.dtype) if self.config.value_norm else value
+
+    def normalised(self, x, name):
+        """RMS norm of queries or keys, per head or over all heads together, or none."""
+        if self.config.qk_norm == "none":
+            return x
+        norm = RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
+        return norm(x) if self.config.qk_norm == "head" else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
 def scaled(x: Array, factor: float) -> Array:
@@ -78,23 +85,28 @@ def query_factor(config: ModelConfig, head_dim: int) -> float:
 
 
 def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
-    """What mixes the tokens of a layer: `(x, positions, mask, past, cache, column, bias)` -> output, keys, values."""
+    """What mixes the tokens of a layer: `(x, positions, mask, past, cache, column, bias, lent)` -> output, keys, values."""
     return DeltaNet(config, name="delta") if config.has_delta(layer) else Attention(config, layer, name="attention")
 
 
 def mlp_of(config: ModelConfig, layer: int) -> nn.Module:
     """What follows it, token by token: `x [B, S, D]` -> `[B, S, D]`."""
-    return Experts(config, name="mlp") if config.has_experts(layer) else MLP(config, config.mlp_width, name="mlp")
+    return (
+        Experts(config, name="mlp") if config.has_experts(layer) else MLP(config, config.mlp_units(layer), name="mlp")
+    )
 
 
 class Block(nn.Module):
-    """One residual layer: attention, then MLP, normalised before (most families) or after (OLMo) each, or both (Gemma)."""
+    """One residual layer: attention, then MLP, normalised before (most families) or after (OLMo) each, or both (Gemma).
+
+    `lent` are the keys and values of another layer, where it has none; `given [B, S, P]` is its own input, where it has one.
+    """
 
     config: ModelConfig
     layer: int
 
     @nn.compact
-    def __call__(self, x, positions, mask, past, cache, column, bias):
+    def __call__(self, x, positions, mask, past, cache, column, bias, lent=None, given=None):
         c = self.config
         mixer, mlp = mixer_of(c, self.layer), mlp_of(c, self.layer)
         norm = lambda name: RMSNorm(c.norm_eps, c.norm_offset, name=name)
@@ -104,6 +116,11 @@ class Block(nn.Module):
         if c.norms != "before":
             names = ("attention_norm", "mlp_norm") if c.norms == "after" else ("attention_out_norm", "mlp_out_norm")
             after = norm(names[0]), norm(names[1])
-        read, key, value = mixer(before[0](x), positions, mask, past, cache, column, bias)
+        read, key, value = mixer(before[0](x), positions, mask, past, cache, column, bias, lent)
         x = x + scaled(after[0](read), c.residual_scale)
-        return x + scaled(after[1](mlp(before[1](x))), c.residual_scale), key, value
+        x = x + scaled(after[1](mlp(before[1](x))), c.residual_scale)
+        if given is not None:
+            x = x + LayerInput(c, name="input")(x, given)
+        if c.layer_scale:
+            x = x * jax.lax.stop_gradient(self.param("scale", nn.initializers.ones, (1,))).astype(x.dtype)
+        return x, key, value

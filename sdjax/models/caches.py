@@ -13,7 +13,10 @@ from sdjax.models.attention import Keys
 
 @flax.struct.dataclass
 class KeyValues:
-    """Keys and values of a run of tokens: one `[N, S, kv_heads, head_dim]` array per layer, and where they stand."""
+    """Keys and values of a run of tokens: one `[N, S, kv_heads, head_dim]` array per layer, and where they stand.
+
+    Layers that borrow theirs (`ModelConfig.keys_of`), the last ones, have none.
+    """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]

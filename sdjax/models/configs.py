@@ -8,22 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.models.delta_shapes import DeltaShape
-from sdjax.models.families import (
-    DELTA,
-    FAMILIES,
-    FULL,
-    LAYER_KINDS,
-    OPTIONAL,
-    SLIDING,
-    Asked,
-    Family,
-    full,
-    rotating_as_named,
-    supported,
-)
+from sdjax.models.families import FAMILIES, OPTIONAL, Asked, Family, supported
+from sdjax.models.family_layers import attention_kinds, rope_parameters
 from sdjax.models.fields import Fields, ModelError, read_fields
 from sdjax.models.files.mxfp4 import is_mxfp4
-from sdjax.models.layer_ropes import rope_parameters
+from sdjax.models.layer_kinds import DELTA, FULL, LAYER_KINDS, full, rotating_as_named
+from sdjax.models.layer_shapes import LayerShapes
 from sdjax.models.ropes import NO_ROPE, ORIGINAL, Rope, rope
 from sdjax.models.routing import Moe
 from sdjax.models.wrapped import text_fields
@@ -41,7 +31,9 @@ class ModelConfig:
     sublayer adds is multiplied by `residual_scale`, logits are divided by `logit_divisor` (Granite); a cap `c` turns scores or logits `x` into
     `c tanh(x / c)`.  `fused` is of files only: one tensor holds queries, keys and values, one gate and up (Phi-3).
     Layers of `delta_layers` are gated delta nets of the shape `delta`; with `gated_attention` what a head reads is
-    multiplied by the sigmoid of a gate (Qwen3.5).
+    multiplied by the sigmoid of a gate (Qwen3.5).  With `value_norm` values have RMS norms without a scale, with
+    `layer_scale` what a layer gives is multiplied by a number that is not trained, and `shapes` are what layers have of
+    their own (Gemma 4).
     """
 
     family: str
@@ -77,6 +69,9 @@ class ModelConfig:
     gated_attention: bool = False
     delta: DeltaShape | None = None
     delta_layers: tuple[bool, ...] = ()
+    value_norm: bool = False
+    layer_scale: bool = False
+    shapes: LayerShapes | None = None
 
     def reaching(self, tokens: int | None) -> ModelConfig:
         """The same model for texts of up to so many tokens: LongRoPE has other frequencies for long ones."""
@@ -92,12 +87,40 @@ class ModelConfig:
     def hidden_units(self) -> int:
         """Hidden units of a layer that a token goes through, at most."""
         dense = self.moe is None or any(not self.has_experts(layer) for layer in range(self.layers))
-        return max(self.mlp_width if dense else 0, self.moe.units if self.moe else 0)
+        mlp = max(self.mlp_units(layer) for layer in range(self.layers)) if dense else 0
+        return max(mlp, self.moe.units if self.moe else 0)
 
     def of_layers(self) -> list[tuple[Any, ...]]:
         """What one layer may have that another has not, for each layer: layers with equal entries do the same."""
         mixed = [self.has_experts(layer) for layer in range(self.layers)]
         return list(zip(*(getattr(self, name) or (None,) * self.layers for name in PER_LAYER), mixed, strict=True))
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """How many heads of keys a layer has, and how wide they are."""
+        own = self.shapes is not None and self.windows[layer] is None
+        return (self.shapes.kv_heads, self.shapes.head_dim) if own else (self.kv_heads, self.head_dim)
+
+    def keys_of(self, layer: int) -> int:
+        """The layer whose keys and values a layer reads: itself, or the last of its kind that does not borrow."""
+        lenders = self.layers - (self.shapes.borrowing if self.shapes else 0)
+        alike = lambda other: (self.windows[other] is None) == (self.windows[layer] is None)
+        return layer if layer < lenders else max(filter(alike, range(lenders)))
+
+    def key_products(self, layer: int) -> int:
+        """Products of a group of heads besides the queries': key and value, both in one, or none where they are borrowed."""
+        if self.keys_of(layer) != layer:
+            return 0
+        return 1 if self.shapes and self.shapes.keys_as_values and self.windows[layer] is None else 2
+
+    def mlp_units(self, layer: int) -> int:
+        """Hidden units of a layer's MLP."""
+        wide = self.shapes is not None and self.shapes.wide_mlp and self.keys_of(layer) != layer
+        return self.mlp_width * (2 if wide else 1)
+
+    @property
+    def alike(self) -> bool:
+        """Whether a layer needs nothing of those before it but what they give."""
+        return self.shapes is None or not (self.shapes.borrowing or self.shapes.inputs)
 
     def has_delta(self, layer: int) -> bool:
         """Whether a layer is a gated delta net instead of attention."""
@@ -106,7 +129,8 @@ class ModelConfig:
     def first(self, layers: int) -> ModelConfig:
         """The same model with its first layers alone."""
         per_layer = {name: getattr(self, name)[:layers] for name in PER_LAYER}
-        return dataclasses.replace(self, layers=min(layers, self.layers), **per_layer)
+        shapes = self.shapes and self.shapes.of_first(layers, self.layers)
+        return dataclasses.replace(self, layers=min(layers, self.layers), shapes=shapes, **per_layer)
 
 
 BIASES = ("qkv_bias", "out_bias", "mlp_bias")
@@ -142,9 +166,11 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
     if head_dim % 2:
         fields.refuse(f"the width of a head must be even, found {head_dim}")
     max_context = fields.integer("max_position_embeddings")
-    kinds, windows = _attention_kinds(fields, family)
+    kinds, windows = attention_kinds(fields, family)
+    shapes = LayerShapes.read(fields, [k == FULL for k in kinds], head_dim, kv_heads) if family.own_shapes else None
+    width_of = lambda kind: shapes.head_dim if shapes and kind == FULL else head_dim
     ropes = {
-        kind: rope(head_dim, max_context, parameters, fields.where)
+        kind: rope(width_of(kind), max_context, parameters, fields.where)
         for kind, parameters in rope_parameters(fields, family, kinds).items()
     }
     rotates = family.rotates(fields, kinds) if family.rotates else [kind != DELTA for kind in kinds]
@@ -176,6 +202,9 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         fused=family.fused,
         sinks=family.sinks,
         gated_attention=family.gated_attention,
+        value_norm=family.value_norm,
+        layer_scale=family.layer_scale,
+        shapes=shapes,
         delta=DeltaShape.read(fields) if DELTA in kinds else None,
         delta_layers=tuple(kind == DELTA for kind in kinds) if DELTA in kinds else (),
         **scales,
@@ -219,31 +248,13 @@ def _refuse_variants(fields: Fields, family: Family) -> None:
     activation = fields.values.get(family.activation_field)
     if activation is not None and activation not in _ACTIVATIONS:
         fields.refuse(f"{family.activation_field!r} {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
-    if fields.values.get("use_bidirectional_attention"):
+    if fields.values.get("use_bidirectional_attention") not in (None, False, "vision"):  # of texts there is no vision
         fields.refuse("'use_bidirectional_attention' is not supported: a text is written from left to right")
+    if fields.values.get("enable_moe_block") and family.own_shapes:
+        fields.refuse("'enable_moe_block' is not supported: experts beside an MLP, as in Gemma 4 26B-A4B")
     packed = family.sinks and is_mxfp4(fields.section("quantization_config"))
     if fields.has("quantization_config") and not packed:
         fields.refuse("quantised weights ('quantization_config') are not supported; use the unquantised model")
-
-
-def _attention_kinds(fields: Fields, family: Family) -> tuple[list[str], tuple[int | None, ...]]:
-    """What every layer is called in `layer_types`, and its window."""
-    layers = fields.integer("num_hidden_layers")
-    unused = family.window_by_choice and (
-        not fields.flag("use_sliding_window")
-        or ("sliding_window" in fields.values and not fields.has("sliding_window"))
-    )
-    kinds = [FULL] * layers if unused else family.kinds(fields, layers)
-    if family.layer_types and not unused:
-        kinds = fields.names("layer_types", kinds)
-    known = (*LAYER_KINDS, DELTA) if family.delta else LAYER_KINDS
-    unknown = [kind for kind in kinds if kind not in known]
-    if unknown:
-        fields.refuse(f"layer type {unknown[0]!r} is not supported; supported are {', '.join(known)}")
-    if len(kinds) != layers:
-        fields.refuse(f"'layer_types' names {len(kinds)} layers, 'num_hidden_layers' says {layers}")
-    window = fields.integer("sliding_window", family.window) if SLIDING in kinds else None
-    return kinds, tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -301,6 +312,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         result["no_rope_layers"] = [int(entry != NO_ROPE) for entry in config.ropes]
     if config.delta is not None:
         result |= config.delta.written()
+    if config.shapes is not None:
+        result |= config.shapes.written()
     result |= {name: getattr(config, OPTIONAL[name]) for name in family.optional}
     _check_expressible(config, result)
     return result

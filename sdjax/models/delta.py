@@ -31,7 +31,7 @@ class DeltaNet(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, past, cache, column, bias):
+    def __call__(self, x, positions, mask, past, cache, column, bias, lent=None):
         c, shape = self.config, self.config.delta
         parts = (2 * shape.key + shape.values, shape.values, shape.per_key, shape.per_key)
         mixed = self.param("mixed", INIT, (c.width, shape.heads, sum(parts)))

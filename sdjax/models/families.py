@@ -10,102 +10,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sdjax.models.fields import Fields
+from sdjax.models.layer_kinds import (
+    delta_but_every_fourth,
+    full,
+    full_every,
+    rotating_as_named,
+    rotating_in_windows,
+    windowed,
+    windowed_by_choice,
+    windowed_by_pattern,
+    windowed_by_turns,
+    windowed_if_named,
+    windowed_without_rope,
+)
 from sdjax.models.routing import GptOssExperts, MixtralExperts, OlmoeExperts, QwenExperts
 from sdjax.models.wrapped import WRAPPERS
-
-LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
-"""What `layer_types` can call a layer that attends: to everything before it, or to a window."""
-
-
-DELTA = "linear_attention"
-"""What it calls a gated delta net."""
-
-
-# ---- which layers have a window, where `layer_types` does not say ------------------------------------------------------
-
-
-def full(fields: Fields, layers: int) -> list[str]:
-    """No layer has a window."""
-    return [FULL] * layers
-
-
-def windowed(fields: Fields, layers: int) -> list[str]:
-    """Every layer has a window, if there is one."""
-    return [SLIDING if fields.has("sliding_window") or "sliding_window" not in fields.values else FULL] * layers
-
-
-def windowed_if_named(fields: Fields, layers: int) -> list[str]:
-    """Every layer has a window, if `sliding_window` is written."""
-    return [SLIDING if fields.has("sliding_window") else FULL] * layers
-
-
-def windowed_by_choice(fields: Fields, layers: int) -> list[str]:
-    """Layers from `max_window_layers` on have a window, if `use_sliding_window` says so (Qwen)."""
-    first = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
-    return [SLIDING if layer >= first else FULL for layer in range(layers)]
-
-
-def windowed_by_turns(fields: Fields, layers: int) -> list[str]:
-    """Every other layer before `max_window_layers` has a window, if `use_sliding_window` says so (Qwen2-MoE)."""
-    last = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
-    return [SLIDING if layer % 2 == 0 and layer < last else FULL for layer in range(layers)]
-
-
-def full_every(period: int, named: str = "") -> Callable[[Fields, int], list[str]]:
-    """The last of every `period` layers is full; `named` is the field that can say another period."""
-
-    def kinds(fields: Fields, layers: int) -> list[str]:
-        every = fields.integer(named, period) if named else period
-        return [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(layers)]
-
-    return kinds
-
-
-def delta_but_every_fourth(fields: Fields, layers: int) -> list[str]:
-    """Gated delta nets, and attention in the last of every four layers (Qwen3.5)."""
-    every = fields.integer("full_attention_interval", 4)
-    return [FULL if (layer + 1) % every == 0 else DELTA for layer in range(layers)]
-
-
-def windowed_without_rope(fields: Fields, layers: int) -> list[str]:
-    """Layers that rotate nothing have a window, if `use_sliding_window` says so (SmolLM3)."""
-    return [FULL if rotates else SLIDING for rotates in rotating_as_named(fields, [FULL] * layers)]
-
-
-def windowed_by_pattern(fields: Fields, layers: int) -> list[str]:
-    """`sliding_window_pattern` such as "LLLG" or 4: local layers, then a global one; without a window all are (EXAONE 4)."""
-    if "sliding_window" in fields.values and not fields.has("sliding_window"):
-        return [FULL] * layers
-    pattern = fields.values.get("sliding_window_pattern")
-    if not isinstance(pattern, str):
-        return full_every(4, "sliding_window_pattern")(fields, layers)
-    if not pattern or {*pattern} - {*"LG"}:
-        fields.refuse(f"'sliding_window_pattern' must be a number or letters L and G, found {pattern!r}")
-    return [SLIDING if pattern[layer % len(pattern)] == "L" else FULL for layer in range(layers)]
-
-
-# ---- which layers rotate queries and keys, where not all do ----------------------------------------------------------
-
-
-def rotating_as_named(fields: Fields, kinds: list[str]) -> list[bool]:
-    """`no_rope_layers` has 1 for those that do; without it all but every fourth (SmolLM3)."""
-    layers = len(kinds)
-    every = fields.integer("no_rope_layer_interval", 4)
-    named = fields.values.get("no_rope_layers")
-    if named is None:
-        return [(layer + 1) % every != 0 for layer in range(layers)]
-    if not isinstance(named, list) or len(named) < layers or any(entry not in (0, 1) for entry in named):
-        fields.refuse(f"'no_rope_layers' must be a list of {layers} entries that are 0 or 1, found {named!r}")
-    return [bool(entry) for entry in named[:layers]]
-
-
-def rotating_in_windows(fields: Fields, kinds: list[str]) -> list[bool]:
-    """Those with a window, where there is any window at all (EXAONE 4)."""
-    hybrid = fields.has("sliding_window") or "sliding_window" not in fields.values
-    return [kind == SLIDING or not hybrid for kind in kinds]
-
-
-# ---- the table -----------------------------------------------------------------------------------------------------
 
 
 class Asked(NamedTuple):
@@ -132,6 +51,7 @@ class Family:
     window: int | None = None
     window_by_choice: bool = False  # `use_sliding_window` must say so
     rope_by_kind: bool = False  # `rope_parameters` per layer type
+    full_rope: tuple[tuple[str, Any], ...] = ()  # defaults of the ropes of layers without a window, where kinds differ
     original_context: int | None = (
         None  # default of `original_max_position_embeddings` beside the ropes, where it counts
     )
@@ -145,6 +65,9 @@ class Family:
     qk_norm: str = "none"
     norms: str = "before"
     norm_offset: float = 0.0
+    value_norm: bool = False
+    layer_scale: bool = False
+    own_shapes: bool = False  # layers may have heads of another size, borrow keys and have inputs of their own
     activation: str = "silu"
     activation_field: str = "hidden_act"
     experts: Any = None  # what reads and writes the fields of a mixture of experts (`sdjax.models.routing`)
@@ -257,6 +180,21 @@ FAMILIES = {
         local_theta=10_000.0,
         qk_norm="head",
         optional=("query_pre_attn_scalar", "final_logit_softcapping"),
+    ),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM",
+        **{**_GEMMA, "norm_offset": 0.0, "query_scalar": None, "window": 512},
+        kinds=full_every(6),
+        rope_by_kind=True,
+        rope_theta=1_000_000.0,
+        local_theta=10_000.0,
+        full_rope=(("rope_type", "proportional"), ("partial_rotary_factor", 0.25)),
+        qk_norm="head",
+        value_norm=True,
+        score_scale=1.0,
+        layer_scale=True,
+        own_shapes=True,
+        optional=("final_logit_softcapping",),
     ),
     "granite": Family(
         "GraniteForCausalLM",

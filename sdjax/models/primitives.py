@@ -79,6 +79,12 @@ def grown(query: Array, positions: Array, rope: Rope) -> Array:
     return query * factor.reshape(positions.shape + (1,) * (query.ndim - 2)).astype(query.dtype)
 
 
+def unit(x: Array, eps: float) -> Array:
+    """`x / sqrt(mean(x^2) + eps)` over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis, in float32.
 
@@ -92,6 +98,5 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = unit(x, self.eps)
         return (wide * (scale + self.offset if self.offset else scale)).astype(x.dtype)

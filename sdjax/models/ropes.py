@@ -51,7 +51,7 @@ def rope(
     Args:
       head_dim: an even number.
       max_context: tokens; stands in for `original_max_position_embeddings` where that is missing.
-      parameters: `rope_type` ("default", "linear", "llama3", "yarn" or "longrope"), `rope_theta`, `partial_rotary_factor`
+      parameters: `rope_type` ("default", "linear", "llama3", "yarn", "longrope" or "proportional"), `rope_theta`, `partial_rotary_factor`
         (the share of a head that is rotated), and what that type needs.
 
     Raises: ModelError for another type, or for a missing number; `where` names the place in the message.
@@ -67,7 +67,8 @@ def rope(
     kind = parameters["rope_type"]
     if not isinstance(kind, str) or kind not in _SCALINGS:
         fields.refuse(f"rope type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
-    turned = int(head_dim * fields.number("partial_rotary_factor", 1.0))
+    # Of a proportional rope the factor says how many frequencies of a whole head are not 0.
+    turned = head_dim if kind == "proportional" else int(head_dim * fields.number(PARTIAL, 1.0))
     if turned % 2 or not 0 < turned <= head_dim:
         fields.refuse(
             f"'partial_rotary_factor' must leave an even number of a head's {head_dim} features, found {turned}"
@@ -147,16 +148,27 @@ def _longrope(
     return base / np.asarray(factors, np.float32), fields.number("attention_factor", grown)
 
 
+def _proportional(base: np.ndarray, fields: Fields, max_context: int) -> tuple[np.ndarray, float]:
+    """The fastest frequencies of a whole head, `partial_rotary_factor` of them; the others are 0 (Gemma 4)."""
+    share = fields.number(PARTIAL, 1.0)
+    if share > 1:
+        fields.refuse(f"{PARTIAL!r} must be at most 1, found {share}")
+    turning = np.arange(len(base)) < int(share * len(base))
+    return np.where(turning, base, np.float32(0)) / np.float32(fields.number("factor", 1.0)), 1.0
+
+
 _SCALINGS = {
     "default": lambda base, fields, max_context: (base, 1.0),
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
+    "proportional": ("factor",),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (

@@ -22,6 +22,7 @@ from sdjax.models.blocks import Block
 from sdjax.models.caches import Column, KeyValues, layer_of, put
 from sdjax.models.configs import ModelConfig
 from sdjax.models.delta import blank
+from sdjax.models.per_layer_inputs import PerLayerInputs
 from sdjax.models.primitives import INIT, RMSNorm
 from sdjax.models.recompute import recomputed
 
@@ -58,6 +59,8 @@ class Transformer(nn.Module):
     def setup(self):
         c = self.config.reaching(self.reach)
         self.embed = self.param("embed", INIT, (c.vocab_size, c.width))
+        if c.shapes and c.shapes.inputs:
+            self.inputs = PerLayerInputs(c, name="inputs")
         self.blocks = [Block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")
         if not c.tied_embeddings:
@@ -70,11 +73,12 @@ class Transformer(nn.Module):
         if mask is not None:
             # Attention weighs what it may not read by 0, and 0 times an infinity is NaN.
             x = jnp.where(mask[..., None], x, 0)
-        looped = self.scan and cache is None and not self.is_initializing()
+        given = self.inputs(tokens, x) if self.config.shapes and self.config.shapes.inputs else None
+        looped = self.scan and self.config.alike and cache is None and not self.is_initializing()
         x, keys, values = (
             self.over_periods(x, positions, mask, past, bias)
             if looped
-            else self.over_layers(x, positions, mask, past, cache, column, bias)
+            else self.over_layers(x, positions, mask, past, cache, column, bias, given)
         )
         at, present = (positions, mask) if cache is None else (cache.positions, cache.mask)
         x = self.final_norm(x)
@@ -82,16 +86,19 @@ class Transformer(nn.Module):
             x = x / self.config.logit_divisor  # here, for all who read a head
         return x, KeyValues(keys, values, at, present)
 
-    def over_layers(self, x, positions, mask, past, cache, column, bias):
-        """One layer after the other."""
+    def over_layers(self, x, positions, mask, past, cache, column, bias, given):
+        """One layer after the other; `given [B, S, L, P]` are their own inputs, where they have such."""
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
             if self.remat and cache is None and not self.is_initializing():
                 block = partial(self.pure_block(layer), self.variables["params"][f"layers_{layer}"])
-            read, written = layer_of(past, layer), layer_of(cache, layer)
-            x, key, value = spread(block(x, positions, mask, read, written, column, bias))
-            keys.append(key)
-            values.append(value)
+            source, own = self.config.keys_of(layer), None if given is None else given[:, :, layer]
+            read, written = layer_of(past, source), layer_of(cache, source)
+            lent = None if source == layer else (keys[source], values[source])
+            x, key, value = spread(block(x, positions, mask, read, written, column, bias, lent, own))
+            if lent is None:
+                keys.append(key)
+                values.append(value)
         return x, tuple(keys), tuple(values)
 
     def over_periods(self, x, positions, mask, past, bias):
@@ -205,9 +212,9 @@ def hidden(
 def empty_cache(model: Transformer, rows: int, length: int) -> KeyValues:
     """A cache of `length` unwritten columns for `decode`."""
     c = model.config
-    columns = lambda: jnp.zeros((rows, length, c.kv_heads, c.head_dim), model.dtype)
-    pair = lambda layer: blank(c.delta, rows, model.dtype) if c.has_delta(layer) else (columns(), columns())
-    keys, values = zip(*(pair(layer) for layer in range(c.layers)), strict=True)
+    columns = lambda layer: jnp.zeros((rows, length, *c.heads_of(layer)), model.dtype)
+    pair = lambda layer: blank(c.delta, rows, model.dtype) if c.has_delta(layer) else (columns(layer), columns(layer))
+    keys, values = zip(*(pair(layer) for layer in range(c.layers) if c.keys_of(layer) == layer), strict=True)
     split = lambda arrays: tuple(constrain(x, DATA, None, MODEL) for x in arrays)
     return KeyValues(split(keys), split(values), jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), bool))
 

@@ -21,6 +21,7 @@ class Wrapper(NamedTuple):
 
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", "gemma3_text"),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", "gemma4_text"),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
     "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral"),

@@ -122,6 +122,32 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000.0},
         },
     )
+    gemma4 = {
+        **SIZES,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 6,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1_000.0},
+        },
+    }
+    gemma4_small = transformers.Gemma4TextConfig(  # like E2B and E4B
+        **{**gemma4, "num_hidden_layers": 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=VOCABULARY,
+        final_logit_softcapping=4.0,
+    )
+    gemma4_large = transformers.Gemma4TextConfig(  # like 31B
+        **{**gemma4, "num_key_value_heads": 4},
+        layer_types=["sliding_attention", "full_attention"],
+        attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+        hidden_size_per_layer_input=0,
+    )
     granite = transformers.GraniteConfig(
         **SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=6.0
     )
@@ -156,6 +182,8 @@ def configurations() -> dict[str, tuple[transformers.PreTrainedConfig, torch.dty
         "phi4_long": (long, torch.bfloat16),
         "gemma2": (gemma2, torch.bfloat16),
         "gemma3_text": (gemma3, torch.bfloat16),
+        "gemma4_text": (gemma4_small, torch.bfloat16),
+        "gemma4_large": (gemma4_large, torch.bfloat16),
         "granite": (granite, torch.bfloat16),
         "seed_oss": (seed_oss, torch.bfloat16),
         "exaone4": (exaone4, torch.bfloat16),
@@ -171,6 +199,9 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.add_(0.4 * torch.randn_like(parameter))  # they begin at 1 or, kept as a distance from 1, at 0
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if name.endswith("bias") else 0.25))
+        for name, number in model.named_buffers():
+            if name.endswith("layer_scalar"):  # they begin at 1
+                number.uniform_(0.5, 1.5)
 
 
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from networks import unoptimised
 from safetensors.numpy import load_file, save_file
 
-from sdjax.models import configs, families, transformer
+from sdjax.models import configs, families, layer_kinds, transformer
 from sdjax.models.configs import from_hf, to_hf
 from sdjax.models.families import FAMILIES, Family
 from sdjax.models.fields import ModelError
@@ -24,8 +24,9 @@ from sdjax.models.transformer import Transformer
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 LENGTH, PREFIX = 20, 12
-SIZES = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), 5e-5)
-"""What the largest logit may be off by, relatively: norms of what a delta net reads enlarge the rounding of small numbers."""
+SIZES = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), 5e-5) | {"gemma4_text": 3e-5}
+"""What the largest logit may be off by, relatively: norms of what a delta net reads, and scores of normalised heads that
+nothing divides, enlarge the rounding of small numbers."""
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -102,6 +103,8 @@ CHANGES = {
     "embedding_scale": ("gemma3_text", 1.0),
     "activation": ("gemma3_text", "silu"),
     "windows": ("mistral", (None, None)),
+    "value_norm": ("gemma4_large", False),
+    "layer_scale": ("gemma4_large", False),
     "residual_scale": ("granite", 1.0),
     "logit_divisor": ("granite", 1.0),
     "score_scale": ("granite", None),
@@ -138,6 +141,67 @@ def test_growing_queries_and_partial_ropes():
     assert golden("ministral3")[0].ropes[0].growth == 0.3
     assert len(golden("phi4")[0].ropes[0].inverse_frequencies) == 6 and golden("phi4")[0].head_dim == 16
     assert [entry == NO_ROPE for entry in golden("smollm3")[0].ropes] == [False, True, False, True]
+
+
+def test_layers_that_borrow_keys_and_have_inputs():
+    """Gemma 4: the last layers have queries alone, and a cache holds the keys of those that own them."""
+    config, params, arrays = golden("gemma4_text")
+    assert [config.keys_of(layer) for layer in range(4)] == [0, 1, 0, 1]
+    assert [params[f"layers_{layer}"]["attention"]["qkv"].shape[1:] for layer in (0, 1, 2)] == [
+        (2, 4, 8),
+        (2, 4, 16),
+        (2, 2, 8),
+    ]
+    assert len(transformer.empty_cache(Transformer(config), 1, 5).keys) == 2
+    assert params["layers_3"]["mlp"]["down"].shape[0] == 2 * config.mlp_width == config.hidden_units
+    assert config.first(3).shapes.borrowing == 1 and config.first(2).shapes.borrowing == 0
+    mask = np.ones((2, LENGTH), bool)
+    other = {**params, "inputs": {**params["inputs"], "embed": 0 * params["inputs"]["embed"]}}
+    found = in_one_run(Transformer(config), other, arrays["tokens"], mask)
+    assert np.abs(found[0] - arrays["logits"]).max() > 1e-2 * np.abs(arrays["logits"]).max()
+
+
+def test_keys_may_become_values():
+    """Gemma 4 31B: one product for both in layers without a window, which have heads of another size and number."""
+    config, params, _ = golden("gemma4_large")
+    assert [config.heads_of(layer) for layer in range(2)] == [(4, 8), (2, 16)]
+    assert [params[f"layers_{layer}"]["attention"]["qkv"].shape for layer in range(2)] == [
+        (32, 4, 3, 8),
+        (32, 2, 3, 16),
+    ]
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4_large"])
+def test_recomputed_and_looped_layers_give_the_same_gradients(name):
+    """What layers lend to one another, and their inputs, reach every gradient; the scales of layers have none."""
+    config, params, arrays = golden(name)
+    mask = np.ones((2, LENGTH), bool)
+
+    def loss(params, model):
+        return jnp.sum(jnp.sin(in_one_run(model, params, arrays["tokens"], mask)))
+
+    plain, again = (
+        jax.jit(jax.grad(loss), static_argnums=1)(params, Transformer(config, remat=other, scan=other))
+        for other in (False, True)
+    )
+    jax.tree.map(lambda one, other: close(one, other, 1e-3) if np.any(one) else None, again, plain)
+    still = {jax.tree_util.keystr(p) for p, x in jax.tree_util.tree_leaves_with_path(plain) if not np.any(x)}
+    assert still == {f"['layers_{layer}']['scale']" for layer in range(config.layers)}
+
+
+def test_tensors_that_no_layer_reads_are_left_out(tmp_path):
+    """Published folders of Gemma 4 hold keys and values of layers that borrow them, and are written by layer or for all."""
+    config, params, _ = golden("gemma4_text")
+    tensors = load_file(GOLDEN / "gemma4_text" / "model.safetensors")
+    more = {
+        f"model.layers.3.self_attn.{name}.weight": np.ones(3, np.float32) for name in ("k_proj", "v_proj", "k_norm")
+    }
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    found = weights.load(tmp_path, config)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, params)))
+    by_layer = json.loads((GOLDEN / "gemma4_text" / "config.json").read_text())
+    assert "per_layer_config" in by_layer and "global_head_dim" not in by_layer
+    assert "global_head_dim" in to_hf(config) and from_hf(by_layer) == from_hf(to_hf(config)) == config
 
 
 def test_a_pattern_of_letters_says_which_layers_have_windows():
@@ -227,6 +291,16 @@ def test_without_other_parts_nothing_is_said():
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, ["no_rope_layers", "0 or 1"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, ["short_factor", "4 positive"]),
         ({"model_type": "phi3", "partial_rotary_factor": 1.5}, ["partial_rotary_factor", "found 12"]),
+        ({"model_type": "gemma4_text", "enable_moe_block": True}, ["enable_moe_block", "26B-A4B"]),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 2}, ["num_kv_shared_layers", "2 leaves no layer"]),
+        (
+            {"model_type": "gemma4_text", "vocab_size_per_layer_input": 9},
+            ["vocab_size_per_layer_input", "'vocab_size'"],
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 4}}},
+            ["per_layer_config", "'num_key_value_heads'"],
+        ),
         ({"model_type": "exaone4", "sliding_window_pattern": "LX"}, ["sliding_window_pattern", "L and G", "'LX'"]),
         ({"model_type": "gemma2", "final_logit_softcapping": -1}, ["final_logit_softcapping", "positive"]),
     ],
@@ -246,7 +320,7 @@ def test_refused_configurations(change, words):
 
 def test_a_row_of_facts_adds_a_family(monkeypatch, tmp_path):
     """Norms on both sides, normalised heads and windows under another name: no code but the row."""
-    row = Family("NewcomerForCausalLM", kinds=families.full_every(2), window=6, qk_norm="head", norms="both")
+    row = Family("NewcomerForCausalLM", kinds=layer_kinds.full_every(2), window=6, qk_norm="head", norms="both")
     monkeypatch.setitem(families.FAMILIES, "newcomer", row)
     inner = json.loads((GOLDEN / "gemma3_text" / "config.json").read_text())
     inner |= {"model_type": "newcomer", "architectures": ["NewcomerForCausalLM"], "head_dim": 12}

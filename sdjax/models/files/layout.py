@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from sdjax.models.configs import ModelConfig
 
 # One row per tensor in a file: our path, its name in transformers, its name in GGUF, and how its axes lie.
 # `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary;
-# `J` queries (and their gates) per key-value head.  Of a delta net: `N` key heads, `R` value heads to each, `S` and `W`
+# `J` queries (and their gates) per key-value head; `L` layers, `A` width and `I` vocabulary of their own inputs.  Of a delta net: `N` key heads, `R` value heads to each, `S` and `W`
 # their widths, `U` = `R W`, `C` kernel; `T` = `2 S + 2 U` and `B` = `2 R`.
 # "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
 # stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
@@ -22,13 +23,30 @@ _MODEL = """
 embed                           model.embed_tokens                       token_embd          V,D   -> VD
 final_norm/scale                model.norm                               output_norm         D     -> D
 """
+_INPUTS = """
+inputs/embed                    model.embed_tokens_per_layer             -                   I,LA  -> ILA
+inputs/project                  model.per_layer_model_projection         -                   LA,D  -> DLA
+inputs/norm/scale               model.per_layer_projection_norm          -                   A     -> A
+"""
+_INPUT = """
+layers_#/input/gate             model.layers.#.per_layer_input_gate      -                   A,D   -> DA
+layers_#/input/out              model.layers.#.per_layer_projection      -                   D,A   -> AD
+layers_#/input/norm/scale       model.layers.#.post_per_layer_input_norm -                   D     -> D
+"""
+_SCALE = """
+layers_#/scale                  model.layers.#.layer_scalar!             -                   1     -> 1
+"""
 _HEAD = """
 head                            lm_head                                  output              V,D   -> VD
 """
-_ATTENTION = """
+_QUERIES = """
 layers_#/attention/qkv          model.layers.#.self_attn.q_proj          blk.#.attn_q        KJH,D -> DK.JH
+"""
+_KEYS_VALUES = """
 layers_#/attention/qkv          model.layers.#.self_attn.k_proj          blk.#.attn_k        K1H,D -> DK.1H
 layers_#/attention/qkv          model.layers.#.self_attn.v_proj          blk.#.attn_v        K1H,D -> DK.1H
+"""
+_OUT = """
 layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
 """
 _DELTA_INPUTS = """
@@ -53,11 +71,10 @@ layers_#/delta/step_bias        model.layers.#.linear_attn.dt_bias       -      
 layers_#/delta/norm/scale       model.layers.#.linear_attn.norm          -                   W     -> W
 layers_#/delta/out              model.layers.#.linear_attn.out_proj      -                   D,NU  -> NUD
 """
-_FUSED_ATTENTION = """
+_FUSED_QUERIES_KEYS_VALUES = """
 layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      KJH,D -> DK.JH
 layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      K1H,D -> DK.1H
 layers_#/attention/qkv          model.layers.#.self_attn.qkv_proj        blk.#.attn_qkv      K1H,D -> DK.1H
-layers_#/attention/out          model.layers.#.self_attn.o_proj          blk.#.attn_output   D,KGH -> KGHD
 """
 _FUSED_MLP = """
 layers_#/mlp/gate_up            model.layers.#.mlp.gate_up_proj          blk.#.ffn_up        1F,D  -> D.1F
@@ -200,6 +217,7 @@ class Place(NamedTuple):
 def layout(config: ModelConfig) -> tuple[Place, ...]:
     """Every tensor of a file with this configuration, and where it lies in our parameters."""
     table = _MODEL + ("" if config.tied_embeddings else _HEAD)
+    table += _INPUTS if config.shapes and config.shapes.inputs else ""
     table += "".join(_block(config, layer).replace("#", str(layer)) for layer in range(config.layers))
     places, ends, rows = [], {}, {}
     for line in table.split("\n"):
@@ -218,7 +236,9 @@ def stored_shapes(
 
 def _block(config: ModelConfig, layer: int) -> str:
     """The rows of one layer."""
-    return _mixer(config, layer) + _mlp(config, layer) + _NORMS[config.norms]
+    own = _INPUT if config.shapes and config.shapes.inputs else ""
+    own += _SCALE if config.layer_scale else ""
+    return _mixer(config, layer) + _mlp(config, layer) + _NORMS[config.norms] + own
 
 
 def _mixer(config: ModelConfig, layer: int) -> str:
@@ -229,7 +249,10 @@ def _mixer(config: ModelConfig, layer: int) -> str:
         + (_OUT_BIAS if config.out_bias else "")
         + (_SINKS if config.sinks else "")
     )
-    return (_FUSED_ATTENTION if config.fused else _ATTENTION) + biases + _QK_NORM[config.qk_norm]
+    lines = lambda table, some: "".join(line + "\n" for line in table.strip().split("\n")[:some])
+    products = config.key_products(layer)
+    own = _FUSED_QUERIES_KEYS_VALUES if config.fused else _QUERIES + lines(_KEYS_VALUES, products)
+    return own + _OUT + biases + lines(_QK_NORM[config.qk_norm], 2 if products else 1)
 
 
 def _mlp(config: ModelConfig, layer: int) -> str:
@@ -243,10 +266,14 @@ def _place(
     config: ModelConfig, line: str, ends: dict[Any, int], rows: dict[str, int], expert: int | None = None
 ) -> Place:
     path, name, gguf, stored, _, ours = line.replace("@", str(expert)).split()
-    sizes = {"D": config.width, "K": config.kv_heads, "G": config.heads // config.kv_heads, "H": config.head_dim}
+    layer = int(found[1]) if (found := re.match(r"layers_(\d+)/", path)) else 0
+    kv_heads, head_dim = config.heads_of(layer)
+    sizes = {"D": config.width, "K": kv_heads, "G": config.heads // kv_heads, "H": head_dim}
     sizes["J"] = sizes["G"] * (2 if config.gated_attention else 1)
-    sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
-    sizes |= {"Q": config.heads * config.head_dim, "P": config.kv_heads * config.head_dim}
+    sizes |= {"F": config.mlp_units(layer), "V": config.vocab_size, "1": 1}
+    sizes |= {"Q": config.heads * head_dim, "P": kv_heads * head_dim}
+    if config.shapes is not None:
+        sizes |= {"L": config.layers, "A": config.shapes.inputs, "I": config.shapes.input_vocabulary}
     if config.moe is not None:
         sizes |= {"E": config.moe.experts, "X": 1, "2": 2, "M": config.moe.width, "Y": config.moe.shared}
     if config.delta is not None:
@@ -272,6 +299,12 @@ def _place(
         row=row,
         expert=expert,
     )
+
+
+def never_read(config: ModelConfig) -> set[str]:
+    """Tensors that published files may hold besides, and no class reads: keys and values of layers that borrow them."""
+    borrowing = [layer for layer in range(config.layers) if config.keys_of(layer) != layer]
+    return {f"model.layers.{n}.self_attn.{name}.weight" for n in borrowing for name in ("k_proj", "v_proj", "k_norm")}
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -21,11 +21,11 @@ from sdjax.devices.sharding import to_host
 from sdjax.models.adapters import Adapted
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
-from sdjax.models.files.layout import Place, layout, shapes, stored_shapes
+from sdjax.models.files.joined_experts import apart
+from sdjax.models.files.layout import Place, layout, never_read, shapes, stored_shapes
 from sdjax.models.files.mxfp4 import unpacked
 from sdjax.models.files.safetensors_files import FLOATS, INDEX, SINGLE, Stored, common_dtype, open_folder
 from sdjax.models.files.unread import Unread
-from sdjax.models.joined_experts import apart
 from sdjax.models.wrapped import text_tensors
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -42,6 +42,7 @@ def opened(folder: str | os.PathLike, config: ModelConfig) -> tuple[dict, str]:
     """
     stored, where = open_folder(Path(folder))
     stored = apart(unpacked(text_tensors(stored, where)), {place.name for place in layout(config)})
+    stored = {name: tensor for name, tensor in stored.items() if name not in never_read(config)}
     if config.tied_embeddings and "lm_head.weight" in stored:
         _check_tied(stored, where)
         stored.pop("lm_head.weight")

@@ -1,13 +1,34 @@
-"""What config.json says of the ropes of a model's layers, for each kind of layer."""
+"""What config.json says of a model's layers, by its family: their kinds, windows and ropes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdjax.models.families import FULL, LAYER_KINDS, SLIDING, Family
+from sdjax.models.families import Family
 from sdjax.models.fields import Fields
+from sdjax.models.layer_kinds import DELTA, FULL, LAYER_KINDS, SLIDING
 from sdjax.models.ropes import ORIGINAL, PARTIAL
+
+
+def attention_kinds(fields: Fields, family: Family) -> tuple[list[str], tuple[int | None, ...]]:
+    """What every layer is called in `layer_types`, and its window.  Raises ModelError."""
+    layers = fields.integer("num_hidden_layers")
+    unused = family.window_by_choice and (
+        not fields.flag("use_sliding_window")
+        or ("sliding_window" in fields.values and not fields.has("sliding_window"))
+    )
+    kinds = [FULL] * layers if unused else family.kinds(fields, layers)
+    if family.layer_types and not unused:
+        kinds = fields.names("layer_types", kinds)
+    known = (*LAYER_KINDS, DELTA) if family.delta else LAYER_KINDS
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        fields.refuse(f"layer type {unknown[0]!r} is not supported; supported are {', '.join(known)}")
+    if len(kinds) != layers:
+        fields.refuse(f"'layer_types' names {len(kinds)} layers, 'num_hidden_layers' says {layers}")
+    window = fields.integer("sliding_window", family.window) if SLIDING in kinds else None
+    return kinds, tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def rope_parameters(fields: Fields, family: Family, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -33,7 +54,7 @@ def rope_parameters(fields: Fields, family: Family, kinds: Sequence[str]) -> dic
             section[ORIGINAL] = fields.integer(ORIGINAL, family.original_context)
     if family.rope_by_kind:
         # Scaling stretches only the layers that see the whole context: a window never reaches that far.
-        nested.setdefault(FULL, scaling)
+        nested.setdefault(FULL, scaling or dict(family.full_rope))
         local = {"rope_theta": fields.number("rope_local_base_freq", family.local_theta)} if family.local_theta else {}
         given = {kind: {**shared, **(local if kind == SLIDING else {}), **(nested.get(kind) or {})} for kind in kinds}
     else:
