@@ -215,7 +215,7 @@ def compiled_update(load: Load, objective: Objective, sizes: Sizes, layers: int 
     e = dataclasses.replace(load.experiment, remat=sizes.remat)
     state = state_of(e, layers)
     networks = {name: model.clone(config=shallow(model.config, layers)) for name, model in train.models(e).items()}
-    update = train.make_update(objective, networks, e.optimizer, sizes.of(e.shapes), e.reduce)
+    update = train.make_update(objective, networks, e.optimizer, sizes.of(e.shapes), e.reduce, e.router)
     lowered = update.lower(
         state.params, state.opt_state, {**state.others, **state.snapshots}, laid_rows(load.batch), laid_whole()
     )

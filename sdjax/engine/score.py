@@ -18,25 +18,35 @@ from jax import Array
 from sdjax.devices.sharding import DATA, axis_size, copies, current, with_whole_head
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
+from sdjax.models.routing import Usage
 from sdjax.models.transformer import Transformer
 from sdjax.types import Batch, ByField, Context, Scored, Scores, View
 
 
 def hidden_states(model: Transformer, params: Any, context: Context, completion: Array, present: Array) -> Array:
     """Hidden states `[B, T, D]` that predict each completion token after its row's context, each context read once."""
+    return read_through(transformer.hidden, model, params, context, completion, present)[0]
+
+
+def read_through(
+    read: Callable, model: Transformer, params: Any, context: Context, completion: Array, present: Array
+) -> tuple[Array, Any, Any]:
+    """`hidden_states`, and what `read` says besides of the contexts' tokens and of the completions'.
+
+    `read` is `transformer.hidden` or `transformer.watched`.
+    """
     rows = completion.shape[0]
     repeat = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
-    before, past = transformer.hidden(
-        model, params, context.tokens, transformer.positions_of(context.mask), context.mask
-    )
+    before, past, *more = read(model, params, context.tokens, transformer.positions_of(context.mask), context.mask)
     start = repeat(context.mask.sum(-1).astype(jnp.int32))
     last = repeat(before[:, -1:])
     if completion.shape[1] == 1:
-        return last
-    tokens, mask = completion[:, :-1], present[:, :-1]
+        return last, more, []
+    # A row's last token predicts nothing: it is read or not as there is room, and never counted.
+    tokens, mask = completion[:, :-1], present[:, 1:]
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    after, _ = transformer.hidden(model, params, tokens, positions, mask, past)
-    return jnp.concatenate([last, after], axis=1)
+    after, _, *rest = read(model, params, tokens, positions, mask, past)
+    return jnp.concatenate([last, after], axis=1), more, rest
 
 
 def strided_chunks(tree: Any, units: int, chunks: int) -> Any:
@@ -120,6 +130,18 @@ def read_by(view: View, model: Transformer, params: Any) -> Any:
     return with_whole_head(jax.lax.stop_gradient(params), model.dtype)
 
 
+ROUTERS = "routers"
+"""The name that what routers did goes by among the signals."""
+
+
+def usage_by_row(of_contexts: Sequence[Usage], of_completions: Sequence[Usage], live: Array, sharing: int) -> Usage:
+    """The usage of each row: that of its completion, and its part of that of the context which `sharing` rows share."""
+    rows = lambda x: jnp.repeat(x, len(live) // len(x), axis=0) / sharing
+    found = [jax.tree.map(rows, usage) for usage in of_contexts] + [*of_completions]
+    whole = jax.tree.map(lambda *x: sum(x), *found)
+    return jax.tree.map(lambda x: jnp.where(live.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0), whole)
+
+
 # ---- views whose policy depends on the example ------------------------------------------------------------------------
 
 
@@ -196,7 +218,8 @@ def token_signals(
     *,
     rows: int | None = None,
     tokens: int | None = None,
-) -> dict[str, Array]:
+    routers: bool = False,
+) -> dict[str, Any]:
     """Per-token signals `{name: [B, T]}` of a batch, 0 where no token is present.
 
     Args:
@@ -206,6 +229,8 @@ def token_signals(
       rows: at most about this many rows at a time (activations); tokens: about this many positions at a time (logits),
         on each device of the data axis.  `None` is all at once.  They change memory and time, never the result.  Fewer
         rows at a time than share a context read it once for each part of them.
+      routers: `{name of a trained view: Usage}` comes, too, under `ROUTERS`: what routers did with every token that was read
+        for a row; a context's tokens are split evenly among the rows that share it.  Of mixtures of experts alone.
     """
     rows, tokens = (size and size * axis_size(DATA) for size in (rows, tokens))
     total, length = batch.completion.shape
@@ -228,6 +253,13 @@ def token_signals(
     def states(some: Sequence[str], x: dict) -> dict[str, Array]:
         return {name: states_of(name, x) for name in some}
 
+    def states_and_usages(x: dict) -> tuple[dict[str, Array], dict[str, Usage]]:
+        """Of the trained views, whose policy is one."""
+        rest = lambda name: (networks[name][0], params[name][0], x["contexts"][name], x["completion"], x["present"])
+        found = {name: read_through(transformer.watched, *rest(name)) for name in trained}
+        row = lambda name: usage_by_row(*found[name][1:], x["live"].any(-1), total // shared[name])
+        return {name: read[0] for name, read in found.items()}, {name: row(name) for name in trained}
+
     def states_of(name: str, x: dict) -> Array:
         rest = x["contexts"][name], x["completion"], x["present"]
         if name in chosen:
@@ -244,12 +276,14 @@ def token_signals(
 
     def per_rows(x: dict) -> dict[str, Array]:
         keep = lambda s: jnp.where(x["live"].reshape(x["live"].shape + (1,) * (s.ndim - 2)), s, 0)
+        own, usages = states_and_usages(x) if routers else (states(trained, x), None)
         # Garbage at absent tokens is replaced before the head: it changes neither values nor gradients.
-        hidden = jax.tree.map(keep, {**x["frozen"], **states(trained, x)})
+        hidden = jax.tree.map(keep, {**x["frozen"], **own})
         wanted = math.ceil(x["completion"].size / tokens) if tokens else 1
         chunks = divisor_at_least(length, wanted)
         found = over_tokens(at_positions, {"hidden": hidden, "token": x["completion"]}, x["live"], chunks)
-        return jax.tree.map(keep, found)
+        found = jax.tree.map(keep, found)
+        return found if usages is None else {**found, ROUTERS: usages}
 
     common = {"completion": batch.completion, "present": batch.present, "live": live}
     with_contexts = lambda some: {**common, "contexts": {name: batch.contexts[name] for name in some}}

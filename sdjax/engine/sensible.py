@@ -14,7 +14,9 @@ class ExperimentError(InputError, ValueError):
 
 AT_LEAST_1 = "steps prompts rounds minibatches epochs most_skipped group_size completions_every keep context teacher_context completion"
 AT_LEAST_1 += " rows rows_per_chunk tokens_per_chunk train_size"
-AT_LEAST_0 = "evaluation evaluate_every save_every keep_every grace seed warmup temperature most slots lag"
+AT_LEAST_0 = (
+    "evaluation evaluate_every save_every keep_every grace seed warmup temperature most slots lag router_aux router_z"
+)
 LEAST = {**dict.fromkeys(AT_LEAST_1.split(), 1), **dict.fromkeys(AT_LEAST_0.split(), 0)}
 """The least sensible values of numbers that go by these names, in `Experiment` and on the command line."""
 

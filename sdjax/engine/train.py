@@ -25,8 +25,10 @@ from sdjax.devices.sharding import (
     parameter_specs,
     place_whole,
 )
+from sdjax.engine import routers
 from sdjax.engine.protocol import Protocol
-from sdjax.engine.score import policies_of, token_signals
+from sdjax.engine.routers import Router
+from sdjax.engine.score import ROUTERS, policies_of, token_signals
 from sdjax.engine.sensible import ExperimentError, check_numbers
 from sdjax.engine.tokens import Shapes, member_of
 from sdjax.engine.vocabulary import difference, limited, same_vocabulary, with_rows
@@ -59,6 +61,7 @@ class Experiment:
     `export_dtype` (`None`: the type that the student was loaded in).  `mesh` is
     how many devices lie on the data axis and on the model axis, by default all on the data axis (`sdjax.devices.sharding`).
     With `lora` the student's weights are frozen and adapters trained: they are what is saved and what snapshots hold.
+    With `router` every objective has two terms more, for the routers of a mixture of experts (`sdjax.engine.routers`).
 
     Raises `ExperimentError` where that cannot work.
     """
@@ -98,6 +101,7 @@ class Experiment:
     export_dtype: str | None = None
     mesh: tuple[int, int] | None = None
     lora: adapters.Lora | None = None
+    router: Router | None = None
 
     def __post_init__(self):
         check_numbers({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
@@ -106,6 +110,7 @@ class Experiment:
             raise ExperimentError(f"task {self.task.name} has no training examples")
         if self.keep_best and not (self.evaluation and self.evaluate_every and self.save_every):
             raise ExperimentError("keep_best needs evaluation, evaluate_every and save_every: what is best is measured")
+        routers.check(self.router, self.student.config)
         check_groups(self)
         check_views(self)
         object.__setattr__(self, "teachers", over_shared_ids(self.teachers, self.student))
@@ -260,6 +265,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     shapes: Shapes,
     reduce: Reducer = token_mean,
+    router: Router | None = None,
 ) -> Callable[[Any, Any, Mapping[str, Any], Batch, Array], tuple[Any, Any, Outcome]]:
     """One compiled step of an objective: `(params, opt_state, other policies' params, batch, step)` -> new, `Outcome`.
 
@@ -276,8 +282,12 @@ def make_update(
             batch,
             rows=shapes.rows_per_chunk,
             tokens=shapes.tokens_per_chunk,
+            routers=router is not None,
         )
-        return reduce_terms(objective.terms(batch, sig, step), batch.mask & batch.valid[:, None], reduce)
+        terms = dict(objective.terms(batch, sig, step))
+        if router is not None:
+            terms |= routers.router_terms(sig[ROUTERS], router)
+        return reduce_terms(terms, batch.mask & batch.valid[:, None], reduce)
 
     def update(params, opt_state, others, batch, step):
         (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, others, batch, step)

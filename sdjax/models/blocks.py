@@ -89,26 +89,20 @@ def mixer_of(config: ModelConfig, layer: int) -> nn.Module:
     return DeltaNet(config, name="delta") if config.has_delta(layer) else Attention(config, layer, name="attention")
 
 
-def mlp_of(config: ModelConfig, layer: int) -> nn.Module:
-    """What follows it, token by token: `x [B, S, D]` -> `[B, S, D]`."""
-    return (
-        Experts(config, name="mlp") if config.has_experts(layer) else MLP(config, config.mlp_units(layer), name="mlp")
-    )
-
-
 class Block(nn.Module):
     """One residual layer: attention, then MLP, normalised before (most families) or after (OLMo) each, or both (Gemma).
 
     `lent` are the keys and values of another layer, where it has none; `given [B, S, P]` is its own input, where it has one.
+    Output: `x`, keys, values, and the `Usage` of its router where it has one that is `watched`.
     """
 
     config: ModelConfig
     layer: int
+    watched: bool = False
 
     @nn.compact
     def __call__(self, x, positions, mask, past, cache, column, bias, lent=None, given=None):
-        c = self.config
-        mixer, mlp = mixer_of(c, self.layer), mlp_of(c, self.layer)
+        c, mixer = self.config, mixer_of(self.config, self.layer)
         norm = lambda name: RMSNorm(c.norm_eps, c.norm_offset, name=name)
         same = lambda x: x
         before = (same, same) if c.norms == "after" else (norm("attention_norm"), norm("mlp_norm"))
@@ -118,9 +112,16 @@ class Block(nn.Module):
             after = norm(names[0]), norm(names[1])
         read, key, value = mixer(before[0](x), positions, mask, past, cache, column, bias, lent)
         x = x + scaled(after[0](read), c.residual_scale)
-        x = x + scaled(after[1](mlp(before[1](x))), c.residual_scale)
+        found, usage = self.mlp(before[1](x), mask)
+        x = x + scaled(after[1](found), c.residual_scale)
         if given is not None:
             x = x + LayerInput(c, name="input")(x, given)
         if c.layer_scale:
             x = x * jax.lax.stop_gradient(self.param("scale", nn.initializers.ones, (1,))).astype(x.dtype)
-        return x, key, value
+        return x, key, value, usage
+
+    def mlp(self, x, mask):
+        """What follows the mixer, token by token: `x [B, S, D]` -> `[B, S, D]`, and what its router did, if that is watched."""
+        if self.config.has_experts(self.layer):
+            return Experts(self.config, self.watched, name="mlp")(x, mask)
+        return MLP(self.config, self.config.mlp_units(self.layer), name="mlp")(x), None

@@ -18,7 +18,7 @@ from sdjax.devices.sharding import MODEL, axis_size, current, rows_axis
 from sdjax.models.configs import ModelConfig
 from sdjax.models.mlp import MLP
 from sdjax.models.primitives import ACTIVATIONS, INIT, project
-from sdjax.models.routing import ALPHA, Routes, route
+from sdjax.models.routing import ALPHA, Routes, Usage, route, usage
 
 
 class Experts(nn.Module):
@@ -26,12 +26,14 @@ class Experts(nn.Module):
 
     Parameters: `router [width, E]`, `gate_up [E, width, 2, F]`, `down [E, F, width]`, and gpt-oss's biases of all three.
     With a shared expert `sigmoid(x shared_gate) MLP(x)` is added, `shared_gate [width, 1]` (Qwen2-MoE and later).
+    Where it is `watched`, what the router did with the tokens of `mask [B, S]` comes, too.
     """
 
     config: ModelConfig
+    watched: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, Usage | None]:
         c, moe = self.config, self.config.moe
         shapes = {"gate_up": (moe.experts, c.width, 2, moe.width), "down": (moe.experts, moe.width, c.width)}
         router = self.param("router", INIT, (c.width, moe.experts))
@@ -48,7 +50,8 @@ class Experts(nn.Module):
         routes = route(logits, moe)
         read = by_all if 2 * moe.per_token >= moe.experts else over_mesh
         found = read(x, routes, weights, c)
-        return found if moe.shared is None else found + self.shared(x, moe.shared)
+        found = found if moe.shared is None else found + self.shared(x, moe.shared)
+        return found, usage(logits, routes, mask) if self.watched else None
 
     def shared(self, x: Array, units: int) -> Array:
         """What the expert gives that every token goes to."""

@@ -56,6 +56,35 @@ def route(logits: Array, moe: Moe) -> Routes:
     return Routes(jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), experts)
 
 
+class Usage(NamedTuple):
+    """What routers did with the tokens of each row: sums over tokens that are there, float32.
+
+    Of one layer `[B, ...]`, of a model `[B, L, ...]` with its `L` layers that have experts.
+    """
+
+    chosen: Array  # [B, (L,) E] tokens that went to each expert
+    probability: Array  # [B, (L,) E] of the router's probabilities
+    log_partition: Array  # [B, (L)] of the squared logarithm of the sum of exponentials of the router's logits
+    entropy: Array  # [B, (L)] of the router's distribution, nats
+    tokens: Array  # [B, (L)]
+
+
+def usage(logits: Array, routes: Routes, mask: Array) -> Usage:
+    """The `Usage` of one layer: a router's logits `[B, S, E]` and routes, of the tokens where `mask [B, S]`.
+
+    Logits of tokens that are not there may hold anything.
+    """
+    logits = jnp.where(mask[..., None], logits, 0.0)
+    log_partition = jax.nn.logsumexp(logits, axis=-1)
+    logprobs = logits - log_partition[..., None]
+    probability = jnp.exp(logprobs)
+    chosen = jax.nn.one_hot(routes.experts, logits.shape[-1], dtype=jnp.float32).sum(-2)
+    total = lambda x: jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0.0).sum(1)
+    entropy = -(probability * logprobs).sum(-1)
+    tokens = mask.sum(1).astype(jnp.float32)
+    return Usage(total(chosen), total(probability), total(log_partition**2), total(entropy), tokens)
+
+
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 

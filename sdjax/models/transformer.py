@@ -25,6 +25,7 @@ from sdjax.models.delta import blank
 from sdjax.models.per_layer_inputs import PerLayerInputs
 from sdjax.models.primitives import INIT, RMSNorm
 from sdjax.models.recompute import recomputed
+from sdjax.models.routing import Usage
 
 
 def period_of(config: ModelConfig) -> int:
@@ -33,10 +34,16 @@ def period_of(config: ModelConfig) -> int:
     return next(p for p in divisors(config.layers) if kinds == kinds[:p] * (config.layers // p))
 
 
-def spread(written: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+def spread(written: tuple[Array, Array, Array, Usage | None]) -> tuple[Array, Array, Array, Usage | None]:
     """What a block returns, laid over the mesh."""
-    x, key, value = written
-    return constrain(x, DATA), constrain(key, DATA, None, MODEL), constrain(value, DATA, None, MODEL)
+    x, key, value, usage = written
+    return constrain(x, DATA), constrain(key, DATA, None, MODEL), constrain(value, DATA, None, MODEL), usage
+
+
+def of_all_layers(usages: Sequence[Usage | None]) -> Usage | None:
+    """The usage of every layer that is watched, `[B, L, ...]`; `None` where none is."""
+    found = [usage for usage in usages if usage is not None]
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *found) if found else None
 
 
 class Transformer(nn.Module):
@@ -46,7 +53,7 @@ class Transformer(nn.Module):
     forward pass of the blocks.  `scan` compiles one period of layers and loops over it, where nothing is decoded: programs
     of deep models compile many times faster, for a copy of the parameters and of their gradients.  `unused` are ranges
     `(first, end)` of ids that have an embedding and no token, as where an embedding is padded: their logits are `NEVER`.
-    `reach` is how many tokens a text has at most, where it matters (LongRoPE).
+    `reach` is how many tokens a text has at most, where it matters (LongRoPE).  `watched`: runs also say what routers did.
     """
 
     config: ModelConfig
@@ -55,13 +62,14 @@ class Transformer(nn.Module):
     scan: bool = False
     unused: tuple[tuple[int, int], ...] = ()
     reach: int | None = None
+    watched: bool = False
 
     def setup(self):
         c = self.config.reaching(self.reach)
         self.embed = self.param("embed", INIT, (c.vocab_size, c.width))
         if c.shapes and c.shapes.inputs:
             self.inputs = PerLayerInputs(c, name="inputs")
-        self.blocks = [Block(c, layer, name=f"layers_{layer}") for layer in range(c.layers)]
+        self.blocks = [Block(c, layer, self.watched, name=f"layers_{layer}") for layer in range(c.layers)]
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")
         if not c.tied_embeddings:
             self.head = self.param("head", INIT, (c.vocab_size, c.width))
@@ -75,7 +83,7 @@ class Transformer(nn.Module):
             x = jnp.where(mask[..., None], x, 0)
         given = self.inputs(tokens, x) if self.config.shapes and self.config.shapes.inputs else None
         looped = self.scan and self.config.alike and cache is None and not self.is_initializing()
-        x, keys, values = (
+        x, keys, values, usages = (
             self.over_periods(x, positions, mask, past, bias)
             if looped
             else self.over_layers(x, positions, mask, past, cache, column, bias, given)
@@ -84,22 +92,23 @@ class Transformer(nn.Module):
         x = self.final_norm(x)
         if self.config.logit_divisor != 1:
             x = x / self.config.logit_divisor  # here, for all who read a head
-        return x, KeyValues(keys, values, at, present)
+        return x, KeyValues(keys, values, at, present), of_all_layers(usages)
 
     def over_layers(self, x, positions, mask, past, cache, column, bias, given):
         """One layer after the other; `given [B, S, L, P]` are their own inputs, where they have such."""
-        keys, values = [], []
+        keys, values, usages = [], [], []
         for layer, block in enumerate(self.blocks):
             if self.remat and cache is None and not self.is_initializing():
                 block = partial(self.pure_block(layer), self.variables["params"][f"layers_{layer}"])
             source, own = self.config.keys_of(layer), None if given is None else given[:, :, layer]
             read, written = layer_of(past, source), layer_of(cache, source)
             lent = None if source == layer else (keys[source], values[source])
-            x, key, value = spread(block(x, positions, mask, read, written, column, bias, lent, own))
+            x, key, value, usage = spread(block(x, positions, mask, read, written, column, bias, lent, own))
+            usages.append(usage)
             if lent is None:
                 keys.append(key)
                 values.append(value)
-        return x, tuple(keys), tuple(values)
+        return x, tuple(keys), tuple(values), usages
 
     def over_periods(self, x, positions, mask, past, bias):
         """A loop over rounds of `period` layers each, which differ in their parameters alone."""
@@ -114,20 +123,20 @@ class Transformer(nn.Module):
             weights, before = inputs
             written = []
             for block, own, read in zip(blocks, weights, before, strict=True):
-                x, key, value = spread(block(own, x, positions, mask, read, None, None, bias))
-                written.append((key, value))
+                x, *rest = spread(block(own, x, positions, mask, read, None, None, bias))
+                written.append(rest)
             return x, written
 
         inputs = stacked(lambda layer: params[f"layers_{layer}"]), [None] * period
         if past is not None:
             inputs = inputs[0], stacked(lambda layer: layer_of(past, layer))
         x, written = jax.lax.scan(one_round, x, inputs)
-        of = lambda which: tuple(written[layer % period][which][layer // period] for layer in range(c.layers))
-        return x, of(0), of(1)
+        own = lambda layer: jax.tree.map(lambda x: x[layer // period], written[layer % period])
+        return x, *zip(*map(own, range(c.layers)), strict=True)
 
     def pure_block(self, layer):
         """A layer as a function of its parameters, too; recomputed in the backward pass if the model is."""
-        block = Block(self.config.reaching(self.reach), layer, parent=None)
+        block = Block(self.config.reaching(self.reach), layer, self.watched, parent=None)
         call = lambda x, params, *rest: block.apply({"params": params}, x, *rest)
         call = recomputed(call) if self.remat else call
         return lambda params, x, *rest: call(x, params, *rest)
@@ -140,7 +149,7 @@ class Transformer(nn.Module):
             positions=put(cache.positions, position[:, None], column),
             mask=put(cache.mask, jnp.ones_like(cache.mask[:, :1]), column),
         )
-        hidden, cache = self.run(token[:, None], position[:, None], None, past, cache, column)
+        hidden, cache, _ = self.run(token[:, None], position[:, None], None, past, cache, column)
         return hidden[:, 0], cache
 
     def logits(self, hidden):
@@ -206,7 +215,15 @@ def hidden(
       past: the run that these tokens continue, with `C` rows, `C` dividing `B`; `positions` count on from it.
       bias: `[B, S, S]`, added to every layer's attention scores between these tokens before the softmax (AtManRL).
     """
-    return model.apply({"params": params}, tokens, positions, mask, past, bias, method="hidden")
+    return model.apply({"params": params}, tokens, positions, mask, past, bias, method="hidden")[:2]
+
+
+def watched(
+    model: Transformer, params: dict, tokens: Array, positions: Array, mask: Array, past: KeyValues | None = None
+) -> tuple[Array, KeyValues, Usage | None]:
+    """`hidden`, and what every layer's router did with the tokens that are there; `None` of a model without experts."""
+    args = tokens, positions, mask, past
+    return model.clone(watched=True).apply({"params": params}, *args, method="hidden")
 
 
 def empty_cache(model: Transformer, rows: int, length: int) -> KeyValues:

@@ -55,7 +55,9 @@ class Learner:
         )
         self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed, experiment.rounds)
         self.updates = [
-            train.make_update(o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce)
+            train.make_update(
+                o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce, experiment.router
+            )
             for o in experiment.method.objectives
         ]
         occasions = {

@@ -11,6 +11,7 @@ import optax
 
 from sdjax.devices.memory import parsed
 from sdjax.devices.sharding import mesh_shape
+from sdjax.engine import routers
 from sdjax.engine.sensible import check_numbers
 from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment
@@ -105,6 +106,16 @@ class Settings:
     warmup: int = option(0, "training", "steps of linear rise to the peak learning rate")
     weight_decay: float = option(0.01, "training", "decoupled weight decay of AdamW")
     clip_norm: float = option(1.0, "training", "largest norm of the gradient; a larger gradient is scaled down")
+    router_aux: float = option(
+        0.0,
+        "training",
+        "of a mixture of experts: how much to add of the loss that balances the load of experts (0.001 to 0.01 in papers)",
+    )
+    router_z: float = option(
+        0.0,
+        "training",
+        "of a mixture of experts: how much to add of the loss that keeps its routers' logits small (0.001)",
+    )
     seed: int = option(0, "training", "seed of the problems' order and of every sample")
     smoke: bool = option(False, "training", "two steps on a few problems, to see that everything works")
 
@@ -243,6 +254,7 @@ class Settings:
             "optimizer": self.optimizer(),
             "shapes": self.shapes(),
             "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,
+            "router": routers.chosen(self.router_aux, self.router_z),
             "lora": adapters.chosen(self.lora_rank, self.lora_base),
             "export_dtype": None if self.export_dtype == "original" else self.export_dtype,
             "mesh": mesh_shape(self.mesh),
