@@ -115,7 +115,6 @@ class Rule(NamedTuple):
 VOCABULARY = "vocabulary entries"
 RULES = (
     Rule(r"(^|/)(embed|head)$", 2, 0, VOCABULARY),
-    Rule(r"(^|/)inputs/embed$", 3, 0, VOCABULARY),
     Rule(r"(^|/)attention/qkv$", 4, 1, "kv_heads"),
     Rule(r"(^|/)attention/qkv_bias$", 3, 0, "kv_heads"),
     Rule(r"(^|/)attention/sinks$", 2, 0, "kv_heads"),

@@ -13,7 +13,7 @@ from sdjax.models.primitives import ACTIVATIONS, INIT, RMSNorm, project
 class PerLayerInputs(nn.Module):
     """`(e sqrt(P) + norm(x W / sqrt(D))) / sqrt(2)` of tokens `[B, S]` and embeddings `x [B, S, D]` -> `[B, S, L, P]`.
 
-    `e` is a token's entry of a second embedding `[V, L, P]`, `W` a matrix `[D, L, P]`.
+    `e [L, P]` is a token's entry of a second embedding `[V, L P]`, `W` a matrix `[D, L, P]`.
     """
 
     config: ModelConfig
@@ -21,9 +21,9 @@ class PerLayerInputs(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, x: Array) -> Array:
         c, width = self.config, self.config.shapes.inputs
-        embed = self.param("embed", INIT, (c.shapes.input_vocabulary, c.layers, width))
+        embed = self.param("embed", INIT, (c.shapes.input_vocabulary, c.layers * width))
         mixed = project(x, self.param("project", INIT, (c.width, c.layers, width))) * c.width**-0.5
-        own = jnp.take(embed, tokens, axis=0).astype(x.dtype) * width**0.5
+        own = jnp.take(embed, tokens, axis=0).astype(x.dtype).reshape(mixed.shape) * width**0.5
         return (own + RMSNorm(c.norm_eps, c.norm_offset, name="norm")(mixed)) * 2**-0.5
 
 

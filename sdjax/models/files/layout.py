@@ -14,7 +14,8 @@ from sdjax.models.configs import ModelConfig
 
 # One row per tensor in a file: our path, its name in transformers, its name in GGUF, and how its axes lie.
 # `D` width, `K` key-value heads, `G` query heads per key-value head, `H` head width, `F` MLP width, `V` vocabulary;
-# `J` queries (and their gates) per key-value head; `L` layers, `A` width and `I` vocabulary of their own inputs.  Of a delta net: `N` key heads, `R` value heads to each, `S` and `W`
+# `J` queries (and their gates) per key-value head; `L` layers, `A` width and `I` vocabulary of their own
+# inputs, `Z` = `L A`.  Of a delta net: `N` key heads, `R` value heads to each, `S` and `W`
 # their widths, `U` = `R W`, `C` kernel; `T` = `2 S + 2 U` and `B` = `2 R`.
 # "KGH,D -> DKGH": the file holds a matrix [K*G*H, D], we hold [D, K, G, H].  Tensors that share one of our arrays
 # stand behind one another, in the table's order, along the axis that is marked with a dot: here "DK.GH".
@@ -24,7 +25,7 @@ embed                           model.embed_tokens                       token_e
 final_norm/scale                model.norm                               output_norm         D     -> D
 """
 _INPUTS = """
-inputs/embed                    model.embed_tokens_per_layer             -                   I,LA  -> ILA
+inputs/embed                    model.embed_tokens_per_layer             -                   I,Z   -> IZ
 inputs/project                  model.per_layer_model_projection         -                   LA,D  -> DLA
 inputs/norm/scale               model.per_layer_projection_norm          -                   A     -> A
 """
@@ -274,6 +275,7 @@ def _place(
     sizes |= {"Q": config.heads * head_dim, "P": kv_heads * head_dim}
     if config.shapes is not None:
         sizes |= {"L": config.layers, "A": config.shapes.inputs, "I": config.shapes.input_vocabulary}
+        sizes["Z"] = config.layers * config.shapes.inputs
     if config.moe is not None:
         sizes |= {"E": config.moe.experts, "X": 1, "2": 2, "M": config.moe.width, "Y": config.moe.shared}
     if config.delta is not None:
