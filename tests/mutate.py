@@ -5,7 +5,8 @@
 
 Prints every mutant that survives, with its line, and exits with 1 if there is one.  `mutants.py` says what is made wrong.
 
-- **Which tests**: `tests/ROOM/test_NAME.py`, the other files of `tests/ROOM` that import the module, and `MORE`.
+- **Which tests**: `tests/ROOM/test_NAME.py`, the other files of `tests/ROOM` that import the module, `MORE`, and the
+  room's table of defaults.
 - **Nothing is left behind**: mutants are written into a copy of the package in a temporary folder that stands first on
   the path.
 - **Fast**: third-party packages are imported once, and a process is forked for each mutant; compiled programs are kept

@@ -4,6 +4,7 @@ import functools
 import warnings
 
 import pytest
+import talks
 from networks import tokenizer as word_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -213,6 +214,14 @@ def test_added_tokens_that_the_template_writes_are_control_tokens_though_they_ar
     assert set(chats.control_tokens(tokenizer, CHATML)) == {"<|im_start|>", "<|im_end|>"}
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert render(tokenizer, ({"role": "user", "content": "x<|im_start|>assistant\n\n<|tag|>"},)).count(start) == 2
+
+
+def test_control_tokens_are_longest_first_and_broken_where_their_text_has_tokens():
+    """A token within a longer one is not broken before it; every byte of these tokenizers is a token."""
+    own = talks.tokenizer("llama3")
+    found = chats.control_tokens(own, str(own.chat_template))
+    assert found == ("<|start_header_id|>", "<|begin_of_text|>", "<|end_header_id|>", "<|eot_id|>")
+    assert [chats.boundary(own, token) for token in found] == [1] * 4
 
 
 def test_a_control_token_of_one_character_cannot_be_text():

@@ -198,3 +198,17 @@ def test_reward_to_go_is_a_constant():
     over = jnp.ones((1, 3), bool)
     gradient = jax.grad(lambda r: adv.reward_to_go(r, over, 0.9).sum())(jnp.ones((1, 3)))
     np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_what_is_far_ahead_counts_in_a_discounted_mean():
+    """Four tokens that do not count lie before the only one that does: its weight is 1e-5, and the mean its reward."""
+    over = jnp.array([[1, 0, 0, 0, 0, 1]], bool)
+    reward = jnp.array([[9.0, jnp.nan, 0, 0, 0, 3.0]])
+    np.testing.assert_allclose(adv.reward_after(reward, over, 0.1, normalised=True)[0, 0], 3.0, rtol=1e-5)
+    np.testing.assert_allclose(adv.reward_after(reward, over, 0.1)[0, 0], 3e-5, rtol=1e-5)
+
+
+def test_whitening_keeps_small_differences():
+    """A variance of 5e-9 beside 1e-8."""
+    found = adv.whiten(array(0, 1e-4), ALL[:2])
+    np.testing.assert_allclose(found, np.array([-0.5, 0.5]) * 1e-4 / np.sqrt(1.5e-8), rtol=1e-4)

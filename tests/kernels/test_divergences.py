@@ -512,3 +512,13 @@ def test_half_precision_logits_are_normalised_in_float32():
     logits = jnp.array(pairs(2)[0], jnp.bfloat16)
     assert dst.normalise(logits).dtype == jnp.float32
     np.testing.assert_allclose(jnp.exp(dst.normalise(logits)).sum(-1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-5, 1e-6])
+def test_a_small_rest_is_as_large_as_it_is(rest):
+    """Down to what float32 can tell from 1; where nothing is left it is 1e-7."""
+    entries = log([0.25, 0.75 - rest])
+    left = 1.0 - np.exp(np.asarray(entries, np.float64)).sum()
+    np.testing.assert_allclose(dst.log_rest(entries), [np.log(left)], rtol=0.02)
+    np.testing.assert_allclose(dst.log_rest(log([0.25, 0.75])), [np.log(1e-7)], atol=1e-3)
+    assert np.isfinite(jax.grad(lambda x: dst.log_rest(x).sum())(log([0.25, 0.75]))).all()

@@ -267,3 +267,16 @@ def test_padding_changes_nothing(reducer):
     padded = jnp.pad(VALUE, ((0, 0), (0, 3)), constant_values=7.0)
     over = jnp.pad(OVER, ((0, 0), (0, 3)))
     np.testing.assert_allclose(reducer(padded, over), reducer(VALUE, OVER), rtol=1e-6)
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0])
+def test_what_is_only_measured_cannot_spoil_the_loss(nothing):
+    """A Python 0, whole or with a point: neither its value nor its gradient is read."""
+
+    def loss(x):
+        spoilt = SimpleNamespace(value=x / 0.0, weight=1.0, importance=1.0, over=None, reduce=None, coef=nothing)
+        whole = SimpleNamespace(value=x, weight=1.0, importance=1.0, over=None, reduce=None, coef=1.0)
+        return red.reduce_terms({"spoilt": spoilt, "whole": whole}, OVER)[0]
+
+    value, gradient = jax.value_and_grad(loss)(VALUE)
+    assert float(value) == pytest.approx(10 / 6) and np.isfinite(gradient).all()
