@@ -46,7 +46,6 @@ from mutants import Mutant, mutants
 ROOT = Path(__file__).parent.parent
 MORE = {
     "kernels/distributions": ("kernels/test_divergences.py",),
-    "collect/annotators": ("methods/test_host.py", "methods/test_pairs.py"),
     "collect/critiques": ("collect/test_lessons.py", "methods/test_roles.py"),
     "collect/lessons": ("methods/test_roles.py",),
     "collect/plans": ("collect/test_lessons.py", "methods/test_host.py"),

@@ -14,12 +14,8 @@ import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient
 from networks import unoptimised
 
-from sdjax.collect import annotators
 from sdjax.collect.annotators import Span
 from sdjax.collect.contexts import question
-from sdjax.collect.rollouts import RolloutError
-from sdjax.engine import policies
-from sdjax.engine.policies import Sample
 from sdjax.engine.score import token_signals
 from sdjax.engine.train import make_update, refresh_snapshots
 from sdjax.kernels.distributions import normalise
@@ -42,7 +38,7 @@ from sdjax.methods.stable_opd import stable_opd
 from sdjax.methods.topd import topd
 from sdjax.methods.trace import trace
 from sdjax.methods.vopd import vopd
-from sdjax.types import REFERENCE, STUDENT, TEACHER, Rollout
+from sdjax.types import REFERENCE, STUDENT, TEACHER
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -300,80 +296,6 @@ def test_stable_opd_masks_and_stops():
     np.testing.assert_array_equal(jax.grad(loss)(teacher), 0.0)
 
 
-# ---- annotators -----------------------------------------------------------------------------------------------------
-
-
-def said(text, reward=1.0):
-    tokens = tuple(tiny.tokenizer().encode(text, add_special_tokens=False))
-    return Rollout(tiny.TASK.train[0], tokens, (0.0,) * len(tokens), text, 0, reward=reward)
-
-
-def test_segments():
-    text = "First we add. Then 3.5 is left!\n\n So: check it"
-    assert [text[a:b] for a, b in annotators.segments(text)] == ["First we add.", "Then 3.5 is left!", "So: check it"]
-    assert annotators.segments("  \n ") == []
-
-
-def test_rule_marks_errors_and_key_steps():
-    mark = lambda text, reward: [
-        (text[s.start : s.end], s.kind) for s in annotators.by_rule(None, [said(text, reward)], None)[0]
-    ]
-    assert mark("2 + 3 = 5. Then 5 * 4 = 21, so 21.", 0.0) == [("5 * 4 = 21", "arithmetic slip")]
-    assert mark("I think.\nIt is 4", 0.0) == [("It is 4", "premature conclusion")]
-    assert mark("Case a holds. Hello. 2 + 2 = 4. Check it.", 1.0) == [
-        ("Case a holds.", "case split"),
-        ("2 + 2 = 4.", "key formula"),
-        ("Check it.", "final verification"),
-    ]
-    assert mark("red", 1.0) == [("red", "conclusion")]
-    assert mark("", 1.0) == []
-
-
-def test_partial_credit_is_right_from_the_threshold_on():
-    row = said("2 + 2 = 5", 0.7)
-    kinds = lambda success: [s.kind for s in annotators.by_rule(None, [row], None, success)[0]]
-    assert kinds(0.5) == ["key formula"] and kinds(0.9) == ["arithmetic slip"]
-    told = lambda success: annotators.request(row, success)[-1]["content"]
-    assert "known to be correct" in told(0.5) and "known to be wrong" in told(0.9)
-    assert "root causes" in told(0.9) and "decisive steps" in told(0.5)
-
-
-def test_policy_as_annotator(monkeypatch):
-    text, asked = "a b. c d. e f.", []
-    reply = 'Sure: [{"first": 0, "last": 1, "kind": "sign"}, {"first": 9, "last": 9, "kind": "x"}, {"first": 2}, 3]'
-
-    def sample(policy, contexts, key, sampling):
-        asked.extend(contexts[:2])  # the others are padding
-        return [[Sample((), (), reply, True)] for _ in contexts]
-
-    monkeypatch.setattr(policies, "sample", sample)
-    rows = [dataclasses.replace(said("red"), text=text), dataclasses.replace(said("red", 0.0), text=text)]
-    assert annotators.by_policy()(tiny.environment(), rows, None) == [[Span(0, 9, "sign")]] * 2
-    assert (
-        "[1] c d." in asked[0][-1]["content"]
-        and "correct" in asked[0][-1]["content"]
-        and "wrong" in asked[1][-1]["content"]
-    )
-    with pytest.raises(
-        RolloutError, match="annotator=nobody: there is no policy of this name; there are live, teacher"
-    ):
-        annotators.by_policy("nobody")(tiny.environment(), rows, None)
-    assert annotators.parse('[{"first": 0, "last": 0, "kind": " "}]', text) == []
-    assert annotators.parse("no idea", text) == annotators.parse("[{]", text) == []
-    assert annotators.parse('[{"first": 0, "last": 2, "kind": "x"}]', text) == [Span(0, 14, "x")]
-    assert annotators.parse(json.dumps([{"first": 0, "last": 0, "kind": "x"}] * 5), text) == [Span(0, 4, "x")] * 3
-
-
-def test_marked_tokens():
-    row = said("red blue red gold")
-    mark = lambda *spans: annotators.marked(row, spans, tiny.tokenizer()).tolist()
-    assert mark(Span(9, 12, "x")) == [False, False, True, False]
-    assert mark(Span(2, 5, "x")) == [True, True, False, False]
-    assert mark() == [False] * 4
-    ended = dataclasses.replace(row, tokens=(*row.tokens, tiny.tokenizer().eos_token_id))
-    assert annotators.marked(ended, [Span(0, 99, "x")], tiny.tokenizer()).tolist() == [True] * 4 + [False]
-
-
 # ---- host halves on a tiny model ------------------------------------------------------------------------------------
 
 
@@ -476,7 +398,7 @@ def test_egrsd_rewards_short_answers():
         close([r.extras["advantage"] for r in rows], np.asarray(earned) - 0.5)
         assert json.loads(memory)["steps"] == number + 1 and json.loads(memory)["count"] == 8 * (number + 1)
     # At a quarter of the limit a correct answer earns 1.375, at the limit 1; a wrong one nothing.
-    row = lambda length, reward: dataclasses.replace(said("red " * length, reward), contexts={"teacher": None})
+    row = lambda length, reward: tiny.row("red " * length, reward, tokens=(6,) * length).read_by(teacher=None)
     method = egrsd()
     base = lambda *_: ([row(2, 1.0), row(8, 1.0), row(2, 0.0)], None)
     with pytest.MonkeyPatch.context() as patch:
