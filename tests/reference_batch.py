@@ -46,7 +46,7 @@ class Data:
         return np.sum(np.where(self.token[..., None] == np.arange(dist.shape[-1]), dist, 0.0), axis=-1)
 
 
-def hostile(vocabulary=6, **changes):
+def hostile(vocabulary=7, **changes):
     """Eleven rows of four groups, the last row padding; every view says something else and the sampler is off-policy."""
     chance = np.random.default_rng(7)
     rows, length = len(LENGTHS), max(LENGTHS)

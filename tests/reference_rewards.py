@@ -208,12 +208,12 @@ def cipo(coef=1.0, kl_coef=1e-4):
     return loss
 
 
-def sort(coef=1.0, rate=0.5, cap=None):
+def sort(coef=1.0, rate=0.5, cap=None, normalised=True):
     """GRPO on attempts, plus coef times -w log p on references, w = p^(1-a) p_plan^a; with a cap, w of mean 1."""
 
     def loss(live, at, data):
         own = data.valid & (data.source == STUDENT)
-        value = ppo(data.said(live), data.behavior, advantage(data, among=own))
+        value = ppo(data.said(live), data.behavior, advantage(data, normalised, own))
         learnt = data.over & ((data.source == REFERENCE) & data.taught)[:, None]
         base, planned = data.said(at), data.said(data.dists["plan"])
         if cap is not None:

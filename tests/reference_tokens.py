@@ -135,15 +135,22 @@ def minillm(discount=1.0, length_normalised=True, single_step=True, count_presen
     return loss
 
 
-def stable_opd(gold=0.1, anchor=0.01):
-    """PPO with A = log q - log b on attempts, NLL of golden rows, KL(p || initial) on attempts; row means of each."""
+def stable_opd(gold=0.1, anchor=0.01, sampled=False):
+    """PPO with A = log q - log b on attempts, NLL of golden rows, KL(p || initial) on attempts; row means of each.
+
+    Sampled, the KL's value is k3 and its gradient -sg[log q - log p] grad log p.
+    """
 
     def loss(live, at, data):
         golden = (data.source == REFERENCE)[:, None]
         gain = data.said(data.dists["teacher"]) - data.behavior
         value = sequence_mean(ppo(data.said(live), data.behavior, gain), data.heard & ~golden)
         value = value + gold * sequence_mean(-data.said(live), data.over & golden)
-        return value + anchor * sequence_mean(kl(live, data.dists["reference"]), data.over & ~golden)
+        drift = kl(live, data.dists["reference"])
+        if sampled:
+            now, gap = data.said(live) - data.said(at), data.said(data.dists["reference"]) - data.said(at)
+            drift = np.exp(gap) - 1.0 - gap - gap * now
+        return value + anchor * sequence_mean(drift, data.over & ~golden)
 
     return loss
 

@@ -103,8 +103,8 @@ def rlcsd(
     def terms(batch, sig, step):
         advantage = group_advantage(batch.returns, batch.group, batch.valid)[:, None]
         moved = shaped(advantage, batch.extras["evidence"], coef, tau, threshold)
-        # Never of the other sign, so that it is the advantage times a weight; without an advantage there is nothing.
-        credit = jnp.where(advantage != 0.0, moved / jnp.where(advantage != 0.0, advantage, 1.0), 0.0)
+        # Never of the other sign, so that it is the advantage times a weight; without an advantage it is 0.
+        credit = moved / jnp.where(advantage != 0.0, advantage, 1.0)
         value = clipped_surrogate(sig["logprobs"], batch.behavior_logprobs, advantage, clip)
         return {"pg": Term(value, credit, reduce=reduce), "entropy": Term(sig["entropy"], coef=0.0)}
 

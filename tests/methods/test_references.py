@@ -40,10 +40,10 @@ CORRECTED = with_extras(PLAIN, advantage=ADVANTAGES, correction=np.arange(11) % 
 STEPS = with_extras(PLAIN, step=np.cumsum(np.arange(6) % 2 == 0, axis=-1) * np.ones((11, 1), int) - 1)
 GOLDEN = sources(PLAIN, reference=(3, 5), untaught=(3, 5))
 REPAIRED = sources(PLAIN, reference=(3, 6, 8), untaught=(0, 1, 2, 4, 5, 7, 9))
-REPAIRED = dataclasses.replace(REPAIRED, taught=np.isin(np.arange(11), (3, 6, 8)))
+REPAIRED = dataclasses.replace(REPAIRED, taught=np.isin(np.arange(11), (2, 3, 6)))
 TWO_AUTHORS = sources(PLAIN, teacher=(0, 5, 8))
-PAIRS = sources(PLAIN, teacher=(0, 4, 7, 2), untaught=())
-PAIRS = with_extras(PAIRS, pair=np.asarray([0, 0, 9, 8, 1, 1, 7, 2, 2, 6, 2]))
+PAIRS = sources(PLAIN, teacher=(0, 4, 7, 2, 6), untaught=())
+PAIRS = with_extras(PAIRS, pair=np.asarray([0, 0, 9, 9, 1, 1, 7, 2, 2, 6, 2]))
 SPANS = with_extras(PLAIN, span=TOKENS.random(PLAIN.over.shape) < 0.6)
 MARKED = with_extras(PLAIN, span=np.ones(PLAIN.over.shape, bool))
 
@@ -158,6 +158,7 @@ CASES = {
         CREDITED,
     ),
     "rlrt mean one": ("rlrt", {"mean_one_weights": True}, rewards.rlrt(mean_one=True), CREDITED),
+    "rlrt later": ("rlrt", {"mix_decay": 30}, rewards.rlrt(0.3), CREDITED),
     "egrsd": ("egrsd", {}, rewards.egrsd(), WHITENED),
     "egrsd ahead": ("egrsd", {"window": 2, "strength": 1.0}, rewards.egrsd(1.0, window=2), WHITENED),
     "egrsd algorithm": (
@@ -177,15 +178,15 @@ CASES = {
     "sort": ("sort", {}, rewards.sort(), REPAIRED),
     "sort rescaled": (
         "sort",
-        {"mean_one_weights": True, "uplift_cap": 0.5, "plan_rate": 0.8, "coef": 2.0},
-        rewards.sort(2.0, 0.8, 0.5),
+        {"mean_one_weights": True, "uplift_cap": 0.5, "plan_rate": 0.8, "coef": 2.0, "normalised": False},
+        rewards.sort(2.0, 0.8, 0.5, normalised=False),
         REPAIRED,
     ),
     "opd": ("opd", {}, tokens.opd(), PLAIN),
     "opd to go": ("opd", {"discount": 0.9, "coef": 0.5, "rl_weight": 2.0}, tokens.opd(0.5, 0.9, 2.0), PLAIN),
     "opd full": ("opd", {"full_vocabulary": True}, tokens.full(made.kl), PLAIN),
     **{
-        f"opd {name}": ("opd", {"direct": name}, tokens.opd_direct(name, 6), PLAIN)
+        f"opd {name}": ("opd", {"direct": name}, tokens.opd_direct(name, 7), PLAIN)
         for name in ("k1", "k2", "k3", "k3_plus", "top_k_forward_kl")
     },
     "vopd": ("vopd", {}, tokens.vopd(), PLAIN),
@@ -218,6 +219,7 @@ CASES = {
     ),
     "minillm whole": ("minillm", {"single_step": False}, tokens.minillm(single_step=False), PLAIN),
     "stable_opd": ("stable_opd", {}, tokens.stable_opd(), GOLDEN),
+    "stable_opd sampled": ("stable_opd", {"anchor": "sampled"}, tokens.stable_opd(sampled=True), GOLDEN),
     "stable_opd strong": ("stable_opd", {"gold_coef": 0.7, "kl_coef": 0.4}, tokens.stable_opd(0.7, 0.4), GOLDEN),
     "gkd": ("gkd", {}, tokens.full(lambda p, q: made.jsd(p, q, 0.5)), PLAIN),
     "gkd forward": ("gkd", {"beta": 0.0}, tokens.full(lambda p, q: made.jsd(p, q, 0.0)), PLAIN),
@@ -313,7 +315,7 @@ CASES = {
         PLAIN,
     ),
     "brts": ("brts", {"top_k": 3}, distributions.brts(), TWO_AUTHORS),
-    "brts full": ("brts", {"top_k": None, "coef": 2.0}, distributions.brts(2.0, 6), TWO_AUTHORS),
+    "brts full": ("brts", {"top_k": None, "coef": 2.0}, distributions.brts(2.0, 7), TWO_AUTHORS),
     "pbsd": ("pbsd", {}, tokens.pbsd(), PAIRS),
     "pbsd per token": ("pbsd", {"beta": 2.0, "per_token": True}, tokens.pbsd(2.0, True), PAIRS),
     "vpd m": ("vpd", {"every": 0}, distributions.sdpo(most=None), PLAIN),
@@ -326,7 +328,7 @@ CASES = {
         MARKED,
     ),
 }
-STEP = {"trace later": 25, "trace errors": 12}
+STEP = {"rlrt later": 12, "trace later": 25, "trace errors": 12}
 E_STEPS = {"vpd e": "behavior", "vpd e initial": "prior"}
 
 
