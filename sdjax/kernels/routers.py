@@ -17,7 +17,7 @@ def load_balance(chosen: Array, probability: Array) -> Array:
     `f_i` is the share of routes that lead to expert `i` (they sum to 1, however many a token takes), a constant; `P_i` is the mean
     of its probability over tokens.
     Sources: Fedus et al. 2022 (Switch Transformers), arXiv:2101.03961, Eq. 4 to 6; Shazeer et al. 2017, arXiv:1701.06538.
-    transformers and TRL do not divide `f` by the experts that a token goes to, and average over layers.
+    transformers pools the tokens of all layers, and does not divide `f` by the experts that a token goes to.
 
     Args:
       chosen: `[L, E]` float32, tokens that went to each expert.
