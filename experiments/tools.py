@@ -2,6 +2,7 @@
 
     sdjax train experiments/tools.py                                             arithmetic with a calculator, GRPO
     sdjax train experiments/tools.py --method sdpo --told hindsight              taught by what the tools were going to say
+    sdjax train experiments/tools.py --method sdpo --told turn                   each turn by what they said to it alone
     sdjax train experiments/tools.py --data problems.jsonl --model Qwen/Qwen3-0.6B --tools calculator,python
 
 An attempt is a conversation: a turn that calls tools is answered by them, the first turn without a call is the answer.  Calls
@@ -14,6 +15,7 @@ from typing import Literal
 
 from sdjax.cli.options import Choice
 from sdjax.collect.hindsight import hindsight
+from sdjax.collect.turns import by_turn
 from sdjax.engine.policies import templated
 from sdjax.engine.train import Experiment
 from sdjax.models.templates import own_options
@@ -51,7 +53,7 @@ def experiment(
     settings: Settings = SETTINGS,
     tools: str = "calculator",
     turns: int = 4,
-    told: Literal["peers", "hindsight"] = "peers",
+    told: Literal["peers", "hindsight", "turn"] = "peers",
     data: str | None = None,
     reading: Reading = Reading(),
     terms: int = 3,
@@ -63,16 +65,19 @@ def experiment(
     Args:
       tools: calculator, python (in the sandbox), or both, separated by commas.
       turns: how many turns an attempt has at most, the answer included.
-      told: what SDPO's teacher and others read: a peer's success or feedback; with hindsight also what each call will give.
+      told: what SDPO's teacher and others read: a peer's success or feedback; with hindsight also what each call will give;
+        with turn, for each turn by itself, what its own calls gave, and in the last one feedback.
       data: problems to train on, as in `experiments/own_data.py`; without them sums are drawn.
       terms: numbers of a drawn sum.
       digits: digits of each of them.
       train_size: drawn training problems.
     """
     settings = settings.shortened()
-    algorithm = settings.method(method, hindsight() if told == "hindsight" else None)
     if turns < 1:
         raise TaskError(f"--turns {turns}: expected at least 1.")
+    if told == "turn":
+        method = method.first(lambda built: by_turn(built, turns))
+    algorithm = settings.method(method, hindsight() if told == "hindsight" else None)
     own = chosen(tools)
     if data is None:
         sums = {"terms": (terms, terms), "digits": (digits, digits), "seed": settings.seed}

@@ -44,6 +44,10 @@ class Choice:
         known = inspect.signature(self.factory).parameters
         return self.change(self.factory(**{k: v for k, v in offered.items() if k in known}, **self.options))
 
+    def first(self, change: Callable[[Method], Method]) -> Choice:
+        """The choice whose method is changed so before what the command line asks for."""
+        return dataclasses.replace(self, change=lambda method: self.change(change(method)))
+
 
 def method_names() -> list[str]:
     """Every method: the modules of `sdjax.methods`, each with a factory of its own name."""
