@@ -75,6 +75,16 @@ def looking_ahead(kappa=5.0, horizon=1.0):
     return weight
 
 
+def sampled_clipped(bound, most=2.0):
+    """The sampled token's advantage log q/p within a bound, and SDPO's weight."""
+
+    def loss(live, at, data):
+        gain = np.clip(data.said(data.dists["teacher"]) - data.said(at), -bound, bound)
+        return token_mean(-importance(at, data, most) * gain * data.said(live), data.heard)
+
+    return loss
+
+
 def sampled_policy_gradient(temperature=1.0, capped_at=None):
     """OPSD's Eq. 9: value k3, gradient -sg[log q - log p] grad log p; SDPO's sampled form at alpha 1 with its weight."""
 
@@ -122,11 +132,11 @@ def sdpo(alpha=0.5, k=None, how="rest", most=2.0, trust=None, rl_weight=0.0):
     return loss
 
 
-def sdpo_sequence(most=2.0):
-    """The ablation: every token's advantage is its row's mean of log q/p."""
+def sdpo_sequence(most=2.0, bound=np.inf):
+    """The ablation: every token's advantage is its row's mean of log q/p, within a bound."""
 
     def loss(live, at, data):
-        gap = row_mean(data.said(data.dists["teacher"]) - data.said(at), data.over)[:, None]
+        gap = np.clip(row_mean(data.said(data.dists["teacher"]) - data.said(at), data.over), -bound, bound)[:, None]
         return token_mean(-importance(at, data, most) * gap * data.said(live), data.heard)
 
     return loss

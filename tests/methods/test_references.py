@@ -268,10 +268,23 @@ CASES = {
         PLAIN,
     ),
     "sdpo sequence": ("sdpo", {"sequence_level": True}, distributions.sdpo_sequence(), PLAIN),
+    "sdpo sequence clipped": (
+        "sdpo",
+        {"sequence_level": True, "alpha": 1.0, "advantage_clip": 0.3},
+        distributions.sdpo_sequence(bound=0.3),
+        PLAIN,
+    ),
+    "sdpo sampled clipped": (
+        "sdpo",
+        {"sampled_token": True, "alpha": 1.0, "advantage_clip": 0.3},
+        distributions.sampled_clipped(0.3),
+        PLAIN,
+    ),
     "sdpo test time": ("sdpo", {"alpha": 1.0, "advantage_clip": 0.7}, distributions.sdpo_test_time(0.7), PLAIN),
     "mopd": ("mopd", {"alpha": 1.0, "top_k": 3}, distributions.sdpo(1.0, 3), PLAIN),
     "mopd steps": ("mopd", {"step_level": True}, distributions.mopd_steps(), STEPS),
     "msd": ("msd", {}, distributions.msd(), PLAIN),
+    "msd plain": ("msd", {"weighted": False}, tokens.full(made.kl, sequence_mean), PLAIN),
     "msd sampled": ("msd", {"top_k": 3, "sampled_token": True}, distributions.msd(3, True), PLAIN),
     "purified_opsd": ("purified_opsd", {}, distributions.purified_opsd(), PLAIN),
     "purified_opsd wide": ("purified_opsd", {"beta": 4.0, "alpha": 0.0}, distributions.purified_opsd(4.0, 0.0), PLAIN),
@@ -360,6 +373,18 @@ def test_traces_threshold_is_the_methods(success):
     objective = options.method_factory("trace")(success=success, error_weight=0.6, most=1.0).objectives[0]
     reference = distributions.trace(0, error=0.6, most=1.0, success=success)
     agree(ours(objective, MARKED), made.value_and_gradient(reference, MARKED))
+
+
+def test_opsa_leaves_its_threshold_alone():
+    """A token exactly as likely as the threshold is not below it."""
+    batch = tiny.batch([[0, 0]], behavior=[[np.log(0.25), np.log(0.2)]])
+    zeros = jnp.zeros((1, 2))
+    term = (
+        options.method_factory("opsa")(threshold=0.25)
+        .objectives[0]
+        .terms(batch, {"logprobs": zeros, "entropy": zeros}, 0)
+    )
+    np.testing.assert_array_equal(term["pg"].weight, [[0.0, 1.0]])
 
 
 def test_opsd_version_one():

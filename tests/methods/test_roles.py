@@ -19,12 +19,15 @@ from sdjax.engine.generate import GREEDY, Sampling
 from sdjax.engine.score import token_signals
 from sdjax.engine.tokens import Shapes
 from sdjax.kernels.reductions import reduce_terms
+from sdjax.methods import tessy as tessy_module
+from sdjax.methods.antisd import antisd
 from sdjax.methods.brts import brts
 from sdjax.methods.gkd import gkd
 from sdjax.methods.minillm import minillm
 from sdjax.methods.mixsd import mixsd
 from sdjax.methods.op2sd import op2sd
 from sdjax.methods.pbsd import pbsd
+from sdjax.methods.rlrt import rlrt
 from sdjax.methods.sdft import sdft
 from sdjax.methods.trace import trace
 from sdjax.methods.vpd import vpd
@@ -101,6 +104,23 @@ def test_a_teacher_reads_the_lesson_it_was_given(name):
     # BRTS has one attempt per prompt, and what scores before the update is no view of it.
     assert all(v.told and (v.per_rollout or name == "brts") for v in readers)
     assert readers or method.early[view] == View(per_rollout=True, told=True)
+
+
+def test_what_is_scored_before_the_update():
+    """The text's own log-probabilities, the informed ones, and their difference: another method's on the same texts."""
+    found = {}
+    for factory, how in ((rlrt, {}), (antisd, {"warmup": 0})):
+        method = factory(lesson=alone, group_size=2, **how)
+        found[factory], _ = method.collect(spies.distinct(method), EXAMPLES, jax.random.key(0), method.memory)
+    for one, other in zip(found[rlrt], found[antisd], strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.extras["old_logprobs"], one.logprobs, atol=1e-4)
+        heard = one.contexts["teacher"] is not None
+        assert other.extras["gate"] == float(heard)
+        if heard:
+            gap = one.extras["old_teacher"] - one.extras["old_logprobs"]
+            assert np.abs(gap).max() > 1e-3
+            np.testing.assert_allclose(other.extras["log_ratio"], gap, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", having("teacher"))
@@ -243,6 +263,27 @@ def test_op2sd_chooses_problems_by_a_key_of_its_own(monkeypatch):
     assert chosen and not drawn_from(sampled[0]) & {*chosen}
 
 
+# ---- TESSY ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("teacher", "bodies"), [("teacher", ("initial", "teacher")), ("live", ("initial", "initial"))])
+def test_tessys_taggers_begin_with_parameters_that_stay(teacher, bodies, monkeypatch):
+    """The author's, a live teacher's with the initial ones; each is trained once for the same snippets."""
+    trained = []
+    monkeypatch.setattr(
+        tessy_module, "fit_tagger", lambda policy, texts, marks: trained.append((policy, texts)) or policy
+    )
+    monkeypatch.setattr(tessy_module, "boundary", lambda tagger, other, **rules: (tagger, other, rules))
+    policies = {name: f"the {name}" for name in ("live", "initial", "teacher")}
+    environment, known = tiny.environment()._replace(policies=policies), {}
+    marks = {"student": [["one", []]], "teacher": [["two", []]]}
+    for _ in range(2):
+        found = tessy_module.fitted(environment, teacher, marks, known, {"word": "drop"})
+        own, other = (f"the {body}" for body in bodies)
+        assert found == {"student": (own, 0, {"word": "drop"}), "teacher": (other, 1, {"word": "drop"})}
+    assert trained == [(own, ["one"]), (other, ["two"])]
+
+
 # ---- TRACE ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +307,20 @@ def test_trace_asks_its_annotator_about_the_rows_it_can_distil(annotator, monkey
     assert asked.key not in {spies.key_of(jax.random.fold_in(jax.random.key(0), i)) for i in range(len(EXAMPLES))}
     method.collect(environment, EXAMPLES, jax.random.key(0), 40)
     assert len(sampled) == 3
+
+
+@pytest.mark.parametrize("mask", ["random", "inverted", "all"])
+def test_trace_marks_as_many_tokens_as_its_control_says(mask):
+    """A quarter of every row that an annotator marked, its last half; or all of it."""
+
+    def annotate(environment, rollouts, key):
+        return [[Span(len(r.text) // 2, len(r.text), "step")] for r in rollouts]
+
+    method = trace(group_size=4, temperature=1.0, annotate=annotate, mask=mask, active_only=False, most=0.25)
+    rows, _ = method.collect(spies.distinct(method), EXAMPLES, jax.random.key(0), 0)
+    marked = [int(r.extras["span"].sum()) for r in rows if r.text]
+    lengths = [len(r.tokens) for r in rows if r.text]
+    assert max(lengths) >= 4 and marked == [n if mask == "all" else int(0.25 * n) for n in lengths]
 
 
 def test_trace_asks_about_wrong_rows_where_they_are_distilled(monkeypatch):
