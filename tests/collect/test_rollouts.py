@@ -13,7 +13,7 @@ from sdjax.collect import rollouts
 from sdjax.collect.contexts import question, with_solution
 from sdjax.engine import policies
 from sdjax.engine.chats import render
-from sdjax.engine.generate import GREEDY, mixture
+from sdjax.engine.generate import GREEDY, Sampling, mixture
 from sdjax.engine.policies import Environment, Policy, ema, frozen, refresh
 from sdjax.engine.tokens import Shapes
 from sdjax.kernels.distributions import logprob, normalise
@@ -127,6 +127,14 @@ def test_a_solved_peer_is_the_first_other_success_of_the_group():
     peers = [rollouts.solved_peer(r, rows) for r in rows]
     assert [None if p is None else rows.index(p) for p in peers] == [2, None, 3, 2, None]
     assert rollouts.solved_peer(rows[0], rows, success=0.9) is rows[3]
+
+
+def test_a_peer_has_solved_it_from_half_a_reward_on_and_has_something_to_show():
+    first = tiny.row("x", 0.0)
+    for text, reward, shown in (("y", 0.5, True), ("y", 0.49, False), ("<think>y", 1.0, False), ("", 1.0, True)):
+        other = tiny.row(text, reward)
+        assert rollouts.solved_peer(first, [first, other]) is (other if shown else None)
+    assert rollouts.solved_peer(first, [tiny.row("y", 1.0, group=1)]) is None
 
 
 def test_twins_with_equal_text_are_each_others_peers():
@@ -253,3 +261,65 @@ def test_a_refreshed_snapshot_changes_after_every_nth_batch():
     equal(refresh(5)(LIVE, OLD, jnp.asarray(5)), LIVE)
     equal(refresh(5)(LIVE, OLD, jnp.asarray(4)), OLD)
     equal(refresh(1)(LIVE, OLD, 7), LIVE)
+
+
+# ---- groups again ---------------------------------------------------------------------------------------------------
+
+
+def resampled(wanted, offered, *, rounds=3, more=True):
+    """Texts and groups of what is kept of offered rewards, `[round][group][row]`; what was asked for; and by which key."""
+    asked = []
+
+    def attempt(examples, key):
+        asked.append(([e.id for e in examples], str(jax.random.key_data(key))))
+        groups = offered[len(asked) - 1]
+        return [
+            tiny.row(f"{len(asked)}.{g}.{i}", r, group=g) for g, some in enumerate(groups) for i, r in enumerate(some)
+        ]
+
+    environment = tiny.environment(more=tiny.endless(2, start=5) if more else None)
+    mixed = lambda rows: len({r.reward for r in rows}) > 1
+    examples = list(tiny.TASK.train[:wanted])
+    found = rollouts.resample(environment, examples, jax.random.key(0), attempt, mixed, rounds=rounds)
+    return [(r.text, r.group) for r in found], asked
+
+
+MIXED, ALIKE = (0.0, 1.0), (1.0, 1.0)
+
+
+def test_enough_groups_at_once_are_not_asked_for_again():
+    found, asked = resampled(2, [[MIXED, MIXED]])
+    assert found == [("1.0.0", 0), ("1.0.1", 0), ("1.1.0", 1), ("1.1.1", 1)]
+    assert [ids for ids, _ in asked] == [[e.id for e in tiny.TASK.train[:2]]]
+    assert resampled(2, [[MIXED, MIXED]], more=False)[0] == found
+
+
+def test_missing_groups_come_from_further_examples_under_other_keys_and_the_surplus_is_cut_off():
+    found, asked = resampled(2, [[ALIKE, MIXED], [ALIKE, ALIKE], [MIXED, MIXED]])
+    assert found == [("1.1.0", 0), ("1.1.1", 0), ("3.0.0", 1), ("3.0.1", 1)]
+    further = [e.id for e in tiny.TASK.train[5:9]]
+    assert [ids for ids, _ in asked[1:]] == [further[:2], further[2:]] and len({key for _, key in asked}) == 3
+
+
+def test_too_few_groups_are_an_error():
+    with pytest.raises(rollouts.RolloutError, match="only 1 of 2 groups were kept in 2 rounds"):
+        resampled(2, [[ALIKE, MIXED], [ALIKE, ALIKE]], rounds=2)
+    with pytest.raises(rollouts.RolloutError, match="no further examples"):
+        resampled(2, [[ALIKE, MIXED]], more=False)
+
+
+def test_attempts_are_written_as_they_are_asked_for_and_shaped_where_a_control_says_so():
+    seen = []
+
+    def writer(policy, encoded, key, *, n, sampling, limit):
+        seen.append((len(encoded), n, sampling))
+        return [[policies.Sample((1,) * (j + 1), (0.0,) * (j + 1), "x", True) for j in range(n)] for _ in encoded]
+
+    environment = tiny.environment()
+    live = dataclasses.replace(environment.live, writer=writer)
+    environment = environment._replace(policies={**environment.policies, "live": live})
+    how, examples = Sampling(0.3), tiny.TASK.train[:2]
+    rows = rollouts.attempts(environment, examples, jax.random.key(0), n=3, sampling=how)
+    assert seen == [(2, 3, how)] and all(r.returns == r.reward for r in rows)
+    shaped = rollouts.judge(environment._replace(shape=lambda r: -0.5 * len(r.tokens)), rows)
+    assert [r.returns - r.reward for r in shaped] == [-0.5, -1.0, -1.5] * 2

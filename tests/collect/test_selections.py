@@ -149,6 +149,14 @@ def test_routing_leaves_golden_rows_alone():
     close(found[3], plain[3], atol=1e-6)
 
 
+def test_only_objectives_with_a_teacher_are_routed_and_then_made_of_rewards():
+    distilled, plain = sdpo(top_k=None), grpo()
+    both = distilled._replace(objectives=(*plain.objectives, *distilled.objectives))
+    found = routed(both).objectives
+    assert found[0] is plain.objectives[0] and found[1].rewarded and not distilled.objectives[0].rewarded
+    assert found[1].views == distilled.objectives[0].views
+
+
 def test_routing_needs_a_teacher():
     with pytest.raises(SelectionError, match="no teacher"):
         routed(grpo())

@@ -687,3 +687,24 @@ def test_tessy_draws_every_key_once(monkeypatch):
 
 def test_tessy_trace_text():
     assert Trace((("student", "so "), ("teacher", "4")), " done").text == "so 4 done"
+
+
+# ---- how many chats go in one call ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chats, slots, rows", [(0, 2, None), (1, 2, 2), (2, 2, 2), (3, 2, 4), (5, 2, 8), (8, 8, 8), (8, 2, 8), (20, 2, 24)]
+)
+def test_chats_are_padded_to_few_sizes(chats, slots, rows):
+    """To the slots, twice, four times as many, and from eight rows on to a multiple; the padding is not given back."""
+    seen = []
+
+    def writer(policy, encoded, key, *, n, sampling, limit):
+        seen.append((len(encoded), n, limit))
+        return [[Sample((i,), (0.0,), "", True)] for i in range(len(encoded))]
+
+    policy = dataclasses.replace(tiny.policy(), writer=writer)
+    asked = [question(tiny.TASK.train[i % 7]) for i in range(chats)]
+    found = synthesis.ask(policy, asked, jax.random.key(0), slots=slots, limit=5)
+    assert [s.tokens for s in found] == [(i,) for i in range(chats)]
+    assert seen == ([(rows, 1, 5)] if chats else [])
