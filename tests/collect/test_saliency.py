@@ -148,6 +148,7 @@ def test_parts():
     cut = lambda text: parts(answer(text), policy(), "->")
     assert cut("key 1 -> red") == (2, 3, 4)
     assert cut("key 1 -> red <end>") == (2, 3, 4)
+    assert cut("key -> red") == (1, 2, 3)
     assert cut("key -> 1 -> red blue") == (3, 4, 6)  # the last one
     assert [cut(text) for text in ("-> red", "key 1 ->", "key 1 red", "", "key 1 -> <end>")] == [None] * 5
 

@@ -520,6 +520,24 @@ def test_a_tagger_learns():
     assert right["trained"] / total > 0.95 > right["new"] / total
 
 
+def test_a_tagger_is_measured_on_snippets_that_it_does_not_learn_from(monkeypatch):
+    """Of two snippets one is held out; it starts with a small head."""
+    learnt, step = [], taggers._step
+
+    def watched(model, optimizer, trained, state, fixed, tokens, mask, labels):
+        learnt.extend({tuple(row[own].tolist()) for row, own in zip(tokens, mask, strict=True)})
+        return step(model, optimizer, trained, state, fixed, tokens, mask, labels)
+
+    monkeypatch.setattr(taggers, "_step", watched)
+    policy, texts = tiny.policy(shapes=SHAPES), ["ask key 1 red", "tell key 2 blue"]
+    phrases = lambda text: [w for w in text.split() if w in COLOURS]
+    taggers.fit_tagger(policy, texts, phrases, layers=1, epochs=2, batch=2)
+    coded = [tuple(tiny.tokenizer().encode(text, add_special_tokens=False)) for text in texts]
+    assert len(learnt) == 2 and len({*learnt}) == 1 and learnt[0] in coded
+    head = np.asarray(taggers.initial_tagger(policy, 1, 0).params["trained"]["head"])
+    assert head.shape == (32, 2) and 0.01 < head.std() < 0.03
+
+
 def test_a_tagger_s_boundary():
     before = taggers.boundary(colour_tagger(), 1)
     texts, chunks = ["ask key", "tell", "ask key 1", ""], [" 1 red ask key", " key", " red tell key 2 blue", ""]
