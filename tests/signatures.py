@@ -30,3 +30,9 @@ def of(function):
     except ValueError:
         return {}
     return {p.name: p.default for p in parameters if p.default != () and type(p.default) in PLAIN}
+
+
+def listed(room, table):
+    """What a room's functions have of the names in a table of defaults, in the table's form."""
+    found = plain_defaults(room)
+    return {name: {p: found.get(name, {}).get(p) for p in own} for name, own in table.items()}

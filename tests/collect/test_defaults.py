@@ -1,8 +1,9 @@
 """Defaults of `collect`, written down once more: a change of one is seen here, and meant."""
 
-from signatures import plain_defaults
+from signatures import listed
 
 DEFAULTS = {
+    "hindsight.aftermath": {"success": 0.5},
     "alignment.alignment_terms": {"success": 0.5},
     "annotators.by_policy": {"name": "live", "success": 0.5},
     "annotators.by_rule": {"success": 0.5},
@@ -121,4 +122,4 @@ DEFAULTS = {
 
 
 def test_defaults():
-    assert plain_defaults("sdjax.collect") == DEFAULTS
+    assert listed("sdjax.collect", DEFAULTS) == DEFAULTS

@@ -1,8 +1,10 @@
 """Defaults of `engine`, written down once more: a change of one is seen here, and meant."""
 
-from signatures import plain_defaults
+from signatures import listed
 
 DEFAULTS = {
+    "routers.Router": {"z": 0.0, "aux": 0.0},
+    "score.token_signals": {"routers": False},
     "generate.Sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
     "policies.Follows": {"every_update": False},
     "policies.ema": {"every_update": False},
@@ -43,4 +45,4 @@ DEFAULTS = {
 
 
 def test_defaults():
-    assert plain_defaults("sdjax.engine") == DEFAULTS
+    assert listed("sdjax.engine", DEFAULTS) == DEFAULTS
