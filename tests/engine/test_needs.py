@@ -188,6 +188,15 @@ def test_few_layers_tell_of_many():
     assert needs.by_depth(deep(30)._replace(experiment=other), line) == 1000.0 and asked == [None]
 
 
+def test_programs_are_compiled_and_asked():
+    """More than the logits of a step of all rows; an update more than all logits of one view."""
+    own = load()
+    size = 4 * CONFIG.vocab_size
+    assert 3 * size < needs.compiled_sampler(own, 3) < 100 * needs.estimated_sampler(own, 3)
+    found = needs.compiled_update(own, own.experiment.method.objectives[0], Sizes(8, None, None, False))
+    assert 8 * 16 * size < found < 10 * update(own)
+
+
 def test_what_a_program_takes_beside_its_arguments():
     assert needs.beside_state({"temporary": 5.0, "outputs": 7.0, "donated": 4.0}) == 8.0
     assert needs.beside_state({"temporary": 5.0, "outputs": 3.0, "donated": 4.0}) == 5.0
