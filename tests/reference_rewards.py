@@ -62,23 +62,23 @@ def against(compared):
     return loss
 
 
-def gspo(clip=(3e-4, 4e-4)):
+def gspo(clip=(3e-4, 4e-4), normalised=True):
     """s = exp(mean_t log p/b); a token's ratio is sg[s] p/sg[p]."""
 
     def loss(live, at, data):
         now, held = data.said(live), data.said(at)
         row = row_mean(held - data.behavior, data.over)[:, None]
-        return sequence_mean(ppo(now - held + row, 0.0, advantage(data), clip), data.over)
+        return sequence_mean(ppo(now - held + row, 0.0, advantage(data, normalised), clip), data.over)
 
     return loss
 
 
-def cispo(clip=(1.0, 4.0), scaled_by_batch=False):
+def cispo(clip=(1.0, 4.0), scaled_by_batch=False, normalised=True):
     """-sg[clip(r)] A log p."""
 
     def loss(live, at, data):
         weight = np.clip(np.exp(data.said(at) - data.behavior), 1.0 - clip[0], 1.0 + clip[1])
-        gain = advantage(data)
+        gain = advantage(data, normalised)
         if scaled_by_batch:
             gain = advantage(data, normalised=False)
             gain = gain / np.std(gain[data.valid], ddof=1)

@@ -109,14 +109,15 @@ def test_a_teacher_reads_the_lesson_it_was_given(name):
 def test_what_is_scored_before_the_update():
     """The text's own log-probabilities, the informed ones, and their difference: another method's on the same texts."""
     found = {}
-    for factory, how in ((rlrt, {}), (antisd, {"warmup": 0})):
+    for factory, how in ((rlrt, {"success": 1.0}), (antisd, {"warmup": 0})):
         method = factory(lesson=alone, group_size=2, **how)
-        found[factory], _ = method.collect(spies.distinct(method), EXAMPLES, jax.random.key(0), method.memory)
+        right = spies.distinct(method, verify=lambda example, text: Verdict(1.0))
+        found[factory], _ = method.collect(right, EXAMPLES, jax.random.key(0), method.memory)
     for one, other in zip(found[rlrt], found[antisd], strict=True):
         assert one.tokens == other.tokens
         np.testing.assert_allclose(one.extras["old_logprobs"], one.logprobs, atol=1e-4)
         heard = one.contexts["teacher"] is not None
-        assert other.extras["gate"] == float(heard)
+        assert other.extras["gate"] == float(heard) and one.extras["credited"] == heard
         if heard:
             gap = one.extras["old_teacher"] - one.extras["old_logprobs"]
             assert np.abs(gap).max() > 1e-3
