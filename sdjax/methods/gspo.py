@@ -48,7 +48,6 @@ def gspo(
     return grpo(
         group_size=group_size,
         normalised=normalised,
-        clip=clip,
         tis_cap=tis_cap,
         tis_bounds=tis_bounds,
         tis_level=tis_level,

@@ -132,6 +132,12 @@ CASES = {
     "grpo batch": ("grpo", {"compared": "batch"}, rewards.against("batch"), PLAIN),
     "grpo others": ("grpo", {"compared": "leave_one_out"}, rewards.against("others"), PLAIN),
     "dr_grpo": ("dr_grpo", {"length": 8}, rewards.grpo(normalised=False, length=8), PLAIN),
+    "dr_grpo wide": (
+        "dr_grpo",
+        {"length": 8, "clip": (0.05, 0.3)},
+        rewards.grpo(normalised=False, length=8, clip=(0.05, 0.3)),
+        PLAIN,
+    ),
     "dapo": ("dapo", {}, rewards.grpo(token_mean, clip=(0.2, 0.28)), PLAIN),
     "gspo": ("gspo", {}, rewards.gspo(), PLAIN),
     "gspo centred": ("gspo", {"normalised": False}, rewards.gspo(normalised=False), PLAIN),
