@@ -80,8 +80,18 @@ def current() -> Any:
 
 def on_nvidia() -> bool:
     """Whether what is traced now is for NVIDIA's GPUs: those of the entered mesh, here or not, or the default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = _device()
     return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
+
+
+def on_cpu() -> bool:
+    """Whether what is traced now is for CPUs, likewise."""
+    return _device().platform == "cpu"
+
+
+def _device() -> Any:
+    """A device, or what is known of it, that what is traced now is for."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def axis_size(axis: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.devices.sharding import MODEL, axis_size, current
+from sdjax.devices.sharding import MODEL, axis_size, current, on_cpu
 from sdjax.models.adapters import Adapted
 from sdjax.models.ropes import Rope
 
@@ -34,7 +35,7 @@ def project(x: Array, weights: Array) -> Array:
     if current() is not None:
         # Flattened, axes that are split over devices could no longer be told from those that are not.
         return jax.lax.dot_general(x, weights.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-    flat = x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype).reshape(x.shape[-1], -1)
+    flat = product(x.reshape(-1, x.shape[-1]), weights.astype(x.dtype).reshape(x.shape[-1], -1))
     return flat.reshape(*x.shape[:-1], *weights.shape[1:])
 
 
@@ -45,7 +46,35 @@ def project_heads(read: Array, weights: Array) -> Array:
     weights = weights.astype(read.dtype)
     if axis_size(MODEL) > 1:
         return jnp.einsum("bskgh,kghd->bsd", read, weights)
-    return read.reshape(*read.shape[:2], -1) @ weights.reshape(-1, weights.shape[-1])
+    flat = product(read.reshape(math.prod(read.shape[:2]), -1), weights.reshape(-1, weights.shape[-1]))
+    return flat.reshape(*read.shape[:2], -1)
+
+
+def product(x: Array, weights: Array) -> Array:
+    """`x [N, D]` times `weights [D, F]` -> `[N, F]`, all of one type; bfloat16 on a CPU is added up in float32."""
+    return widely(x, weights) if x.dtype == jnp.bfloat16 and on_cpu() else x @ weights
+
+
+@jax.custom_vjp
+def widely(x: Array, weights: Array) -> Array:
+    """`product` whose sums, those of its gradients too, are float32 until they are rounded once.
+
+    XLA gives a CPU's matrix unit only such products (jax 0.10; since 0.12 others, too).  The gradients that it
+    would derive are products of float32 and bfloat16, which it computes in float32.
+    """
+    return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _widely_forward(x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    return widely(x, weights), (x, weights)
+
+
+def _widely_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weights = kept
+    return widely(gradient, weights.T), widely(x.T, gradient)
+
+
+widely.defvjp(_widely_forward, _widely_backward)
 
 
 def biased(module: nn.Module, x: Array, name: str, shape: tuple[int, ...]) -> Array:
