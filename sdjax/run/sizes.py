@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.devices.memory import MemoryShortage, Room, gigabytes
-from sdjax.devices.sharding import DATA, axis_size
+from sdjax.devices.sharding import DATA, axis_size, on_cpu
 from sdjax.engine import needs, sketch, train
 from sdjax.engine.lengths import fitted
 from sdjax.engine.needs import Load, Sizes
@@ -122,7 +122,10 @@ def candidates(experiment: Experiment, batch: Batch) -> list[Sizes]:
     found.sort(key=lambda sizes: work(batch, sizes))  # equals stay in order: larger chunks first
     smallest = Sizes(shapes.rows or ROWS, chunks[-1], tokens[0], remat[-1])
     found = [sizes for sizes in found if sizes != smallest] + [smallest]
-    return [*found, *(smallest._replace(tokens_per_chunk=few) for few in tokens[1:])]
+    # Logits that are all kept need not be computed again: a third of the head's products and more, measured on a CPU only.
+    keeps = on_cpu() and shapes.tokens_per_chunk is None and tokens[0] is not None
+    whole = [found[0]._replace(tokens_per_chunk=None)] if keeps else []
+    return [*whole, *found, *(smallest._replace(tokens_per_chunk=few) for few in tokens[1:])]
 
 
 def work(batch: Batch, sizes: Sizes) -> float:
@@ -167,13 +170,15 @@ def choose(load: Load, room: Room) -> Chosen:
 
 
 def at_once(load: Load, room: Room) -> Chosen | None:
-    """The fastest sizes, if even a generous estimate leaves most of the room free."""
+    """The fastest sizes, or the next to them, if even a generous estimate leaves most of the room free."""
     e = load.experiment
-    first = candidates(e, load.batch)[0]
     state = sum(needs.state_of(e).parts().values())
-    update = max(needs.estimated_update(load, o, first) for o in e.method.objectives)
-    needed = state + max(update, needs.estimated_sampler(load, first.rows))
-    return Chosen(first, needed) if needed <= CLEAR * room.free else None
+    for sizes in candidates(e, load.batch)[:2]:
+        update = max(needs.estimated_update(load, o, sizes) for o in e.method.objectives)
+        needed = state + max(update, needs.estimated_sampler(load, sizes.rows))
+        if needed <= CLEAR * room.free:
+            return Chosen(sizes, needed)
+    return None
 
 
 class Found(NamedTuple):

@@ -146,7 +146,8 @@ def test_candidates_go_from_the_fastest_to_the_smallest():
     e = experiment()
     own = load(e)
     found = candidates(e, own.batch)
-    assert found[0] == Sizes(64, None, 512, False) and found[-1] == Sizes(64, 1, 32, True)
+    assert found[:2] == [Sizes(64, None, None, False), Sizes(64, None, 512, False)]
+    assert found[-1] == Sizes(64, 1, 32, True)
     assert len({*found}) == len(found)
     costs = [work(own.batch, s) for s in found[:-3]]
     assert costs == sorted(costs)
@@ -179,9 +180,9 @@ def not_compiled(monkeypatch):
 
 def test_less_memory_makes_smaller_sizes(not_compiled):
     own, e = load(experiment()), experiment()
-    found = [choose(own, room(size * GIGABYTE)) for size in (1000, 140, 20, 8)]
-    assert found[0].sizes == Sizes(64, None, 512, False) and found[1].sizes == found[0].sizes
-    assert all(f.needed <= size * GIGABYTE for f, size in zip(found, (1000, 140, 20, 8), strict=True))
+    found = [choose(own, room(size * GIGABYTE)) for size in (1000, 130, 20, 8)]
+    assert found[0].sizes == Sizes(64, None, None, False) and found[1].sizes == Sizes(64, None, 512, False)
+    assert all(f.needed <= size * GIGABYTE for f, size in zip(found, (1000, 130, 20, 8), strict=True))
     costs = [work(own.batch, f.sizes) for f in found]
     assert costs == sorted(costs) and found[3].sizes.rows < 64 and found[3].sizes.remat
     given = dataclasses.replace(e, shapes=dataclasses.replace(e.shapes, rows_per_chunk=8))
