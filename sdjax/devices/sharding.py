@@ -22,6 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sdjax.devices.platforms import on_nvidia
 from sdjax.errors import InputError
 
 AXES = DATA, MODEL = "data", "model"
@@ -76,22 +77,6 @@ def current() -> Any:
     """The mesh that is entered, with its axes' sizes in `.shape`, or `None`; also `None` if it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
-
-
-def on_nvidia() -> bool:
-    """Whether what is traced now is for NVIDIA's GPUs: those of the entered mesh, here or not, or the default device."""
-    device = _device()
-    return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
-
-
-def on_cpu() -> bool:
-    """Whether what is traced now is for CPUs, likewise."""
-    return _device().platform == "cpu"
-
-
-def _device() -> Any:
-    """A device, or what is known of it, that what is traced now is for."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def axis_size(axis: str) -> int:

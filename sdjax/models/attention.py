@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sdjax.devices.sharding import DATA, MODEL, axis_size, current, on_nvidia, rows_axis
+from sdjax.devices.platforms import on_nvidia
+from sdjax.devices.sharding import DATA, MODEL, axis_size, current, rows_axis
 from sdjax.models import cudnn
 
 LONG = 2**20

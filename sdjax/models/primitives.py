@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.devices.sharding import MODEL, axis_size, current, on_cpu
+from sdjax.devices.platforms import on_cpu
+from sdjax.devices.sharding import MODEL, axis_size, current
 from sdjax.models.adapters import Adapted
 from sdjax.models.ropes import Rope
 

@@ -24,6 +24,7 @@ from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
+from sdjax.devices.platforms import on_nvidia
 from sdjax.engine import sketch, train
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.tokens import Shapes
@@ -109,7 +110,7 @@ def cost(function: Any, *arguments: Any, devices: int, trips: int = 1, quick: bo
     Raises `PlanError` if the compiler finds it too large, or needs something that is not installed.
     """
     start = time.perf_counter()
-    little = LITTLE_EFFORT if quick and not sharding.on_nvidia() else None
+    little = LITTLE_EFFORT if quick and not on_nvidia() else None
     try:
         traced = function.trace(*arguments, **static)
         total = flops.product_flops(traced.jaxpr, trips)
@@ -129,7 +130,7 @@ def cost(function: Any, *arguments: Any, devices: int, trips: int = 1, quick: bo
         ) from error
     text = compiled.as_text()
     exchanged, accessed = programs.collective_bytes(text, trips), traffic.accessed_bytes(text, trips)
-    network = programs.network_bytes(text, gpus.PER_HOST, trips) if sharding.on_nvidia() else 0.0
+    network = programs.network_bytes(text, gpus.PER_HOST, trips) if on_nvidia() else 0.0
     return Cost(programs.memory(compiled), total / devices, exchanged, accessed, time.perf_counter() - start, network)
 
 
@@ -289,7 +290,7 @@ def compiled_plan(
         gradients=size(params),
         sampler=sampler,
         cache=own + before,
-        decoding=decoding + before + own * (1.0 if sharding.on_nvidia() else share_read(shapes.completion)),
+        decoding=decoding + before + own * (1.0 if on_nvidia() else share_read(shapes.completion)),
         steps=shapes.completion,
         memory=memory,
     )

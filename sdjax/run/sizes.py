@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.devices.memory import MemoryShortage, Room, gigabytes
-from sdjax.devices.sharding import DATA, axis_size, on_cpu
+from sdjax.devices.platforms import on_cpu
+from sdjax.devices.sharding import DATA, axis_size
 from sdjax.engine import needs, sketch, train
 from sdjax.engine.lengths import fitted
 from sdjax.engine.needs import Load, Sizes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from sdjax.cli.options import Choice
-from sdjax.devices import programs, sharding
+from sdjax.devices import platforms, programs, sharding
 from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.engine.generate import Sampling, generate
 from sdjax.methods.sdpo import sdpo
@@ -95,7 +95,7 @@ def test_every_kind_is_known_to_the_compiler(chip):
     (device,) = chips.devices_of(f"{chip}:1")
     assert chips.chip_of(device)[0] == chip
     with sharding.on(chips.mesh_of(f"{chip}:1", "")):
-        assert sharding.on_nvidia() and sharding.current() is None
+        assert platforms.on_nvidia() and sharding.current() is None
         shape = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
         assert jax.jit(lambda x: x @ x).lower(shape).compile().memory_analysis().output_size_in_bytes == 2 * 256**2
 
