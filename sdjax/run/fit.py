@@ -33,6 +33,7 @@ from sdjax.run.memory import settled
 from sdjax.run.starting import source
 from sdjax.run.storage import checkpoint, places
 from sdjax.run.storage.mirror import Mirror
+from sdjax.run.storage.owner import Owner
 from sdjax.types import Task
 
 
@@ -74,7 +75,7 @@ def fit(
             print(*task.read.get("said", ()), said, sep="\n", flush=True)
         mirror = Mirror(folder)
         try:
-            processes.by_first(lambda: own.enter_context(taken(folder, arguments, resume)))
+            processes.by_first(lambda: own.enter_context(taken(mirror.owner, arguments, resume)))
             processes.by_first(lambda: prepare(folder, task, record))
             processes.by_first(mirror.fetch)
             processes.by_first(lambda: keep_verdicts(task, mirror.own))
@@ -125,10 +126,11 @@ def check_contexts(experiment: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def taken(folder: Path, arguments: Mapping[str, Any], resume: bool) -> Iterator[None]:
+def taken(owner: Owner, arguments: Mapping[str, Any], resume: bool) -> Iterator[None]:
     """Inside, the run's folder is there, with its arguments, and this run's alone."""
-    with held(folder):
-        claim(folder, arguments, resume)
+    with held(owner.folder):
+        claim(owner.folder, arguments, resume)
+        owner.take()
         yield
 
 

@@ -54,7 +54,8 @@ class Run(Learner):
         self.before: Accuracy | None = None
         self.scores: dict[int, float] = {}
         keep = Keep(experiment.keep, experiment.keep_every, experiment.keep_best)
-        self.saver = Saver(self.folder / "checkpoints", keep, lambda message: self.log.say(message), mirror.push)
+        check = mirror.owner.check
+        self.saver = Saver(self.folder / "checkpoints", keep, lambda message: self.log.say(message), mirror.push, check)
         self.watch, self.stop = Watch(), False
 
     # ---- the loop -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdjax.run.logs import records
 from sdjax.run.storage import places
+from sdjax.run.storage.owner import Owner
 from sdjax.tasks import judges
 
 LOGS = ("metrics.jsonl", "alarms.jsonl", "rollouts.txt", records.ROLLOUTS, "trackers.json", "tensorboard", "mlflow.db")
@@ -16,10 +17,13 @@ LOGS += (judges.FILE,)
 
 
 class Mirror:
-    """Where a run's logs are written, `own`: the run's folder, or for one in a bucket a folder on this machine."""
+    """Where a run's logs are written, `own`: the run's folder, or for one in a bucket a folder on this machine.
+
+    Once the folder is another process's, nothing is copied there.
+    """
 
     def __init__(self, folder: Path):
-        self.folder, self.own = folder, folder
+        self.folder, self.own, self.owner = folder, folder, Owner(folder)
         if places.in_bucket(folder):
             self.own = Path(tempfile.mkdtemp(prefix="sdjax-"))
         self.sent: dict[str, list | None] = {}
@@ -35,7 +39,7 @@ class Mirror:
 
     def push(self) -> None:
         """Copies what has changed; a line that is being written may be cut, and is dropped by whoever resumes."""
-        if self.own == self.folder:
+        if self.own == self.folder or self.owner.other():
             return
         for name in places.listing(self.own):
             mark = places.mark(self.own / name)

@@ -54,7 +54,7 @@ class Saver:
     """Saves a run's state into a folder; every process must call each function, in the same order.
 
     `say` tells of a save that failed.  `before` runs in the thread of the first process before a manifest is written: what
-    the manifest promises must be in its place by then.
+    the manifest promises must be in its place by then.  `check` raises an error where this process may not save any more.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class Saver:
         keep: Keep = NEWEST,
         say: Callable[[str], None] = lambda message: None,
         before: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ):
-        self.folder, self.keep, self.say, self.before = absolute(folder), keep, say, before
+        self.folder, self.keep, self.say, self.before, self.check = absolute(folder), keep, say, before, check
         self.segments = Segments(self.folder)
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "saving")
         self.under_way: concurrent.futures.Future | None = None
@@ -78,6 +79,7 @@ class Saver:
         checkpoints stay until the new one is whole.
         """
         self.finish()
+        by_first(self.check)
         started, step, tree = time.perf_counter(), int(state.step), arrays_of(state)
         self.step, target = step, self.folder / str(step)
         # A copy: methods may change in place what they remember, while it is being written.
@@ -117,6 +119,7 @@ class Saver:
             raise
         content["digests"] = {name: int(number) for name, number in jax.device_get(marks).items()}
         if first():
+            self.check()
             if by_key:
                 content[segments.FOLDER] = self.segments.write(self.step, by_key)
             self.before()
@@ -149,6 +152,7 @@ class Saver:
 
         Raises `CheckpointError` after three failures in a row.
         """
+        by_first(self.check)
         step, deadline = int(state.step), None if seconds is None else time.monotonic() + seconds
         left = lambda: None if deadline is None else max(0.0, deadline - time.monotonic())
         while self.saved != step:
@@ -180,6 +184,7 @@ class Saver:
 
     def failed(self, error: Exception) -> None:
         """Says that a save has failed and removes what it left; raises `CheckpointError` the third time in a row."""
+        by_first(self.check)  # what is unfinished there may be another process's
         self.failures += 1
         said = str(error) if isinstance(error, CheckpointError) else f"cannot write {self.folder / str(self.step)}: "
         said += "" if isinstance(error, CheckpointError) else first_line(error)
