@@ -37,6 +37,18 @@ def test_saved_and_restored(tmp_path):
     np.testing.assert_array_equal(draw(restored), draw(saved))
 
 
+def test_a_clock_that_was_set_back_changes_nothing(tmp_path):
+    """The later a step, the older its files say they are: what is restored, and what stays, goes by the step."""
+    for step in range(1, 5):
+        save(tmp_path, state(step), {"at": step})
+        for path in [tmp_path, *tmp_path.rglob("*")]:
+            os.utime(path, (2e9 - 1e8 * step, 2e9 - 1e8 * step))
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    restored, host = checkpoint.restore(tmp_path, state(0))
+    assert_same(restored, state(4))
+    assert host == {"at": 4}
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in range(1, 6):
         save(tmp_path, state(step), {"at": step}, keep=2)
