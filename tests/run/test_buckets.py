@@ -100,26 +100,6 @@ def test_a_model_in_a_bucket_is_written_and_measured(bucket, cached, tmp_path, c
     assert f"{bucket}/none" in capfd.readouterr().err
 
 
-# ---- two processes ----------------------------------------------------------------------------------------------------
-
-TAKEN = r"sdjax: {}: process \d+ on \S+ goes on with this run: this process ends, and saves nothing more"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wait", [True, False], ids=["later", "at-once"])
-def test_of_two_processes_the_last_one_goes_on(bucket, reference, programs, wait):
-    """The other ends itself at its next save, having changed nothing, whichever of them it is."""
-    assert ended(start(bucket, TINY_KILL="manifest:4", programs=programs))[0] == -signal.SIGKILL
-    one = start(bucket, "--resume", programs=programs, TINY_SLOW="1")
-    if wait:
-        wait_for_step(bucket, 4, one)
-    two = start(bucket, "--resume", programs=programs)
-    (status, said), (other, told) = sorted(map(ended, (one, two)))
-    assert (status, other) == (0, 2), said + told
-    assert re.search(TAKEN.format(bucket), told) and "Traceback" not in told, told
-    assert_same_as(bucket, reference)
-
-
 # ---- a server that stops answering ----------------------------------------------------------------------------------
 
 
