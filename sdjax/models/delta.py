@@ -7,6 +7,8 @@ Source: Yang et al. 2025 (Gated Delta Networks), arXiv:2412.06464, in chunks as 
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -126,7 +128,7 @@ def in_chunks(query: Array, key: Array, value: Array, decay: Array, beta: Array,
         system = jnp.eye(size) + jnp.where(jnp.tril(lower, -1), b[..., None] * (k @ k.mT) * between, 0)
         grown = jnp.exp(total)[..., None]
         right = jnp.concatenate([v * b[..., None], k * b[..., None] * grown], axis=-1)
-        solved = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+        solved = jnp.matmul(inverse(system), right, precision="highest")
         new, seen = jnp.split(solved, [v.shape[-1]], axis=-1)
         new = new - seen @ state
         read = (q * grown) @ state + ((q @ k.mT) * between) @ new
@@ -136,3 +138,23 @@ def in_chunks(query: Array, key: Array, value: Array, decay: Array, beta: Array,
     state, read = jax.lax.scan(chunk, jnp.moveaxis(state, 1, 2), tuple(map(split, (query, key, value, decay, beta))))
     read = jnp.moveaxis(jnp.moveaxis(read, 0, 1), 4, 2)  # [B, chunks, size, N, R, value]
     return read.reshape(read.shape[0], -1, *read.shape[3:])[:, :length], jnp.moveaxis(state, 2, 1)
+
+
+def inverse(system: Array) -> Array:
+    """The inverse of lower triangular `[..., size, size]` with ones on the diagonal, by inverses of ever larger blocks on it.
+
+    `[[A, 0], [C, B]]` becomes `[[A', 0], [-B' C A', B']]`.  Products alone: `triangular_solve` of jaxlib shares a pool of
+    threads with whoever calls it, and two calls at once wait for each other for ever on a CPU of two cores.
+    """
+    size = system.shape[-1]
+    length = 1 << (size - 1).bit_length()
+    system = jnp.pad(system, ((0, 0),) * (system.ndim - 2) + ((0, length - size),) * 2)
+    product = partial(jnp.matmul, precision="highest")
+    found = jnp.ones((*system.shape[:-2], length, 1, 1), system.dtype)
+    for block in (2**level for level in range(length.bit_length() - 1)):
+        pairs = system.reshape(*system.shape[:-2], length // (2 * block), 2 * block, length // (2 * block), 2 * block)
+        corner = jnp.moveaxis(jnp.diagonal(pairs, axis1=-4, axis2=-2), -1, -3)[..., block:, :block]
+        first, second = found[..., 0::2, :, :], found[..., 1::2, :, :]
+        below = jnp.concatenate([-product(product(second, corner), first), second], axis=-1)
+        found = jnp.concatenate([jnp.concatenate([first, jnp.zeros_like(first)], axis=-1), below], axis=-2)
+    return found[..., 0, :size, :size]
