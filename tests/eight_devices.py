@@ -48,7 +48,7 @@ from sdjax.cli.judged import judged
 from sdjax.cli.options import method_factory, method_names
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
-from sdjax.engine import train
+from sdjax.engine import master_weights, optimizers, train
 from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.engine.policies import reading, row_keys
 from sdjax.engine.protocol import Protocol
@@ -469,3 +469,36 @@ def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
     for found, own in others:
         np.testing.assert_allclose(found, losses, rtol=1e-4)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), own, params)
+
+
+# ---- what is kept of parameters -------------------------------------------------------------------------------------
+
+
+def run_of_little_state(layout, folder):
+    """The losses of a run with bfloat16 parameters and Adafactor, its last parameters, and where its state lies."""
+    experiment = Experiment(
+        method=sdpo(group_size=2, top_k=None, lesson=told),
+        task=Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity),
+        student=tiny.pretrained(),
+        optimizer=optimizers.chosen("adafactor", 1e-3),
+        shapes=Shapes(context=48, completion=8, rows=8, tokens_per_chunk=16),
+        steps=2,
+        prompts=8,
+        evaluation=0,
+        export=False,
+        params_dtype=jnp.bfloat16,
+        mesh=sharding.mesh_shape(layout),
+    )
+    state = fit(experiment, folder).state
+    for own, remainder in zip(*map(jax.tree.leaves, (state.params, state.opt_state.remainder)), strict=True):
+        assert own.sharding.is_equivalent_to(remainder.sharding, own.ndim)
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    masters = jax.tree.map(master_weights.joined, state.params, state.opt_state.remainder)
+    return losses, jax.device_get(masters)
+
+
+def test_master_weights_are_the_same_on_every_layout(tmp_path):
+    (losses, params), (found, others) = (run_of_little_state(layout, tmp_path / layout) for layout in ("8x1", "2x4"))
+    assert losses[-1] > 0
+    np.testing.assert_allclose(found, losses, rtol=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), others, params)

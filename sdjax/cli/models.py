@@ -71,7 +71,8 @@ def whole(start: Source, student: Pretrained, arguments: dict[str, Any], name: s
             raise RunError(f"{start} holds adapters, and {start.folder}/arguments.json does not say of which rank")
         if adapters.fingerprint(student.params, lora) != host.get("base"):
             raise other
-        return adapters.beside(student.config, student.params, live, lora)
+        kept = pretrained.kept_in(student.params, arguments.get("params_dtype"))
+        return adapters.beside(student.config, kept, live, lora)
     shapes = lambda tree: [(path, x.shape) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
     if shapes(live) != shapes(student.params):
         raise other

@@ -2,8 +2,7 @@
 
 Rows of a batch are split over the data axis; heads, hidden units of the MLP and the vocabulary over the model axis;
 large parameters, and with them snapshots and the optimizer's state, over the data axis too.  A mesh is entered with
-`on(mesh)`; outside, on one device, every function here leaves its argument where it is and nothing is compiled
-differently.
+`on(mesh)`; outside, on one device, every function here leaves its argument as it is and programs are what they were.
 """
 
 from __future__ import annotations
@@ -141,8 +140,9 @@ def parameter_spec(path: str, shape: Sequence[int], sizes: Any, least: float | N
     Raises `MeshError` naming rule and number if something else does not divide.
     """
     axes: list[str | None] = [None] * len(shape)
-    # An optimizer may keep sums of a parameter, which go by its path and have fewer axes.
-    rule = next((r for r in RULES if r.dims == len(shape) and re.search(r.pattern, path)), None)
+    # An optimizer may keep sums of a parameter, which go by its path and have fewer axes: those of Adafactor have no rule.
+    ruled = () if re.search(r"(^|/)v_(row|col)/", path) else RULES
+    rule = next((r for r in ruled if r.dims == len(shape) and re.search(r.pattern, path)), None)
     if rule is not None and shape[rule.axis] % sizes[MODEL] == 0:
         axes[rule.axis] = MODEL if sizes[MODEL] > 1 else None
     elif rule is not None and rule.what != VOCABULARY:

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sdjax.devices import programs
 from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.devices.sharding import DATA, MODEL, axis_size
-from sdjax.engine import train
+from sdjax.engine import master_weights, train
 from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.policies import begun
 from sdjax.engine.score import policies_of, row_units
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
@@ -27,7 +29,7 @@ from sdjax.models import adapters
 from sdjax.models.attention import SCORES
 from sdjax.models.configs import ModelConfig
 from sdjax.models.transformer import Transformer, initialise, period_of
-from sdjax.types import Batch, Objective
+from sdjax.types import Batch, Method, Objective
 
 WIDTHS, MLP_WIDTHS, SCORE_COPIES = 15, 5, 3
 """What the backward pass keeps of a token in a layer, in widths of the model and of its MLP, and copies of its scores:
@@ -81,7 +83,7 @@ class State(NamedTuple):
 def state_of(experiment: Experiment, layers: int | None = None) -> State:
     """The state of an experiment, or of the same with few layers."""
     e, student = experiment, shallow(experiment.student.config, layers)
-    weights, others = laid_parameters(parameters_of(student)), {}
+    weights, others = laid_parameters(parameters_of(student, e.params_dtype)), {}
     params = weights
     if e.lora is not None:
         others = {adapters.BASE: jax.eval_shape(lambda x: adapters.base(student, x, e.lora), weights)}
@@ -89,8 +91,19 @@ def state_of(experiment: Experiment, layers: int | None = None) -> State:
     for name, teacher in e.teachers.items():
         kind = e.teacher_dtype or jax.tree.leaves(teacher.params)[0].dtype
         others[name] = laid_parameters(parameters_of(shallow(teacher.config, layers), kind))
-    opt_state = laid_parameters(jax.eval_shape(e.optimizer.init, params))
-    return State(params, opt_state, dict.fromkeys(e.method.snapshots, params), others)
+    return State(params, *laid_beside(e.method, e.optimizer, params), others)
+
+
+def gradient_bytes(params: Any) -> float:
+    """Bytes on one device of the gradients of parameters."""
+    return programs.bytes_on_device(laid_parameters(jax.eval_shape(master_weights.wide, params)))
+
+
+def laid_beside(method: Method, optimizer: optax.GradientTransformation, params: Any) -> tuple[Any, dict[str, Any]]:
+    """Shapes of the optimizer's state and of a method's snapshots, by those of the parameters, split by the rules."""
+    laid = lambda begin: laid_parameters(jax.eval_shape(begin, params))
+    snapshots = {name: laid(functools.partial(begun, rule)) for name, rule in method.snapshots.items()}
+    return laid(functools.partial(master_weights.initial, optimizer)), snapshots
 
 
 @functools.lru_cache(maxsize=16)
@@ -140,7 +153,7 @@ def estimated_update(load: Load, objective: Objective, sizes: Sizes) -> float:
     positions = min(rows * length / chunks / spread, sizes.tokens_per_chunk or math.inf)
     vocabulary = max(c.vocab_size for c in networks.values()) / axis_size(MODEL)
     heads = 4.0 * positions * vocabulary * (2 + 2 * len(objective.views))
-    gradients = programs.bytes_on_device(state_of(e).params) * (2 if chunks > 1 else 1)
+    gradients = gradient_bytes(state_of(e).params) * (2 if chunks > 1 else 1)
     cast = whole_weights(e) if item < 4 else 0.0
     return total + working + heads + gradients + cast
 
@@ -156,7 +169,9 @@ def configs(experiment: Experiment) -> dict[str, ModelConfig]:
 
 
 def whole_weights(experiment: Experiment) -> float:
-    """Bytes of the student's weights in the type that it computes in."""
+    """Bytes of the student's weights in the type that it computes in, where they are kept in another."""
+    if jnp.dtype(experiment.dtype) == jnp.dtype(experiment.params_dtype) and experiment.lora is None:
+        return 0.0
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters_of(experiment.student.config)))
     return count * jnp.dtype(experiment.dtype).itemsize / axis_size(MODEL)
 

@@ -271,6 +271,7 @@ class Follows:
 
     rule: Callable[[Any, Any, Array], Any]
     every_update: bool = False
+    averages: bool = False  # and is kept in float32: in bfloat16 small steps would be rounded away
 
     def __call__(self, live: Any, old: Any, step: Array) -> Any:
         return self.rule(live, old, step)
@@ -302,6 +303,12 @@ def occasion(rule: Callable) -> str:
     return "batch"
 
 
+def begun(rule: Callable, params: Any) -> Any:
+    """What a snapshot is before the first step: a copy of the parameters, in float32 if its rule averages."""
+    averages = isinstance(rule, Follows) and rule.averages
+    return jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32) if averages else None), params)
+
+
 def frozen() -> Callable:
     """A snapshot that stays what it was at the start."""
     return lambda live, old, step: old
@@ -313,8 +320,8 @@ def ema(rate: float, *, every_update: bool = False) -> Callable:
     Once per batch, as in SDPO (arXiv:2601.20802), or after every update, as in SDFT (arXiv:2601.19897).  Skipped updates
     do not move it, as in the official code of MOPD (arXiv:2605.12652).
     """
-    average = lambda live, old, step: jax.tree.map(lambda a, b: (1.0 - rate) * b + rate * a, live, old)
-    return Follows(average, every_update)
+    average = lambda live, old, step: jax.tree.map(lambda a, b: (1.0 - rate) * b + rate * a.astype(b.dtype), live, old)
+    return Follows(average, every_update, averages=True)
 
 
 def refresh(every: int) -> Callable:

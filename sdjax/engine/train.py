@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from sdjax.devices.sharding import (
     parameter_specs,
     place_whole,
 )
-from sdjax.engine import routers
+from sdjax.engine import master_weights, routers
+from sdjax.engine.policies import begun
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.routers import Router
 from sdjax.engine.score import ROUTERS, policies_of, token_signals
@@ -34,7 +36,7 @@ from sdjax.engine.tokens import Shapes, member_of
 from sdjax.engine.vocabulary import difference, limited, same_vocabulary, with_rows
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
 from sdjax.models import adapters
-from sdjax.models.pretrained import Pretrained
+from sdjax.models.pretrained import Pretrained, kept_in
 from sdjax.models.transformer import Transformer
 from sdjax.types import Batch, ByField, Method, Objective, Task, View
 
@@ -46,8 +48,9 @@ class Experiment:
     `prompts` examples are taken per step, and attempted again in each of `rounds` steps in a row; a batch is split into
     `minibatches` of whole groups, one update each, and read `epochs` times.  `teachers` are external policies by name; one over
     the student's vocabulary is given as many embedding rows as the student has.
-    `dtype` is what the models compute in; parameters and the optimizer stay float32.  `teacher_dtype`, if it is given, is
-    what teachers compute in and what their parameters are kept in.  `remat` and `scan` are those of
+    `dtype` is what the models compute in, `params_dtype` what the student's weights are kept in: float32, or bfloat16 with the
+    rest of each number in the optimizer's state (`sdjax.engine.master_weights`); adapters stay float32.  `teacher_dtype`, if it
+    is given, is what teachers compute in and what their parameters are kept in.  `remat` and `scan` are those of
     `Transformer`: less memory for more time, and less compiling for more memory.  `memory` is what a device may give
     ("auto" looks, "off" does not, "12GB" says): by it a run chooses `remat` and the sizes of `shapes` that are `None`.
     `reduce` averages the terms that
@@ -78,6 +81,7 @@ class Experiment:
     epochs: int = 1
     seed: int = 0
     dtype: Any = jnp.float32
+    params_dtype: Any = jnp.float32
     memory: str = "auto"
     remat: bool | None = None
     scan: bool = False
@@ -106,6 +110,7 @@ class Experiment:
     def __post_init__(self):
         check_numbers({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         check_numbers({f.name: getattr(self.shapes, f.name) for f in dataclasses.fields(self.shapes)})
+        check_params_dtype(self.params_dtype)
         if not self.task.train:
             raise ExperimentError(f"task {self.task.name} has no training examples")
         if self.keep_best and not (self.evaluation and self.evaluate_every and self.save_every):
@@ -114,6 +119,12 @@ class Experiment:
         check_groups(self)
         check_views(self)
         object.__setattr__(self, "teachers", over_shared_ids(self.teachers, self.student))
+
+
+def check_params_dtype(dtype: Any) -> None:
+    """Raises `ExperimentError` for a type that parameters are not kept in."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ExperimentError(f"params_dtype={jnp.dtype(dtype)}: expected float32 or bfloat16")
 
 
 def check_groups(experiment: Experiment) -> None:
@@ -218,23 +229,23 @@ def frozen_and_trained(experiment: Experiment) -> tuple[dict[str, Any], Any]:
     Nothing and the student's parameters; with `lora` the frozen weights and the first adapters.
     """
     student, lora = experiment.student, experiment.lora
+    params = kept_in(student.params, experiment.params_dtype)
     if lora is None:
-        return {}, student.params
-    frozen = adapters.base(student.config, student.params, lora)
+        return {}, params
+    frozen = adapters.base(student.config, params, lora)
     return {adapters.BASE: frozen}, adapters.initial(student.config, lora, jax.random.key(experiment.seed))
 
 
 def initial_state(experiment: Experiment, params: Any) -> State:
     """The state before the first step.  Snapshots start as copies of `params`, which are read once if they lie in files."""
-    params, start = own_parameters(params), experiment.optimizer.init
-    copy = lambda: jax.tree.map(jnp.array, params)
+    params, start = own_parameters(params), functools.partial(master_weights.initial, experiment.optimizer)
     if current() is not None:  # split from the start: no device could hold it whole
-        start = jax.jit(lambda params: constrain_parameters(experiment.optimizer.init(params)))
+        start = jax.jit(lambda params: constrain_parameters(master_weights.initial(experiment.optimizer, params)))
     return State(
         step=place_whole(jnp.zeros((), jnp.int32)),
         params=params,
         opt_state=start(params),
-        snapshots={name: copy() for name in experiment.method.snapshots},
+        snapshots={name: begun(rule, params) for name, rule in experiment.method.snapshots.items()},
         key=place_whole(jax.random.key(experiment.seed)),
     )
 
@@ -290,7 +301,8 @@ def make_update(
         return reduce_terms(terms, batch.mask & batch.valid[:, None], reduce)
 
     def update(params, opt_state, others, batch, step):
-        (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, others, batch, step)
+        read = master_weights.wide(params)
+        (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(read, others, batch, step)
         grads = constrain_parameters(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -303,8 +315,7 @@ def make_update(
         return params, opt_state, Outcome(value, terms, norm, finite, useful)
 
     def apply(params, opt_state, grads):
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return master_weights.stepped(optimizer, grads, opt_state, params)
 
     return jax.jit(update, donate_argnums=(0, 1))
 

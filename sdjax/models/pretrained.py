@@ -141,10 +141,10 @@ def save(
 
 
 def kept_in(params: dict, dtype: Any) -> dict:
-    """Parameters in another floating type, on the host; as they are for `None`."""
+    """Parameters in another floating type, on the host; as they are for `None`, and where they are of that type."""
     if dtype is None:
         return params
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params)
 
 
 # ---- transformers folders -----------------------------------------------------------------------------------------

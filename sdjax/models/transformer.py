@@ -47,7 +47,7 @@ def of_all_layers(usages: Sequence[Usage | None]) -> Usage | None:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.  Parameters are float32; `dtype` is what it computes in.
+    """A decoder-only language model.  `dtype` is what it computes in, whatever its parameters are kept in.
 
     `remat` recomputes each block in the backward pass: memory for one block's activations instead of all, for one more
     forward pass of the blocks.  `scan` compiles one period of layers and loops over it, where nothing is decoded: programs

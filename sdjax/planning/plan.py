@@ -25,14 +25,15 @@ from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
 from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.devices.platforms import on_nvidia
-from sdjax.engine import sketch, train
+from sdjax.engine import optimizers, sketch, train
 from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.needs import gradient_bytes, laid_beside, parameters_of
 from sdjax.engine.tokens import Shapes
 from sdjax.errors import nearest
 from sdjax.models.attention import prefixes
 from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.presets import PRESETS
-from sdjax.models.transformer import Transformer, empty_cache, initialise
+from sdjax.models.transformer import Transformer, empty_cache
 from sdjax.planning import chips, flops, gpus, traffic
 from sdjax.planning.chips import Chip, PlanError
 from sdjax.types import Batch, Method, Objective
@@ -78,18 +79,6 @@ def model_config(name: str) -> ModelConfig:
         f"model={name}: there is no such shape{nearest(name, list(PRESETS))}: expected {', '.join(PRESETS)}, or a "
         "folder with a config.json"
     )
-
-
-def shapes_of(network: Transformer) -> Any:
-    """Shapes of a network's parameters."""
-    return jax.eval_shape(lambda: initialise(network, jax.random.key(0)))
-
-
-def laid_state(method: Method, network: Transformer, optimizer: optax.GradientTransformation) -> tuple[Any, Any, dict]:
-    """Shapes of the parameters, the optimizer's state and the snapshots, split by the rules."""
-    params = laid_parameters(shapes_of(network))
-    opt_state = laid_parameters(jax.eval_shape(optimizer.init, params))
-    return params, opt_state, dict.fromkeys(method.snapshots, params)
 
 
 # ---- compiling --------------------------------------------------------------------------------------------------------
@@ -147,6 +136,9 @@ def plan(
     rows_per_chunk: int | None = None,
     tokens_per_chunk: int | None = 512,
     bf16: bool = True,
+    params_dtype: optimizers.Type = "float32",
+    optimizer: optimizers.Name = "adamw",
+    first_moment_dtype: optimizers.Type = "float32",
     remat: bool = True,
     scan: bool = False,
     quick: bool = False,
@@ -165,7 +157,10 @@ def plan(
       completion: tokens of an attempt.
       rows_per_chunk: rows whose activations are held at once, on each device of the data axis.
       tokens_per_chunk: positions whose logits are held at once, likewise.
-      bf16: compute in bfloat16; parameters and the optimizer stay float32.
+      bf16: compute in bfloat16.
+      params_dtype: what the parameters are kept in; with bfloat16 the rest of each number is part of the optimizer's state.
+      optimizer: adamw, or adafactor, which keeps nearly nothing.
+      first_moment_dtype: the type of AdamW's first moment.
       remat: recompute blocks in the backward pass.
       scan: loop over the layers: deep models compile many times faster, for a copy of the parameters and gradients.
       quick: let the compiler for TPUs optimise little: three times as fast; the program overlaps less and so needs less
@@ -185,7 +180,8 @@ def plan(
         networks[TEACHER] = network(teacher_config(teacher, built, config))
     shapes = Shapes(context, completion, prompts * rows, rows_per_chunk, tokens_per_chunk)
     with sharding.on(over):
-        return compiled_plan(built, networks, batch, shapes, prompts, rows, quick)
+        chosen = optimizers.chosen(optimizer, 1e-6, first_moment=first_moment_dtype)
+        return compiled_plan(built, networks, chosen, jnp.dtype(params_dtype), batch, shapes, prompts, rows, quick)
 
 
 PADDING = 0.01
@@ -250,20 +246,26 @@ def costliest(method: Method) -> list[Objective]:
 def compiled_plan(
     method: Method,
     networks: Mapping[str, Transformer],
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
     batch: Any,
     shapes: Shapes,
     prompts: int,
     rows: int,
     quick: bool = False,
 ) -> Plan:
-    """The plan on the entered mesh, of a batch of `prompts` x `rows`; `networks` by the name of their policy."""
+    """The plan on the entered mesh, of a batch of `prompts` x `rows`; `networks` by the name of their policy.
+
+    `dtype` is what the student's parameters are kept in.
+    """
     mesh = jax.sharding.get_mesh()
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
     network, size = networks["live"], programs.bytes_on_device
-    params, opt_state, snapshots = laid_state(method, network, optimizer)
+    params = laid_parameters(parameters_of(network.config, dtype))
+    opt_state, snapshots = laid_beside(method, optimizer, params)
     state = {"parameters": size(params), "optimizer": size(opt_state), "snapshots": size(snapshots)}
     others = {
-        name: laid_parameters(shapes_of(networks[name])) for name in networks.keys() - snapshots.keys() - {"live"}
+        name: laid_parameters(parameters_of(networks[name].config))
+        for name in networks.keys() - snapshots.keys() - {"live"}
     }
     state |= {name: size(tree) for name, tree in others.items()}
     device, chip = chips.chip_of(mesh.devices.flat[0])
@@ -287,7 +289,7 @@ def compiled_plan(
         devices=mesh.size,
         state=state,
         updates=updates,
-        gradients=size(params),
+        gradients=gradient_bytes(params),
         sampler=sampler,
         cache=own + before,
         decoding=decoding + before + own * (1.0 if on_nvidia() else share_read(shapes.completion)),

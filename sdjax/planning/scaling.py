@@ -12,11 +12,12 @@ import optax
 
 from sdjax.cli.options import Choice
 from sdjax.devices import programs, sharding
-from sdjax.devices.layout import laid_rows, laid_whole
+from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.engine import sketch, train
+from sdjax.engine.needs import laid_beside, parameters_of
 from sdjax.engine.tokens import Shapes
 from sdjax.models.transformer import Transformer
-from sdjax.planning.plan import costliest, laid_state, model_config, self_taught
+from sdjax.planning.plan import costliest, model_config, self_taught
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For machine code that never runs; the exchanges are decided before."""
@@ -72,7 +73,8 @@ def scaling(
 def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: tuple[int, int], prompts: int) -> Row:
     """The cost of all updates of the costliest batch on the entered mesh."""
     optimizer = optax.adamw(1e-6)
-    params, opt_state, snapshots = laid_state(method, network, optimizer)
+    params = laid_parameters(parameters_of(network.config))
+    opt_state, snapshots = laid_beside(method, optimizer, params)
     networks = dict.fromkeys(("live", *method.snapshots), network)
     flops, exchanged = 0.0, {}
     for objective in costliest(method):

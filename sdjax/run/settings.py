@@ -11,7 +11,7 @@ import optax
 
 from sdjax.devices.memory import parsed
 from sdjax.devices.sharding import mesh_shape
-from sdjax.engine import routers
+from sdjax.engine import optimizers, routers
 from sdjax.engine.sensible import check_numbers
 from sdjax.engine.tokens import Shapes, refuse, shorten
 from sdjax.engine.train import Experiment
@@ -42,7 +42,12 @@ class Settings:
     """
 
     model: str = option("smollm2", "model", "a hub name, a folder in the transformers format, or smollm2 (embedded)")
-    bf16: bool = option(False, "model", "compute in bfloat16; parameters stay float32")
+    bf16: bool = option(False, "model", "compute in bfloat16; parameters are kept as --params-dtype says")
+    params_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "model",
+        "what the weights are kept in; bfloat16: the rest of each float32 number is kept with the optimizer, none is lost",
+    )
     lora_rank: int = option(
         0, "model", "train adapters of this rank on frozen weights; 0 trains the weights themselves"
     )
@@ -102,9 +107,15 @@ class Settings:
     rounds: int = option(1, "training", "batches in a row with the same problems and fresh attempts (RESD uses 4)")
     minibatches: int = option(1, "training", "updates per batch, each on whole groups")
     epochs: int = option(1, "training", "times that each batch is read")
-    lr: float = option(1e-6, "training", "peak learning rate of AdamW; adapters usually want a larger one")
+    lr: float = option(1e-6, "training", "peak learning rate; adapters usually want a larger one")
+    optimizer: Literal["adamw", "adafactor"] = option(
+        "adamw", "training", "adafactor keeps sums of rows and columns in place of two moments: nearly no memory"
+    )
+    first_moment_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "training", "the type of AdamW's first moment: bfloat16 takes 2 bytes per parameter less"
+    )
     warmup: int = option(0, "training", "steps of linear rise to the peak learning rate")
-    weight_decay: float = option(0.01, "training", "decoupled weight decay of AdamW")
+    weight_decay: float = option(0.01, "training", "decoupled weight decay")
     clip_norm: float = option(1.0, "training", "largest norm of the gradient; a larger gradient is scaled down")
     router_aux: float = option(
         0.0,
@@ -215,12 +226,14 @@ class Settings:
         few |= {"keep_best": False}
         return dataclasses.replace(self, **few)
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW after clipping by the global norm; the learning rate rises linearly to `lr`, then stays."""
+    def chosen_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer after clipping by the global norm; the learning rate rises linearly to `lr`, then stays."""
         first = self.lr / max(self.warmup, 1)
         rate = optax.schedules.warmup_constant_schedule(first, self.lr, self.warmup) if self.warmup else self.lr
-        clip = optax.clip_by_global_norm(self.clip_norm)
-        return optax.chain(clip, optax.adamw(rate, weight_decay=self.weight_decay))
+        moment = {"first_moment": self.first_moment_dtype}
+        return optimizers.chosen(
+            self.optimizer, rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm, **moment
+        )
 
     def shapes(self) -> Shapes:
         """The sizes that programs are compiled for."""
@@ -251,10 +264,11 @@ class Settings:
         chosen = {
             **{name: getattr(self, name) for name in same},
             "log": tuple(trackers.chosen(self.log)),
-            "optimizer": self.optimizer(),
+            "optimizer": self.chosen_optimizer(),
             "shapes": self.shapes(),
             "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,
             "router": routers.chosen(self.router_aux, self.router_z),
+            "params_dtype": jnp.dtype(self.params_dtype),
             "lora": adapters.chosen(self.lora_rank, self.lora_base),
             "export_dtype": None if self.export_dtype == "original" else self.export_dtype,
             "mesh": mesh_shape(self.mesh),

@@ -13,6 +13,7 @@ from sdjax.cli.options import Choice
 from sdjax.devices import platforms, programs, sharding
 from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.needs import parameters_of
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import attention
 from sdjax.models import cudnn as cudnn_attention
@@ -35,7 +36,7 @@ def sampler():
     """The text of the tiny sampler in bfloat16 on eight GPUs along the data axis, and its model."""
     model = Transformer(from_hf(GOLDEN), jnp.bfloat16)
     with sharding.on(chips.mesh_of(TOPOLOGY, "8x1")):
-        params = laid_parameters(plan.shapes_of(model))
+        params = laid_parameters(parameters_of(model.config))
         tokens = jax.ShapeDtypeStruct((DEVICES, CONTEXT), jnp.int32)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS))
         contexts = laid_rows((tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)))

@@ -63,7 +63,7 @@ def test_a_budget_that_is_no_size_is_refused_at_once():
 
 def first_step(settings, gradient, weight=2.0):
     """What the optimizer makes of a gradient, for a single weight."""
-    optimizer, params = settings.optimizer(), jnp.float32(weight)
+    optimizer, params = settings.chosen_optimizer(), jnp.float32(weight)
     state, moved = optimizer.init(params), []
     for _ in range(3):
         update, state = optimizer.update(jnp.float32(gradient), state, params)
@@ -83,7 +83,7 @@ def test_the_learning_rate_rises_over_the_warmup():
 def test_weight_decay_and_clipping_are_as_chosen():
     decayed = dataclasses.replace(Settings(), lr=0.1, weight_decay=0.5)
     assert first_step(decayed, 0.5)[0] == pytest.approx(-0.1 - 0.1 * 0.5 * 2.0, abs=1e-4)
-    clip = dataclasses.replace(Settings(), clip_norm=1e-3).optimizer()
+    clip = dataclasses.replace(Settings(), clip_norm=1e-3).chosen_optimizer()
     moments = clip.update(jnp.float32(5.0), clip.init(jnp.float32(0.0)), jnp.float32(0.0))[1]
     assert max(abs(float(x)) for x in jax.tree.leaves(moments)) == pytest.approx(
         1.0

@@ -123,7 +123,7 @@ def update(method, environment):
         method=method,
         task=Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity),
         student=tiny.pretrained(),
-        optimizer=Settings(lr=1e-2).optimizer(),
+        optimizer=Settings(lr=1e-2).chosen_optimizer(),
         shapes=tiny.SHAPES,
         teachers={"teacher": tiny.pretrained(1)},
     )
