@@ -487,6 +487,7 @@ def run_of_little_state(layout, folder):
         evaluation=0,
         export=False,
         params_dtype=jnp.bfloat16,
+        memory="off",
         mesh=sharding.mesh_shape(layout),
     )
     state = fit(experiment, folder).state

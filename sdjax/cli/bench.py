@@ -20,6 +20,7 @@ from sdjax.devices.memory import MemoryShortage
 from sdjax.engine import needs, train
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import row_keys
+from sdjax.engine.snapshots import frozen_snapshots
 from sdjax.engine.tokens import Shapes, collate, encode_context, left_pad
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import pretrained
@@ -80,6 +81,7 @@ class Step(NamedTuple):
     student: Any  # without parameters: the state is a copy
     networks: dict[str, Any]
     state: train.State
+    teacher: dict[str, Any]  # the frozen snapshot
     method: Any
     optimizer: optax.GradientTransformation
     shapes: Shapes
@@ -97,7 +99,8 @@ def a_step(model: str, prompts: int, group: int, shapes: Shapes, dtype: Any, rem
     experiment = train.Experiment(method, task, student, optimizer, shapes, prompts=prompts, dtype=dtype, remat=remat)
     check_room("the state", sum(needs.state_of(experiment).parts().values()), "take a smaller --model")
     networks, state = train.models(experiment), train.initial_state(experiment, student.params)
-    return Step(student._replace(params=None), networks, state, method, optimizer, shapes, examples)
+    teacher = frozen_snapshots(method, student.params)
+    return Step(student._replace(params=None), networks, state, teacher, method, optimizer, shapes, examples)
 
 
 def check_room(what: str, needed: float, instead: str) -> None:
@@ -153,7 +156,7 @@ def learner(step: Step, batch: Batch) -> Callable[[int], Any]:
 
     def learn(_: int) -> Any:
         nonlocal params, opt_state
-        params, opt_state, outcome = update(params, opt_state, step.state.snapshots, batch, step.state.step)
+        params, opt_state, outcome = update(params, opt_state, step.teacher, batch, step.state.step)
         return outcome, params
 
     return learn

@@ -21,8 +21,8 @@ from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
 from sdjax.devices.sharding import DATA, MODEL, axis_size
 from sdjax.engine import master_weights, train
 from sdjax.engine.generate import Sampling, generate
-from sdjax.engine.policies import begun
 from sdjax.engine.score import policies_of, row_units
+from sdjax.engine.snapshots import begun
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.models import adapters

@@ -303,23 +303,24 @@ def occasion(rule: Callable) -> str:
     return "batch"
 
 
-def begun(rule: Callable, params: Any) -> Any:
-    """What a snapshot is before the first step: a copy of the parameters, in float32 if its rule averages."""
-    averages = isinstance(rule, Follows) and rule.averages
-    return jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32) if averages else None), params)
-
-
 def frozen() -> Callable:
-    """A snapshot that stays what it was at the start."""
-    return lambda live, old, step: old
+    """A snapshot that stays what it was at the start: a run then keeps one copy of the start, and saves none."""
+    return unchanged
+
+
+def unchanged(live: Any, old: Any, step: Array) -> Any:
+    """The rule of `frozen`."""
+    return old
 
 
 def ema(rate: float, *, every_update: bool = False) -> Callable:
-    """An exponential moving average: `new = (1 - rate) old + rate live`.  Rate 1 is live, 0 is frozen.
+    """An exponential moving average: `new = (1 - rate) old + rate live`.  Rate 1 is live, 0 is `frozen`.
 
     Once per batch, as in SDPO (arXiv:2601.20802), or after every update, as in SDFT (arXiv:2601.19897).  Skipped updates
     do not move it, as in the official code of MOPD (arXiv:2605.12652).
     """
+    if rate == 0:
+        return frozen()
     average = lambda live, old, step: jax.tree.map(lambda a, b: (1.0 - rate) * b + rate * a.astype(b.dtype), live, old)
     return Follows(average, every_update, averages=True)
 

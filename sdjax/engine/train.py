@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -27,11 +27,12 @@ from sdjax.devices.sharding import (
     place_whole,
 )
 from sdjax.engine import master_weights, routers
-from sdjax.engine.policies import begun
+from sdjax.engine.policies import unchanged
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.routers import Router
 from sdjax.engine.score import ROUTERS, policies_of, token_signals
 from sdjax.engine.sensible import ExperimentError, check_numbers
+from sdjax.engine.snapshots import begun
 from sdjax.engine.tokens import Shapes, member_of
 from sdjax.engine.vocabulary import difference, limited, same_vocabulary, with_rows
 from sdjax.kernels.reductions import Reducer, reduce_terms, token_mean
@@ -204,7 +205,7 @@ adaptive optimizer would scale it up to whole steps in random directions."""
 
 @flax.struct.dataclass
 class State:
-    """What an update changes: a pytree, saved and restored whole."""
+    """What an update changes: a pytree, saved and restored whole.  `snapshots` are those that are not the start for good."""
 
     step: Array  # [] int32: batches trained on
     params: Any
@@ -237,7 +238,10 @@ def frozen_and_trained(experiment: Experiment) -> tuple[dict[str, Any], Any]:
 
 
 def initial_state(experiment: Experiment, params: Any) -> State:
-    """The state before the first step.  Snapshots start as copies of `params`, which are read once if they lie in files."""
+    """The state before the first step, without the snapshots that are `frozen`: those are `params` for good.
+
+    Others start as copies of `params`, which are read once if they lie in files.
+    """
     params, start = own_parameters(params), functools.partial(master_weights.initial, experiment.optimizer)
     if current() is not None:  # split from the start: no device could hold it whole
         start = jax.jit(lambda params: constrain_parameters(master_weights.initial(experiment.optimizer, params)))
@@ -245,7 +249,7 @@ def initial_state(experiment: Experiment, params: Any) -> State:
         step=place_whole(jnp.zeros((), jnp.int32)),
         params=params,
         opt_state=start(params),
-        snapshots={name: begun(rule, params) for name, rule in experiment.method.snapshots.items()},
+        snapshots={n: begun(rule, params) for n, rule in experiment.method.snapshots.items() if rule is not unchanged},
         key=place_whole(jax.random.key(experiment.seed)),
     )
 
@@ -332,19 +336,3 @@ def minibatches(batch: Batch, parts: int) -> Iterator[Batch]:
     for part in range(parts):
         dealt = lambda x: x.reshape(groups, len(x) // groups, *x.shape[1:])[part::parts]  # noqa: B023
         yield jax.tree.map(lambda x: dealt(x).reshape(-1, *x.shape[1:]), batch)  # noqa: B023
-
-
-def refresh_snapshots(
-    method: Method, names: Sequence[str] | None = None
-) -> Callable[[Any, Mapping[str, Any], Array], dict[str, Any]]:
-    """The compiled rules of a method's snapshots: `(live params, snapshots, step)` -> snapshots, which are donated.
-
-    Those of other `names` (default: all) stay what they are.
-    """
-
-    def refreshed(live, snapshots, step):
-        chosen = method.snapshots if names is None else names
-        new = {name: constrain_parameters(method.snapshots[name](live, snapshots[name], step)) for name in chosen}
-        return {**snapshots, **new}
-
-    return jax.jit(refreshed, donate_argnums=1)

@@ -71,10 +71,10 @@ def open_run(run: Run, model: str = "", teacher: str = "") -> Reader:
         raise ReportError(f"{run.folder} has no model/ and does not say what it trained: name a model with --model")
     with places.to_read(places.place(name)) if name == str(own) else contextlib.nullcontext(name) as here:
         config, whole, tokenizer, _ = pretrained.load(here)
-    params, step, _ = checkpoint.saved_parameters(run.folder / "checkpoints")
+    params, step, host = checkpoint.saved_parameters(run.folder / "checkpoints")
     if "lora" in params["live"] and name == str(own):
         params["live"] = whole  # exported with the adapters folded in
-    params = fitting(params, whole)
+    params = fitting({**started_with(run, host), **params}, whole)
     if "live" not in params:
         raise ReportError(
             f"{run.folder}/checkpoints has other parameters than {name} (another model, or adapters alone): name the model "
@@ -90,6 +90,13 @@ def open_run(run: Run, model: str = "", teacher: str = "") -> Reader:
         wanted = {name for line in run.rollouts for name in line["policies"].values()}
         params |= {name: told.params for name in wanted - {*params}}
     return Reader(limited(Transformer(config), tokenizer), params, tokenizer, objective_of(run.arguments), step)
+
+
+def started_with(run: Run, host: Mapping[str, Any]) -> dict[str, Any]:
+    """The policies that are the model that a run began with: they are read from there, for checkpoints do not hold them."""
+    read = {name for line in run.rollouts for name in line["policies"].values()}
+    names = read & {*(host or {}).get("start", {}).get("names", ())}
+    return dict.fromkeys(names, pretrained.load(run.arguments["model"]).params) if names else {}
 
 
 def fitting(params: Mapping[str, Any], whole: Any) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdjax.collect import remembered
@@ -15,6 +18,7 @@ from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.lengths import fitted
 from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion
+from sdjax.engine.snapshots import frozen_snapshots, refresh_snapshots
 from sdjax.engine.tokens import collate
 from sdjax.engine.train import Experiment, Outcome
 from sdjax.models import adapters, pretrained
@@ -39,6 +43,8 @@ class Learner:
         self.models = train.models(experiment)
         self.base, start = train.frozen_and_trained(experiment)
         self.base_checksum = adapters.fingerprint(experiment.student.params, experiment.lora) if self.base else None
+        self.start = frozen_snapshots(experiment.method, start)
+        start = next(iter(self.start.values()), start)  # what lies in files is read once
         self.state = train.initial_state(experiment, start)
         arrays = checkpoint.arrays_of(self.state)
         processes.by_first(lambda: checkpoint.check_space(self.folder, arrays))
@@ -61,13 +67,12 @@ class Learner:
             for o in experiment.method.objectives
         ]
         occasions = {
-            when: [n for n, r in experiment.method.snapshots.items() if occasion(r) == when] for when in OCCASIONS
+            when: [n for n in self.state.snapshots if occasion(experiment.method.snapshots[n]) == when]
+            for when in OCCASIONS
         }
-        self.rules = {
-            when: train.refresh_snapshots(experiment.method, names) for when, names in occasions.items() if names
-        }
+        self.rules = {when: refresh_snapshots(experiment.method, names) for when, names in occasions.items() if names}
         gated = {n: r for n, r in experiment.method.snapshots.items() if occasion(r) == "gate"}
-        self.gates = {n: (r.open, train.refresh_snapshots(experiment.method, [n])) for n, r in gated.items()}
+        self.gates = {n: (r.open, refresh_snapshots(experiment.method, [n])) for n, r in gated.items()}
         self.skipped_in_a_row, self.skipped = 0, 0
         self.lengths: dict[str, float] = {}
 
@@ -75,12 +80,26 @@ class Learner:
         """Begins with the parameters of another run's checkpoint; snapshots begin as copies of them."""
         params = parameters(start, self.state.params, self.base_checksum)
         self.state = train.initial_state(self.experiment, params)
+        self.save_start(params)
+
+    def save_start(self, params: Any) -> None:
+        """Makes the frozen snapshots copies of `params` and saves them from now on: they are not the model's own weights."""
+        own = {name: jax.tree.map(jnp.array, params) for name in self.start}
+        self.start, self.state = {}, self.state.replace(snapshots={**self.state.snapshots, **own})
+
+    @functools.cached_property
+    def start_checksum(self) -> int | None:
+        """A number that changes with any bit of the frozen snapshots that are not saved; `None` where there are none."""
+        if not self.start:
+            return None
+        marks = digests.digests(next(iter(self.start.values())))
+        return zlib.crc32(repr(sorted((name, int(x)) for name, x in jax.device_get(marks).items())).encode())
 
     # ---- policies -----------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Any]:
         """Parameters of every policy but the live one."""
-        return {**self.base, **self.teachers, **self.state.snapshots}
+        return {**self.base, **self.teachers, **self.start, **self.state.snapshots}
 
     def environment(self) -> Environment:
         """What `collect` may use now."""

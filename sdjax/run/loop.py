@@ -221,6 +221,7 @@ class Run(Learner):
             "skipped": [self.skipped, self.skipped_in_a_row],
             "before": None if self.before is None else list(self.before[:4]),
             "base": self.base_checksum,
+            "start": {"names": sorted(self.start), "checksum": self.start_checksum},
             "scores": sorted(self.scores.items()),
             "watch": self.watch.remembered(),
         }
@@ -232,11 +233,18 @@ class Run(Learner):
 
     def restore(self) -> int:
         """Goes back to the newest checkpoint; returns its step."""
+        if self.start and checkpoint.has_snapshots(self.folder / "checkpoints", self.start):
+            self.save_start(self.state.params)
         self.state, host = checkpoint.restore(self.folder / "checkpoints", self.state)
         if host.get("base") != self.base_checksum:
             raise RunError(
                 f"{self.folder}: its adapters were trained on other weights, or with other options of Lora, than those "
                 "given now: resume with the model and the options that it began with"
+            )
+        if host.get("start", {}).get("checksum") != self.start_checksum:
+            raise RunError(
+                f"{self.folder}: its policy {' and '.join(sorted(self.start))} is the model that it began with, and the "
+                "weights given now are others: resume with the model that it began with"
             )
         self.memory = remembered.like(host["memory"], self.memory)
         self.prompts.go_to(host["position"])

@@ -19,7 +19,7 @@ def test_an_update_costs_what_is_counted(tmp_path):
     batch = bench.written_batch(step, step.examples, 2)
     update = make_update(step.method.objectives[0], step.networks, step.optimizer, step.shapes)
     state = step.state
-    arguments = (state.params, state.opt_state, state.snapshots, batch, state.step)
+    arguments = (state.params, state.opt_state, step.teacher, batch, state.step)
     length = lambda view: batch.contexts[view].tokens.shape[1]
     counted = bench.update_flops(tiny.config(), 2, 2, length("student"), length("teacher"), tiny.SHAPES.completion)
     assert counted < product_flops(update.trace(*arguments).jaxpr) < 1.35 * counted

@@ -13,8 +13,9 @@ from engine.test_train import ADAMW, BATCHES, METHOD, TRAP, Learner, batch, mode
 
 from sdjax.engine import master_weights, optimizers, train
 from sdjax.engine.master_weights import Mastered, joined, split
-from sdjax.engine.policies import begun, ema, frozen, refresh
+from sdjax.engine.policies import ema, frozen, refresh
 from sdjax.engine.sensible import ExperimentError
+from sdjax.engine.snapshots import begun
 
 bits = lambda x: np.asarray(x).view(np.int32)
 

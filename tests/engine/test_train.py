@@ -14,6 +14,7 @@ from sdjax.engine import train
 from sdjax.engine.policies import ema, frozen, refresh
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.sensible import ExperimentError
+from sdjax.engine.snapshots import refresh_snapshots
 from sdjax.engine.tokens import Shapes, collate
 from sdjax.engine.train import Experiment
 from sdjax.engine.vocabulary import with_rows
@@ -218,7 +219,7 @@ def test_minibatches_hold_whole_groups():
 
 def test_snapshots_follow_their_rules():
     rules = {"frozen": frozen(), "ema": ema(0.25), "refresh": refresh(2)}
-    run = train.refresh_snapshots(Method(None, (), rules))
+    run = refresh_snapshots(Method(None, (), rules))
     snapshots = {name: {"w": jnp.full(2, 1.0)} for name in rules}
     seen = []
     for step, live in enumerate((2.0, 3.0, 4.0), start=1):

@@ -20,8 +20,10 @@ from safetensors.numpy import load_file
 
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices.sharding import parameter_specs
+from sdjax.engine import train
 from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import frozen
+from sdjax.engine.snapshots import frozen_snapshots
 from sdjax.engine.tokens import Shapes
 from sdjax.engine.train import Experiment
 from sdjax.methods.sdpo import sdpo
@@ -360,10 +362,12 @@ def test_a_resumed_run_is_the_same_run_and_needs_the_same_base(run, tmp_path):
 
 @needs_qwix
 def test_a_teacher_without_the_adapter_is_the_first_adapters_kept(tmp_path):
-    """On a quantised base, too: the frozen snapshot is the network as it was, at an adapter's size."""
+    """On a quantised base, too: the frozen snapshot is the network as it was, at an adapter's size, and is not saved."""
     lora = dataclasses.replace(LORA, base="int8")
-    result = fit(dataclasses.replace(experiment(2, lora=lora, ema=None), export=False), tmp_path / "run")
-    (teacher,) = result.state.snapshots.values()
+    own = dataclasses.replace(experiment(2, lora=lora, ema=None), export=False)
+    (teacher,) = frozen_snapshots(own.method, train.frozen_and_trained(own)[1]).values()
+    assert is_adapters(teacher)
+    assert fit(own, tmp_path / "run").state.snapshots == {}
     base = adapters.base(tiny.config(), tiny.pretrained().params, lora)
     off = jax.tree.map(jnp.zeros_like, teacher)
     close(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,20 @@ def restore(folder: str | os.PathLike, like: State, step: int | None = None) -> 
         raise CheckpointError(f"{error}; {offer(folder, step, tree)}") from error
     host = together(content["host"], segments.mappings(content.get(segments.FOLDER, segments.NONE), by_key))
     return State(**{**tree, "key": jax.random.wrap_key_data(tree["key"])}), host
+
+
+def has_snapshots(folder: str | os.PathLike, names: Collection[str]) -> bool:
+    """Whether the newest checkpoint, if it is whole, holds one of these snapshots."""
+    folder = absolute(folder)
+
+    def look() -> bool:
+        try:
+            paths = whole(folder, found(folder, None))["arrays"]
+        except CheckpointError:
+            return False
+        return any(path.startswith(f"snapshots/{name}/") for path in paths for name in names)
+
+    return by_first(look)
 
 
 def found(folder: Path, step: int | None) -> int:
