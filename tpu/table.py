@@ -31,6 +31,8 @@ class Row(NamedTuple):
     tokens_per_chunk: int = 256
     scan: bool = True
     quick: bool = True
+    params_dtype: str = "float32"
+    optimizer: str = "adamw"
 
     def options(self) -> dict[str, Any]:
         """The options of the command."""
@@ -38,11 +40,18 @@ class Row(NamedTuple):
 
     def command(self) -> str:
         """What prints this plan."""
+        standard = {name: self._field_defaults[name] for name in ("params_dtype", "optimizer")}
         words = [
             f"--{name.replace('_', '-')} {value}" if not isinstance(value, bool) else f"--{name}" * value
             for name, value in self.options().items()
+            if standard.get(name) != value
         ]
         return " ".join(["sdjax plan --method sdpo", *filter(None, words)])
+
+    def what(self) -> str:
+        """The model, and what is kept of it where that is not the standard."""
+        kept = [name for name in (self.params_dtype, self.optimizer) if name not in self._field_defaults.values()]
+        return ", ".join([self.model, *kept])
 
     def file(self) -> str:
         """Where the plan is kept."""
@@ -64,6 +73,8 @@ ROWS = (
     Row("v5p-32", "v5p:2x2x4", "8x2", "deepseek-r1-distill-qwen-7b", 32, 4096),
     Row("v5e-32", "v5e:4x8", "4x8", "olmo3-7b-instruct", 32, 512),
     Row("v5p-32", "v5p:2x2x4", "8x2", "olmo3-7b-instruct", 32, 4096),
+    Row("v5p-32", "v5p:2x2x4", "4x4", "qwen3-30b-a3b", 16, 1024, tokens_per_chunk=512),
+    Row("v5p-32", "v5p:2x2x4", "4x4", "gpt-oss-20b", 16, 1024, tokens_per_chunk=512),
 )
 """Cores count in the names of v5p slices, two per chip; chips in those of v5e."""
 
@@ -75,6 +86,10 @@ GPU_ROWS = (
     Row("8 H200", "h200:8", "8x1", "qwen3-8b", 16, 2048, tokens_per_chunk=2048, quick=False),
     Row("8 B200", "b200:8", "8x1", "qwen3-8b", 16, 2048, tokens_per_chunk=2048, quick=False),
     Row("2 x 8 H100", "h100:2x8", "16x1", "qwen3-8b", 32, 2048, tokens_per_chunk=2048, quick=False),
+    Row("8 H100", "h100:8", "2x4", "qwen3-30b-a3b", 8, 1024, 8, 512, True, False, "bfloat16", "adafactor"),
+    Row("2 x 8 H100", "h100:2x8", "4x4", "qwen3-30b-a3b", 16, 1024, 8, 512, True, False),
+    Row("8 H100", "h100:8", "2x4", "gpt-oss-20b", 8, 1024, 8, 512, True, False, "bfloat16", "adafactor"),
+    Row("2 x 8 H100", "h100:2x8", "4x4", "gpt-oss-20b", 16, 1024, 8, 512, True, False),
 )
 """Hosts of eight."""
 
@@ -96,7 +111,7 @@ def made(row: Row, folder: Path) -> dict[str, Any]:
 
 def cells(row: Row, found: dict[str, Any]) -> list[str]:
     """A row of the table."""
-    first = [row.slice, row.mesh, row.model, f"{row.prompts} x 8 x {row.completion}"]
+    first = [row.slice, row.mesh, row.what(), f"{row.prompts} x 8 x {row.completion}"]
     if "refused" in found:
         return [*first, *[""] * 6, f"no: {found['refused'].removeprefix(plan.TOO_LARGE + ': ')}"]
     made = verdict.from_json(found)

@@ -21,12 +21,20 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sdjax.engine.sensible import ExperimentError
+
 
 class Mastered(NamedTuple):
     """An optimizer's state beside bfloat16 parameters: `remainder` int16 (`None` at other parameters), and its own."""
 
     remainder: Any
     own: Any
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises `ExperimentError` for a type that parameters are not kept in."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ExperimentError(f"params_dtype={jnp.dtype(dtype)}: expected float32 or bfloat16")
 
 
 def is_short(x: Any) -> bool:

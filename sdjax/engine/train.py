@@ -111,7 +111,7 @@ class Experiment:
     def __post_init__(self):
         check_numbers({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         check_numbers({f.name: getattr(self.shapes, f.name) for f in dataclasses.fields(self.shapes)})
-        check_params_dtype(self.params_dtype)
+        master_weights.check_dtype(self.params_dtype)
         if not self.task.train:
             raise ExperimentError(f"task {self.task.name} has no training examples")
         if self.keep_best and not (self.evaluation and self.evaluate_every and self.save_every):
@@ -120,12 +120,6 @@ class Experiment:
         check_groups(self)
         check_views(self)
         object.__setattr__(self, "teachers", over_shared_ids(self.teachers, self.student))
-
-
-def check_params_dtype(dtype: Any) -> None:
-    """Raises `ExperimentError` for a type that parameters are not kept in."""
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ExperimentError(f"params_dtype={jnp.dtype(dtype)}: expected float32 or bfloat16")
 
 
 def check_groups(experiment: Experiment) -> None:

@@ -18,6 +18,7 @@ from sdjax.run.fit import fit
 from sdjax.run.folder import RunError
 from sdjax.run.interrupts import Interrupts
 from sdjax.run.loop import Run
+from sdjax.run.storage.mirror import Mirror
 
 pytestmark = pytest.mark.usefixtures("cached")
 SNAPSHOTS = {"initial": frozen(), "reference": frozen(), "average": ema(0.5)}
