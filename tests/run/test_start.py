@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from run.test_fit import experiment, method
-from sdjax.run.mirror import Mirror
 
 from sdjax.engine.policies import ema, frozen
 from sdjax.methods.opsd import opsd
