@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from sdjax.collect import remembered
 from sdjax.devices import processes, sharding
 from sdjax.engine import train
 from sdjax.engine.lengths import fitted
-from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion
+from sdjax.engine.policies import OCCASIONS, Environment, Policy, occasion, unchanged
 from sdjax.engine.snapshots import frozen_snapshots, refresh_snapshots
 from sdjax.engine.tokens import collate
 from sdjax.engine.train import Experiment, Outcome
@@ -32,12 +32,34 @@ from sdjax.run.storage.mirror import Mirror
 from sdjax.types import Batch, Rollout
 
 
+class Compiled(NamedTuple):
+    """What is compiled for a method: its updates, its snapshots' rules by occasion, and those that wait for a gate."""
+
+    updates: list[Callable]
+    rules: dict[str, Callable]
+    gates: dict[str, tuple[Callable[[Any], bool], Callable]]
+
+
+def programs_of(experiment: Experiment) -> Compiled:
+    """The programs of an experiment, and of every other with the same method, optimizer, shapes and models' shapes."""
+    method, models = experiment.method, train.models(experiment)
+    how = experiment.optimizer, experiment.shapes, experiment.reduce, experiment.router
+    moving = {n: rule for n, rule in method.snapshots.items() if rule is not unchanged}
+    occasions = {when: [n for n, rule in moving.items() if occasion(rule) == when] for when in OCCASIONS}
+    gated = {n: rule for n, rule in moving.items() if occasion(rule) == "gate"}
+    return Compiled(
+        [train.make_update(o, models, *how) for o in method.objectives],
+        {when: refresh_snapshots(method, names) for when, names in occasions.items() if names},
+        {n: (rule.open, refresh_snapshots(method, [n])) for n, rule in gated.items()},
+    )
+
+
 class Learner:
-    """The state, the host's memory, and the compiled programs."""
+    """The state, the host's memory, and the compiled programs, which several learners may share."""
 
     log: RunLog | NoLog
 
-    def __init__(self, experiment: Experiment, mirror: Mirror):
+    def __init__(self, experiment: Experiment, mirror: Mirror, programs: Compiled | None = None):
         self.mirror, self.folder = mirror, mirror.folder
         self.memory = as_restored(experiment.method.memory)
         self.models = train.models(experiment)
@@ -60,19 +82,7 @@ class Learner:
             teachers={name: without(teacher) for name, teacher in experiment.teachers.items()},
         )
         self.prompts = Prompts(experiment.task.train, experiment.prompts, experiment.seed, experiment.rounds)
-        self.updates = [
-            train.make_update(
-                o, self.models, experiment.optimizer, experiment.shapes, experiment.reduce, experiment.router
-            )
-            for o in experiment.method.objectives
-        ]
-        occasions = {
-            when: [n for n in self.state.snapshots if occasion(experiment.method.snapshots[n]) == when]
-            for when in OCCASIONS
-        }
-        self.rules = {when: refresh_snapshots(experiment.method, names) for when, names in occasions.items() if names}
-        gated = {n: r for n, r in experiment.method.snapshots.items() if occasion(r) == "gate"}
-        self.gates = {n: (r.open, refresh_snapshots(experiment.method, [n])) for n, r in gated.items()}
+        self.programs = programs or programs_of(experiment)
         self.skipped_in_a_row, self.skipped = 0, 0
         self.lengths: dict[str, float] = {}
 
@@ -135,7 +145,7 @@ class Learner:
     def train_on(self, step: int, batch: Batch) -> dict[str, float]:
         """All updates of one batch; returns what the batch looks like and the updates' mean numbers."""
         e, outcomes = self.experiment, []
-        due = [(o, u) for o, u in zip(e.method.objectives, self.updates, strict=True) if o.due(step)]
+        due = [(o, u) for o, u in zip(e.method.objectives, self.programs.updates, strict=True) if o.due(step)]
         for (_, update), _ in itertools.product(due, range(e.epochs)):
             for part in train.minibatches(batch, e.minibatches):
                 outcomes.append(self.update(update, part))
@@ -163,13 +173,13 @@ class Learner:
 
     def renew(self, when: str) -> None:
         """Applies the rules of the snapshots that are due on an occasion."""
-        if when in self.rules:
-            snapshots = self.rules[when](self.state.params, self.state.snapshots, self.state.step)
+        if when in self.programs.rules:
+            snapshots = self.programs.rules[when](self.state.params, self.state.snapshots, self.state.step)
             self.state = self.state.replace(snapshots=snapshots)
 
     def renew_gated(self) -> None:
         """Applies the rules of the snapshots whose gate is open; the others stay what they are, bit for bit."""
-        for is_open, rule in self.gates.values():
+        for is_open, rule in self.programs.gates.values():
             if is_open(self.memory):
                 snapshots = rule(self.state.params, self.state.snapshots, self.state.step)
                 self.state = self.state.replace(snapshots=snapshots)
