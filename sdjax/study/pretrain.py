@@ -28,14 +28,16 @@ def rows(tokenizer: Any, texts: Iterator[tuple[Messages, str]], most: int) -> It
             yield before + after, len(before)
 
 
-def batches(examples: Iterator[tuple[list[int], int]], tokens: int, most: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    examples: Iterator[tuple[list[int], int]], tokens: int, most: int, least: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
     """Batches of rows of about the same length, about `tokens` tokens each: few shapes and little padding.
 
-    A batch has `tokens`, `present` and `trained`, all `[B, S]`; the chat is read and not trained.
+    Rows are padded to `least` tokens or more: fewer shapes, more padding.  A batch has `tokens`, `present` and `trained`, all `[B, S]`; the chat is read and not trained.
     """
     waiting: dict[int, list] = {}
     for ids, start in examples:
-        size = bucket(len(ids), most)
+        size = bucket(max(len(ids), least), most)
         queue = waiting.setdefault(size, [])
         queue.append((ids, start))
         if len(queue) == max(1, tokens // size):

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
-import os
 import random
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +22,6 @@ from sdjax.collect.contexts import (
     without_thinking,
 )
 from sdjax.collect.plans import with_plan
-from sdjax.devices.compilation import user_cache
 from sdjax.engine.policies import Policy, sample
 from sdjax.engine.train import Experiment
 from sdjax.methods.sdpo import peer_or_feedback
@@ -37,6 +31,7 @@ from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.run.settings import Settings
 from sdjax.study.arms import behaviour, trained
+from sdjax.study.bases import Texts, identity, made_once
 from sdjax.study.pretrain import batches, pretrain, rows
 from sdjax.study.tables import across, changes, gains, shares
 from sdjax.tasks import scratchpad
@@ -92,7 +87,7 @@ def told(example: Example, problem: Problem, kind: str, rng: random.Random) -> M
     return form(asked, text)
 
 
-def texts(seed: int) -> Iterator[tuple[Messages, str]]:
+def texts(seed: int) -> Texts:
     """Endless pre-training texts, `(chat, answer)`; no held-out question among them."""
     rng = random.Random(f"texts:{seed}")
     while True:
@@ -160,39 +155,14 @@ def base(
       report: called with the step and its loss now and then.
     """
     arguments = {"width": width, "layers": layers, "steps": steps, "tokens": tokens, "lr": lr, "seed": seed}
-    folder = cache_folder(cache) / f"scratchpad-{fingerprint(arguments)}"
-    if folder.is_dir():
-        return folder
-    tokenizer = word_tokenizer(words())
-    config = shape(len(tokenizer), width=width, layers=layers)
-    data = batches(rows(tokenizer, texts(seed), LONGEST), tokens, LONGEST)
-    params = pretrain(config, data, steps=steps, lr=lr, seed=seed, report=report)
-    keep(folder, Pretrained(config, params, tokenizer), arguments)
-    return folder
 
+    def make() -> Pretrained:
+        tokenizer = word_tokenizer(words())
+        config = shape(len(tokenizer), width=width, layers=layers)
+        data = batches(rows(tokenizer, texts(seed), LONGEST), tokens, LONGEST)
+        return Pretrained(config, pretrain(config, data, steps=steps, lr=lr, seed=seed, report=report), tokenizer)
 
-def cache_folder(cache: str = "") -> Path:
-    """Where base models are kept: `cache`, else `SDJAX_TESTBED`, else a folder in the user's cache folder."""
-    return Path(cache or os.environ.get("SDJAX_TESTBED") or user_cache() / "testbed")
-
-
-def fingerprint(arguments: Mapping[str, Any], sample: int = 100) -> str:
-    """A hash of the arguments and of the first texts: another grammar is another base model."""
-    said = [(chat[-1]["content"], text) for chat, text in itertools.islice(texts(arguments["seed"]), sample)]
-    return hashlib.sha256(json.dumps([arguments, words(), said], sort_keys=True).encode()).hexdigest()[:12]
-
-
-def keep(folder: Path, model: Pretrained, arguments: Mapping[str, Any]) -> None:
-    """Writes a model's folder, all or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".unfinished"))
-    try:
-        pretrained.save(unfinished, *model)
-        (unfinished / "testbed.json").write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
-        if not folder.is_dir():  # another process may have been faster, with the same model
-            os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return made_once("scratchpad", arguments, words(), lambda: texts(seed), make, cache)
 
 
 # ---- what the study's experiments share -----------------------------------------------------------------------------
@@ -210,7 +180,7 @@ def student(model: str = "", smoke: bool = False) -> tuple[Pretrained, str]:
     """The base model, or the one in a folder, and a hash of its parameters."""
     folder = Path(model) if model else base(**(SMOKE if smoke else {}))
     loaded = pretrained.load(folder)
-    return loaded, hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return loaded, identity(folder)
 
 
 def policy_of(base: Pretrained) -> Policy:
