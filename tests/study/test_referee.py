@@ -1,0 +1,206 @@
+"""The referee: its base models' texts, runs that share programs, what is measured, and that its commands run."""
+
+import dataclasses
+import importlib.util
+import itertools
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from sdjax.collect.contexts import question
+from sdjax.engine.policies import Policy
+from sdjax.engine.train import Experiment
+from sdjax.methods.sdpo import sdpo
+from sdjax.models import pretrained
+from sdjax.models.transformer import Transformer
+from sdjax.run.fit import fit
+from sdjax.study import blocks, referee, searchers
+from sdjax.study.claims import read_claims
+from sdjax.study.short_runs import ShortRuns
+from sdjax.tasks import search
+from sdjax.tasks.search import BARE, FILLER, GRAMMARS, MARKED, SILENT
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "referee"
+SMALL = {"width": 16, "layers": 1, "steps": 1, "tokens": 128}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- base models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_authors_search_as_their_context_lets_them(grammar):
+    rows = {}
+    for chat, text in itertools.islice(searchers.texts(grammar, 0), 3000):
+        asked, _, said = chat[-1]["content"].partition("\n")
+        target, options = asked.split(" = ")[1].split(" mod ")[0], [int(x) for x in asked.split(" : ")[1].split()]
+        problem = search.Problem(int(target), tuple(options))
+        assert not search.held_out(problem)
+        kind = " ".join(said.split()[:2]) if said else "none"
+        rows.setdefault(kind, []).append((search.example(problem, ""), text))
+    right = {kind: np.mean([search.verify(e, t).reward for e, t in some]) for kind, some in rows.items()}
+    misses = {kind: np.mean([search.counts(e, t)["misses"] for e, t in some]) for kind, some in rows.items()}
+    assert rows.keys() == {"none", "one of", "keep 0", "keep 0.1", "keep 0.3", "keep 0.6"}
+    assert right["none"] < right["one of"] < min(right[k] for k in rows if "keep" in k) == 1.0
+    if grammar is not BARE:
+        assert misses["keep 0.6"] > misses["keep 0.3"] > misses["keep 0.1"]
+    assert misses["keep 0"] == 0
+
+
+def test_half_of_the_options_hold_the_solution():
+    for seed in range(50):
+        problem = search.draw(search.MORE_OPTIONS, random.Random(seed))
+        half = searchers.half(problem, random.Random(seed))
+        assert len(half) == 4 and search.solution_of(problem) in half
+        assert half == [x for x in problem.options if x in half]
+
+
+def test_a_teacher_is_told_the_same_whenever_it_is_asked():
+    example = search.search(train_size=1, test_size=1).train[0]
+    for context in searchers.CONTEXTS:
+        assert searchers.told(example, context, MARKED) == searchers.told(example, context, MARKED)
+    chat = searchers.told(example, searchers.ANSWERS[2], MARKED)
+    assert chat[-1]["content"].split("\n\n")[-2] == f"keep 0.3 : answer {example.answer}" == chat[-1]["privileged"]
+    assert searchers.told(example, searchers.NONE, MARKED) == question(example)
+
+
+def test_every_word_that_is_read_or_written_is_known():
+    known = {*searchers.words()}
+    for grammar in GRAMMARS:
+        for chat, text in itertools.islice(searchers.texts(grammar, 1), 300):
+            assert {*chat[-1]["content"].split(), *text.split()} <= known
+
+
+# ---- runs that share programs -------------------------------------------------------------------------------------
+
+
+def test_a_short_run_is_the_run_that_fit_makes(tmp_path):
+    """Two of them, the second with the programs of the first, end at the same bits as runs of their own."""
+    made = Experiment(
+        method=sdpo(group_size=2, ema_rate=0.05),
+        task=tiny.TASK,
+        student=tiny.pretrained(),
+        optimizer=optax.adam(1e-2),
+        shapes=tiny.SHAPES,
+        steps=3,
+        prompts=2,
+        evaluation=0,
+        save_every=0,
+        export=False,
+        log=(),
+        memory="off",
+    )
+    weights = lambda params: np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(params))])
+    runs = ShortRuns(made)
+    for seed in (0, 1):
+        rows = runs.measured(made.student, made.task, seed, lambda p: {"weights": weights(p.params)}, (0, 2, 3))
+        whole = fit(dataclasses.replace(made, seed=seed), tmp_path / str(seed))
+        assert [r["step"] for r in rows] == [0, 2, 3]
+        np.testing.assert_array_equal(rows[-1]["weights"], weights(whole.state.params))
+    compiled = [update._cache_size() for update in runs.programs.updates]
+    runs.measured(made.student, made.task, 0, lambda p: {}, (3,))
+    assert [update._cache_size() for update in runs.programs.updates] == compiled
+
+
+# ---- what is measured ---------------------------------------------------------------------------------------------
+
+
+def policy():
+    loaded = pretrained.load(searchers.base(MARKED, seed=0, **SMALL))
+    return Policy(Transformer(loaded.config), loaded.params, loaded.tokenizer, referee.SHAPES, origin=loaded.origin)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Base models of these tests are kept by no one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDJAX_TESTBED", str(tmp_path_factory.mktemp("testbed")))
+        yield
+
+
+def test_summaries_are_of_misses_trials_and_answers():
+    problem = search.Problem(5, (14, 38, 4, 31, 21))
+    examples = [search.example(problem, "")] * 2
+    found = referee.summary(examples, ["14 = 9 wait 38 = 4 answer 4", "31 = 5 answer 31"], [8, 6])
+    assert found == {
+        "accuracy": 0.5, "length": 7.0, "trials": 1.5, "misses": 1.0, "words": 0.5, "goes_on": 0.5, "honest": 1.0,
+        "confirmed": 0.5, "first_right": 0.5, "answers": 2,
+    }  # fmt: skip
+
+
+def test_where_a_search_stops_though_options_are_left():
+    example = search.example(search.Problem(5, (14, 38, 4, 31, 21)), "")
+    cut = {
+        "14 = 9 answer 38": "14 = 9",
+        "14 = 9 wait 38 = 4 answer 4": "14 = 9 wait 38 = 4",
+        "14 = 9 wait": "14 = 9",
+        "14 = 9 wait 31 = 5 answer 31": None,
+        "answer 14": None,
+        "14 = 9 38 = 4 4 = 1 31 = 4 21 = 8 answer 14": None,  # all were tried
+    }
+    assert {text: referee.stopped(example, text) for text in cut} == cut
+
+
+def test_no_search_stops_after_a_miss_where_words_are_forced():
+    examples = search.search(train_size=1, test_size=4).test
+    writer = policy()
+    texts = referee.with_forced_words(writer, examples, "wait", jax.random.key(0), most=30)
+    free = [s for (s,) in [[t] for t in texts]]
+    assert len(free) == 4
+    for example, text in zip(examples, texts, strict=True):
+        assert referee.stopped(example, text) is None or len(text.split()) > 30
+
+
+def test_a_teacher_that_reads_the_question_alone_is_the_student():
+    found = referee.read_by_teacher(policy(), MARKED, (searchers.NONE, searchers.ANSWERS[0]), 4, 0)
+    assert found.keys() == {"none 0", "answer 0"}
+    for numbers in found.values():
+        assert all(0.0 <= x <= 1.0 for x in numbers.values())
+
+
+# ---- arms, claims and commands ------------------------------------------------------------------------------------
+
+
+def test_every_claim_is_about_arms_and_measures_that_there_are():
+    measures = referee.summary([search.search().test[0]], ["answer 1"], [2]).keys()
+    for claim in read_claims(FOLDER / "claims.toml"):
+        own = blocks.ARMS[claim.grammar]
+        assert claim.arm.removesuffix(", words forced") in own and claim.against in (*own, "itself")
+        assert claim.problems in {f.name for f in search.FAMILIES} and claim.measure in measures
+        assert claim.step in blocks.PROBES
+        if "forced" in claim.arm:
+            assert (claim.step, claim.problems) == (blocks.PROBES[-1], "more_options")
+
+
+def test_every_arm_is_a_method_and_only_its_teacher_is_told():
+    for grammar in GRAMMARS:
+        for name, made in blocks.ARMS[grammar.name].items():
+            method = made(grammar)
+            told = [v for o in method.objectives for v in o.views.values() if v.told] + [*method.early.values()]
+            assert bool(told) == (name != "GRPO" and not name.startswith("MixSD")), name
+
+
+def test_the_commands_run_once_and_print_tables(tmp_path, monkeypatch):
+    """With base models that know nothing, one base, one seed and two batches."""
+    base = searchers.base
+    monkeypatch.setattr(searchers, "base", lambda grammar, **how: base(grammar, **{**how, **SMALL}))
+    monkeypatch.setattr(search, "GRAMMARS", (MARKED, SILENT, FILLER, BARE))
+    for name, value in {"BASES": (0,), "SEEDS": (0, 1), "PROBES": (0, 1)}.items():
+        monkeypatch.setattr(blocks, name, value)
+    out = {"out": str(tmp_path)}
+    load("arms").study(**out, grammars=("marked", "bare"), arms=("GRPO", "SDPO, answer, keep 0"))
+    said = load("verdicts").study(**out)
+    judged, courses, cost = said.split("\n\n")
+    assert len(judged.splitlines()) == 2 + len(read_claims(FOLDER / "claims.toml"))
+    assert "not run" in judged and courses.count("GRPO") == 2 and cost.startswith("8 runs")
