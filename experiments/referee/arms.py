@@ -22,6 +22,7 @@ def study(
     grammars: tuple[str, ...] = tuple(ARMS),
     arms: tuple[str, ...] = (),
     lr: float = Sizes().lr,
+    steps: int = 20,
 ) -> str:
     """Runs arms.
 
@@ -29,9 +30,10 @@ def study(
       out: the folder of results.
       grammars: which grammars; `arms`: which of their arms, all if none is named.
       lr: learning rate of AdamW.
+      steps: batches, of those after which arms are measured (20, 30 or 60 at the end).
     """
     chosen = [g for g in GRAMMARS if g.name in grammars]
-    blocks = {g.name: Block(out, g, Sizes(lr=lr)) for g in chosen}
+    blocks = {g.name: Block(out, g, Sizes(lr=lr), steps) for g in chosen}
     names = arms or tuple(dict.fromkeys(name for g in blocks for name in ARMS[g]))
     for name in names:
         for grammar, block in blocks.items():

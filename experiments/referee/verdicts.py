@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sdjax.cli.options import from_command_line
-from sdjax.study.blocks import ARMS, BASES, PROBES, SEEDS, Sizes, with_forced
+from sdjax.study.blocks import ARMS, BASES, SEEDS, Sizes, with_forced
 from sdjax.study.claims import Claim, Effect, Results, Verdict, judge, read_claims, verdicts
 from sdjax.study.tables import table
 
@@ -37,9 +37,7 @@ def study(*, out: str = "runs/referee", lr: float = Sizes().lr) -> str:
     effects = [judge(c, results[c.grammar]) for c in tested]
     lines = dict(zip((c.name for c in tested), map(cells, tested, effects, verdicts(effects)), strict=True))
     judged = [lines.get(c.name, not_run(c)) for c in claims]
-    courses = [
-        course(g, name, runs) for g, arms in results.items() for name, runs in arms.items() if "forced" not in name
-    ]
+    courses = [line for grammar, arms in results.items() for line in courses_of(grammar, arms)]
     return "\n\n".join([table(judged), *([table(courses)] if courses else []), cost(files)])
 
 
@@ -90,16 +88,21 @@ def row(claim: Claim, here: str, verdict: str) -> dict[str, str]:
     }
 
 
-def course(grammar: str, name: str, runs: list[list[list[dict]]]) -> dict[str, str]:
-    """A row of the table of arms: accuracy with more options at every measurement, and the end in all measures."""
-    rows = [rows for seeds in runs for rows in seeds]
+def courses_of(grammar: str, arms: Results) -> list[dict[str, str]]:
+    """The rows of the table of arms of a grammar; above them what all arms begin with."""
+    whole = {name: [rows for seeds in runs for rows in seeds] for name, runs in arms.items() if "forced" not in name}
+    before = [course(grammar, "before training", [rows[:1] for rows in next(iter(whole.values()))])] if whole else []
+    return [*before, *(course(grammar, name, rows) for name, rows in sorted(whole.items()))]
+
+
+def course(grammar: str, name: str, rows: list[list[dict]]) -> dict[str, str]:
+    """A row of the table of arms: accuracy with more options at every measurement, and the last one in all measures."""
     mean = lambda at, problems, what: float(np.mean([r[at][problems][what] for r in rows]))
-    way = " ".join(f"{100 * mean(at, 'more_options', 'accuracy'):.0f}" for at in range(len(PROBES)))
+    way = " ".join(f"{100 * mean(at, 'more_options', 'accuracy'):.0f}" for at in range(len(rows[0])))
     sets = [name for name, value in rows[0][-1].items() if isinstance(value, dict)]
     ends = {f"{s.replace('_', ' ')}, %": f"{100 * mean(-1, s, 'accuracy'):.0f}" for s in sets}
     more = {what.replace("_", " "): f"{mean(-1, 'more_options', what):.2f}" for what in MEASURES[1:]}
-    steps = ", ".join(map(str, PROBES))
-    return {"grammar": grammar, "arm": name, f"more options, %, steps {steps}": way, **ends, **more}
+    return {"grammar": grammar, "arm": name, "more options, %, at every measurement": way, **ends, **more}
 
 
 def cost(files: list[dict]) -> str:

@@ -34,8 +34,11 @@ from sdjax.types import Example, Method
 
 BASES = (0, 1, 2)
 SEEDS = (0, 1, 2, 3)
-PROBES = (0, 1, 2, 3, 5, 8, 12, 20)
-"""After so many batches every arm is measured; the last is its end."""
+PROBES = (0, 1, 2, 3, 5, 8, 12, 20, 30, 60)
+"""After so many batches every arm is measured, as far as it goes."""
+
+FORCED_AT = 20
+"""After so many batches some arms are measured with forced words, too."""
 
 GROUP = 8
 SDPO = {"alpha": 0.5, "top_k": None, "ema_rate": 0.0}
@@ -86,7 +89,7 @@ ONLY_SEARCHERS = ("GRPO", "SDPO, answer, keep 0")
 """What a grammar without trials can be asked."""
 
 FORCED = ("SDPO, answer, keep 0",)
-"""Arms that are measured once more at their end, with words forced after every miss, where the grammar has words."""
+"""Arms that are measured with words forced after every miss, where the grammar has words."""
 
 ARMS: dict[str, dict[str, Arm]] = {
     MARKED.name: HUB | CONTEXTS | SYSTEMS,
@@ -112,7 +115,7 @@ SETTINGS = Settings(model="", context=48, completion=48, rows=256, tokens_per_ch
 
 def experiment(method: Method, student: Pretrained, sizes: Sizes) -> Experiment:
     """The run of a method, to be repeated with other students, problems and seeds: AdamW, gradients clipped at norm 1."""
-    chosen = {"prompts": sizes.prompts, "lr": sizes.lr, "steps": PROBES[-1]}
+    chosen = {"prompts": sizes.prompts, "lr": sizes.lr, "steps": max(PROBES)}
     task = search.search(train_size=sizes.train_size, test_size=1)
     return dataclasses.replace(SETTINGS, **chosen).experiment(method=method, task=task, student=student, export=False)
 
@@ -120,8 +123,9 @@ def experiment(method: Method, student: Pretrained, sizes: Sizes) -> Experiment:
 class Block:
     """The arms of one grammar, its base models, and the folder of their results."""
 
-    def __init__(self, folder: str | Path, grammar: Grammar, sizes: Sizes, cache: str = ""):
+    def __init__(self, folder: str | Path, grammar: Grammar, sizes: Sizes, steps: int, cache: str = ""):
         self.folder, self.grammar, self.sizes = Path(folder), grammar, sizes
+        self.probes = tuple(step for step in PROBES if step <= steps)
         self.bases = {seed: searchers.base(grammar, seed=seed, cache=cache) for seed in BASES}
 
     def run(self, name: str) -> list[list[dict[str, Any]]]:
@@ -139,34 +143,35 @@ class Block:
     def one(self, name: str, base: int, seed: int, runs: Callable[[], ShortRuns]) -> dict[str, Any]:
         """One run of an arm."""
         told = {"grammar": self.grammar.name, "arm": name, "base": identity(self.bases[base]), "seed": seed}
-        told |= {**self.sizes._asdict(), "probes": PROBES}
+        told |= {**self.sizes._asdict(), "probes": self.probes}
         forced = bool(self.grammar.words) and name in FORCED
         return arm(self.folder, "run", told, lambda _: self.measured(runs(), self.student(base), seed, forced))
 
     def measured(self, runs: ShortRuns, student: Pretrained, seed: int, forced: bool) -> dict[str, Any]:
-        """The rows of a run, and its end again with forced words where they are asked for."""
+        """The rows of a run, and what it does with forced words where they are asked for."""
         task = search.search(train_size=self.sizes.train_size, test_size=1, seed=seed)
         problems, key = referee.held_out(self.sizes.problems, seed), jax.random.key(1000 + seed)
-        ends: list[Policy] = []
+        steps, ends = iter(self.probes), []
 
         def looked(policy: Policy) -> dict[str, Any]:
-            ends[:] = [policy]
+            if next(steps) == FORCED_AT and forced:
+                ends.append(self.forced(policy, problems["more_options"], key))
             return referee.behaviour(policy, problems, key)
 
-        rows = runs.measured(student, task, seed, looked, PROBES)
-        return {"rows": rows, "forced": self.forced(ends[0], problems["more_options"], key) if forced else None}
+        rows = runs.measured(student, task, seed, looked, self.probes)
+        return {"rows": rows, "forced": ends[0] if ends else None}
 
     def forced(self, policy: Policy, examples: Sequence[Example], key: jax.Array) -> dict[str, float]:
-        """What a trained policy does where a word is forced after its misses."""
+        """What a policy does where a word is forced after its misses."""
         policy = dataclasses.replace(policy, shapes=dataclasses.replace(policy.shapes, rows=len(examples)))
         texts = referee.with_forced_words(policy, examples, self.grammar.words[0], key)
         return referee.summary(examples, texts, [len(t.split()) for t in texts])
 
 
 def with_forced(results: Mapping[str, list[list[dict]]]) -> Iterator[tuple[str, list[list[list[dict]]]]]:
-    """Every arm's rows, and beside an arm its end with forced words as an arm of its own: `NAME, words forced`."""
+    """Every arm's rows, and beside some what they do with forced words as an arm of its own: `NAME, words forced`."""
     for name, bases in results.items():
         yield name, [[run["rows"] for run in seeds] for seeds in bases]
         if all(run["forced"] for seeds in bases for run in seeds):
-            end = lambda run: [{"step": PROBES[-1], "more_options": run["forced"]}]
-            yield f"{name}, words forced", [[end(run) for run in seeds] for seeds in bases]
+            then = lambda run: [{"step": FORCED_AT, "more_options": run["forced"]}]
+            yield f"{name}, words forced", [[then(run) for run in seeds] for seeds in bases]
