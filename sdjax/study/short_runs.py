@@ -13,9 +13,9 @@ import jax
 from sdjax.engine.policies import Policy
 from sdjax.engine.train import Experiment
 from sdjax.models.pretrained import Pretrained
-from sdjax.run.learner import Learner, programs_of
-from sdjax.run.log import NoLog
-from sdjax.run.mirror import Mirror
+from sdjax.run.learner import Learner, as_restored, programs_of
+from sdjax.run.logs.log import NoLog
+from sdjax.run.storage.mirror import Mirror
 from sdjax.types import Task
 
 
@@ -53,7 +53,8 @@ class ShortRuns:
 def one_batch(learner: Learner, step: int) -> None:
     """Collects a batch, trains on it and renews the snapshots, as `sdjax.run.loop` does."""
     key, method = jax.random.fold_in(learner.state.key, step), learner.experiment.method
-    rollouts, learner.memory = method.collect(learner.environment(), learner.prompts.take(), key, learner.memory)
+    rollouts, memory = method.collect(learner.environment(), learner.prompts.take(), key, learner.memory)
+    learner.memory = as_restored(memory)
     if rollouts:
         learner.train_on(step, learner.batch(rollouts, step))
     learner.state = learner.state.replace(step=learner.state.step + 1)

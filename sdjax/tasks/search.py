@@ -22,7 +22,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from sdjax.tasks import answers
+from sdjax.tasks.answers import marks
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Task, Verdict
 
@@ -189,7 +189,7 @@ def verify(example: Example, text: str) -> Verdict:
     words = text.split()
     places = [i for i, word in enumerate(words[:-1]) if word == "answer"]
     if not places:
-        return Verdict(0.0, answers.NO_ANSWER)
+        return Verdict(0.0, marks.NO_ANSWER)
     return Verdict(float(words[places[-1] + 1] == example.answer))
 
 
