@@ -227,7 +227,7 @@ def test_help_shows_every_option_with_type_and_default(capfd):
         assert entry, option
         assert re.search(kind, entry[1]) and default in entry[1], entry[0]
     assert "--resume" in shown and "--smoke" in shown
-    assert "learning rate of AdamW" in shown
+    assert "peak learning rate" in shown
     with pytest.raises(SystemExit):
         main(["train", str(FILE), "--method", "grpo", "--help"])
     shown = capfd.readouterr().out

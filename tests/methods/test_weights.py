@@ -1137,7 +1137,7 @@ def test_dasd_other_readings(about, unit):
 
 def test_egrsd_teachers():
     assert egrsd().snapshots["teacher"](1.0, 0.0, 20) == 0.0  # frozen
-    assert egrsd(ema_rate=0.01).snapshots["teacher"](1.0, 0.0, 20) == pytest.approx(0.01)
+    assert egrsd(ema_rate=0.01).snapshots["teacher"](jnp.ones(()), jnp.zeros(()), 20) == pytest.approx(0.01)
     copies = egrsd(copy_every=20).snapshots["teacher"]
     assert [float(copies(1.0, 0.0, jnp.int32(step))) for step in (19, 20, 21, 40)] == [0.0, 1.0, 0.0, 1.0]
     with pytest.raises(ValueError, match="two teachers"):
