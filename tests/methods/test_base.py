@@ -17,7 +17,8 @@ from sdjax.collect import rollouts as host
 from sdjax.collect.contexts import question
 from sdjax.engine.policies import ema, frozen, occasion, refresh
 from sdjax.engine.score import token_signals
-from sdjax.engine.train import make_update, refresh_snapshots
+from sdjax.engine.snapshots import refresh_snapshots
+from sdjax.engine.train import make_update
 from sdjax.kernels import estimators
 from sdjax.kernels.distributions import entropy, logprob, normalise, temper
 from sdjax.kernels.reductions import token_mean, token_sum

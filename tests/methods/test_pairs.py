@@ -17,7 +17,8 @@ from networks import unoptimised
 from sdjax.collect.annotators import Span
 from sdjax.collect.contexts import question
 from sdjax.engine.score import token_signals
-from sdjax.engine.train import make_update, refresh_snapshots
+from sdjax.engine.snapshots import refresh_snapshots
+from sdjax.engine.train import make_update
 from sdjax.kernels.distributions import normalise
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.estimators import sampled_kl
