@@ -119,7 +119,7 @@ def test_an_update_of_two_views():
 def test_a_mesh_shares_rows_and_the_vocabulary(monkeypatch):
     """The gradients are what the mesh leaves of the parameters on one device."""
     monkeypatch.setattr(needs, "state_of", lambda experiment: needs.State("parameters", None, {}, {}))
-    monkeypatch.setattr(needs.programs, "bytes_on_device", {"parameters": 1000.0}.get)
+    monkeypatch.setattr(needs, "gradient_bytes", {"parameters": 1000.0}.get)
     states, logits = 4 * 16 * 32 * 4, 4 * 4 * 16 * CONFIG.vocab_size / 2 * 4
     with on_mesh(2, 2):
         assert update(load()) == states + sum(layer(4, False, 2, 10, 4, 16)) + logits + 1000

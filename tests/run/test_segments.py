@@ -68,7 +68,9 @@ def test_a_save_writes_as_much_with_100_000_entries_as_with_10(tmp_path, monkeyp
             assert len(written) == 2
             sizes[count].append(sum(map(len, written.values())))
         assert restored(folder)["memory"] == memory
-    assert max(sizes[100_000]) <= max(sizes[10]) + 100
+    assert (
+        max(sizes[100_000]) <= max(sizes[10]) + 1000
+    )  # times in the manifest differ; an entry too many for each would be megabytes
 
 
 def test_there_are_few_files_and_each_entry_is_written_few_times(tmp_path, monkeypatch):
