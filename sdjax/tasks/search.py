@@ -17,13 +17,14 @@ the candidate comes to) can be told apart in what a model writes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sdjax.tasks.answers import marks
-from sdjax.tasks.errors import TaskError
+from sdjax.tasks.splits import check_sizes, drawn
 from sdjax.types import Example, Task, Verdict
 
 
@@ -195,21 +196,12 @@ def verify(example: Example, text: str) -> Verdict:
 
 def problems(family: Family, size: int, seed: int, *, test: bool = False) -> list[Problem]:
     """Distinct problems of a family: held-out ones for tests, others for training."""
-    rng, found = random.Random(f"{family.name}:{seed}:{test}"), {}
-    for _ in range(1000 * size):
-        problem = draw(family, rng)
-        if held_out(problem) == test:
-            found[problem] = None
-        if len(found) == size:
-            return list(found)
-    raise TaskError(f"there are only {len(found)} problems of {family.name} to be found, not {size}: ask for fewer")
+    return drawn(family.name, functools.partial(draw, family), held_out, size, seed, test=test)
 
 
 def search(*, train_size: int = 512, test_size: int = 64, seed: int = 0, family: Family = IN_DOMAIN) -> Task:
     """Problems of one family: `train_size` to train on and `test_size` held out.  Raises `TaskError` if there are fewer."""
-    for name, size in (("train_size", train_size), ("test_size", test_size)):
-        if size < 1:
-            raise TaskError(f"{name}={size}: expected at least 1")
+    check_sizes(train_size=train_size, test_size=test_size)
     made = lambda size, test: tuple(example(p, family.name) for p in problems(family, size, seed, test=test))
     return Task(f"search-{family.name}", made(train_size, False), made(test_size, True), verify)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Messages
+
+Problem = TypeVar("Problem", bound=Hashable)
 
 
 def question_key(prompt: Messages) -> str:
@@ -42,3 +46,33 @@ def split_by_question(
 def hashed(key: str, seed: int) -> float:
     """A number in [0, 1) that a question's text and a seed have for ever."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()[:7]) / 2**56
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises `TaskError` for a set without any problem, by the name of its size."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise TaskError(f"{name}={size}: expected at least 1")
+
+
+def drawn(
+    name: str,
+    draw: Callable[[random.Random], Problem],
+    held_out: Callable[[Problem], bool],
+    size: int,
+    seed: int,
+    *,
+    test: bool = False,
+) -> list[Problem]:
+    """`size` distinct problems of those that `draw` makes: `held_out` ones for a test, others to train on.
+
+    Raises: `TaskError` if so many are not found, with the `name` of these problems.
+    """
+    rng, found = random.Random(f"{name}:{seed}:{test}"), {}
+    for _ in range(1000 * size):
+        problem = draw(rng)
+        if held_out(problem) == test:
+            found[problem] = None
+        if len(found) == size:
+            return list(found)
+    raise TaskError(f"there are only {len(found)} problems of {name} to be found, not {size}: ask for fewer")
