@@ -126,6 +126,24 @@ class Learner:
 
     # ---- updates ------------------------------------------------------------------------------------------------
 
+    def collect(self, step: int) -> list[Rollout]:
+        """The rollouts of the next batch; what the method remembers is kept."""
+        key = jax.random.fold_in(sharding.own_key(self.state.key), step)
+        method = self.experiment.method
+        rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
+        # As restored, in every step: what a method remembers is then the same in a run that was never interrupted.
+        self.memory = as_restored(memory)
+        return rollouts
+
+    def learn(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Trains on a batch of rollouts, if there are any, and renews the snapshots; returns the numbers of `train_on`."""
+        values = self.train_on(step, self.batch(rollouts, step)) if rollouts else {}
+        # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
+        self.state = self.state.replace(step=self.state.step + 1)
+        self.renew("batch")
+        self.renew_gated()
+        return values
+
     def batch(self, rollouts: Sequence[Rollout], step: int = 0) -> Batch:
         """The padded batch of a step: what does not fit is cut or left out, counted and said."""
         e = self.experiment

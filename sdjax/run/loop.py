@@ -13,14 +13,14 @@ from typing import Any
 import jax
 
 from sdjax.collect import remembered
-from sdjax.devices import processes, sharding
+from sdjax.devices import processes
 from sdjax.engine import train
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.train import Experiment, State
 from sdjax.run.export import export
 from sdjax.run.folder import RunError
 from sdjax.run.interrupts import Interrupted, Interrupts
-from sdjax.run.learner import Learner, as_restored
+from sdjax.run.learner import Learner
 from sdjax.run.logs import records
 from sdjax.run.logs.sentinels import Alarm, Watch, watched
 from sdjax.run.measuring.evaluate import Accuracy, accuracy, by_cap
@@ -120,21 +120,13 @@ class Run(Learner):
     def step(self, step: int) -> None:
         """One batch: collect, update with every objective that is due, refresh the snapshots, record."""
         started = time.perf_counter()
-        key = jax.random.fold_in(sharding.own_key(self.state.key), step)
-        method = self.experiment.method
         late = bounded.out_of_time()
-        rollouts, memory = method.collect(self.environment(), self.prompts.take(), key, self.memory)
-        # As restored, in every step: what a method remembers is then the same in a run that was never interrupted.
-        self.memory = as_restored(memory)
+        rollouts = self.collect(step)
         if processes.many():
             written = zlib.crc32(repr([(r.tokens, r.reward, r.group, r.contexts) for r in rollouts]).encode())
             processes.agree(written, f"rollouts in step {step + 1}: collect depends on more than its arguments")
         collected = time.perf_counter()
-        values = self.train_on(step, self.batch(rollouts, step)) if rollouts else {}
-        # The device's step counts batches: rules such as `refresh(every)` see 1 after the first.
-        self.state = self.state.replace(step=self.state.step + 1)
-        self.renew("batch")
-        self.renew_gated()
+        values = self.learn(step, rollouts)
         jax.block_until_ready(self.state.params)
         tokens = sum(len(r.tokens) for r in rollouts)
         values |= {"rollout_seconds": collected - started, "update_seconds": time.perf_counter() - collected}
@@ -146,7 +138,9 @@ class Run(Learner):
             self.log.say(f"step {step + 1}: no rollouts were kept: not trained")
         if step % self.experiment.completions_every == 0 or step + 1 == self.experiment.steps:
             self.log.rollouts(step + 1, rollouts)
-            self.log.tokens(step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(method))
+            self.log.tokens(
+                step + 1, rollouts, self.experiment.student.tokenizer, train.all_views(self.experiment.method)
+            )
 
     def alarm(self, step: int, alarms: Sequence[Alarm], **where: bool) -> None:
         """Records alarms; one of the kind that `stop_on` names ends the run after this step or the next."""

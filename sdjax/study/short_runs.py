@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from sdjax.engine.policies import Policy
 from sdjax.engine.train import Experiment
 from sdjax.models.pretrained import Pretrained
-from sdjax.run.learner import Learner, as_restored, programs_of
+from sdjax.run.learner import Learner, programs_of
 from sdjax.run.logs.log import NoLog
 from sdjax.run.storage.mirror import Mirror
 from sdjax.types import Task
@@ -46,17 +44,5 @@ class ShortRuns:
                 if step in at:
                     rows.append({"step": step, **probe(learner.environment().live)})
                 if step < max(at):
-                    one_batch(learner, step)
+                    learner.learn(step, learner.collect(step))
         return rows
-
-
-def one_batch(learner: Learner, step: int) -> None:
-    """Collects a batch, trains on it and renews the snapshots, as `sdjax.run.loop` does."""
-    key, method = jax.random.fold_in(learner.state.key, step), learner.experiment.method
-    rollouts, memory = method.collect(learner.environment(), learner.prompts.take(), key, learner.memory)
-    learner.memory = as_restored(memory)
-    if rollouts:
-        learner.train_on(step, learner.batch(rollouts, step))
-    learner.state = learner.state.replace(step=learner.state.step + 1)
-    learner.renew("batch")
-    learner.renew_gated()
