@@ -14,11 +14,31 @@ from typing import Any
 
 from sdjax.devices.compilation import user_cache
 from sdjax.models import pretrained
+from sdjax.models.configs import ModelConfig, from_hf
 from sdjax.models.pretrained import Pretrained
 from sdjax.types import Messages
 
 Texts = Iterator[tuple[Messages, str]]
 """Pre-training texts without end: `(chat, answer)`."""
+
+
+def decoder(size: int, *, width: int, layers: int, units: int, head_dim: int, positions: int) -> ModelConfig:
+    """Qwen3's family with a vocabulary of `size`: heads of `head_dim` as wide as the model together, MLPs of `units`."""
+    return from_hf(
+        {
+            "model_type": "qwen3",
+            "vocab_size": size,
+            "hidden_size": width,
+            "intermediate_size": units,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // head_dim,
+            "num_key_value_heads": width // head_dim,
+            "head_dim": head_dim,
+            "max_position_embeddings": positions,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+        }
+    )
 
 
 def made_once(

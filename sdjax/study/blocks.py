@@ -110,7 +110,14 @@ class Sizes(NamedTuple):
     """Held-out problems of each family that every measurement answers, once each."""
 
 
-SETTINGS = Settings(model="", context=48, completion=48, rows=256, tokens_per_chunk=None, log="")
+SETTINGS = Settings(
+    model="",
+    context=referee.SHAPES.context,
+    completion=referee.SHAPES.completion,
+    rows=referee.SHAPES.rows,
+    tokens_per_chunk=None,
+    log="",
+)
 
 
 def experiment(method: Method, student: Pretrained, sizes: Sizes) -> Experiment:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdjax.collect.contexts import question, with_solution
-from sdjax.models.configs import ModelConfig, from_hf
+from sdjax.models.configs import ModelConfig
 from sdjax.models.pretrained import Pretrained
-from sdjax.study.bases import Texts, made_once
+from sdjax.study.bases import Texts, decoder, made_once
 from sdjax.study.pretrain import batches, pretrain, rows
 from sdjax.tasks import search
 from sdjax.tasks.search import Author, Grammar, Problem
@@ -108,21 +108,7 @@ def words() -> tuple[str, ...]:
 
 def shape(size: int, *, width: int, layers: int) -> ModelConfig:
     """A decoder with a vocabulary of `size`, Qwen3's family, heads of 16."""
-    return from_hf(
-        {
-            "model_type": "qwen3",
-            "vocab_size": size,
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": width // 16,
-            "num_key_value_heads": width // 16,
-            "head_dim": 16,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": True,
-            "rms_norm_eps": 1e-6,
-        }
-    )
+    return decoder(size, width=width, layers=layers, units=2 * width, head_dim=16, positions=256)
 
 
 def base(

@@ -26,12 +26,12 @@ from sdjax.engine.policies import Policy, sample
 from sdjax.engine.train import Experiment
 from sdjax.methods.sdpo import peer_or_feedback
 from sdjax.models import pretrained
-from sdjax.models.configs import ModelConfig, from_hf
+from sdjax.models.configs import ModelConfig
 from sdjax.models.pretrained import Pretrained
 from sdjax.models.transformer import Transformer
 from sdjax.run.settings import Settings
 from sdjax.study.arms import behaviour, trained
-from sdjax.study.bases import Texts, identity, made_once
+from sdjax.study.bases import Texts, decoder, identity, made_once
 from sdjax.study.pretrain import batches, pretrain, rows
 from sdjax.study.tables import across, changes, gains, shares
 from sdjax.tasks import scratchpad
@@ -116,21 +116,7 @@ def words() -> tuple[str, ...]:
 
 def shape(size: int, *, width: int, layers: int) -> ModelConfig:
     """A decoder with a vocabulary of `size`, Qwen3's family."""
-    return from_hf(
-        {
-            "model_type": "qwen3",
-            "vocab_size": size,
-            "hidden_size": width,
-            "intermediate_size": width * 5 // 2,
-            "num_hidden_layers": layers,
-            "num_attention_heads": width // 32,
-            "num_key_value_heads": width // 32,
-            "head_dim": 32,
-            "max_position_embeddings": 1024,
-            "tie_word_embeddings": True,
-            "rms_norm_eps": 1e-6,
-        }
-    )
+    return decoder(size, width=width, layers=layers, units=width * 5 // 2, head_dim=32, positions=1024)
 
 
 def base(
