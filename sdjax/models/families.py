@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sdjax.models.fields import Fields
 from sdjax.models.layer_kinds import (
-    delta_but_every_fourth,
+    DELTA,
     full,
     full_every,
     rotating_as_named,
@@ -113,7 +113,7 @@ _GEMMA = {
 
 _QWEN_NEXT = {
     **_BIASED,
-    "kinds": delta_but_every_fourth,
+    "kinds": full_every(4, "full_attention_interval", others=DELTA),
     "head_dim": 256,
     "partial_rotary": 0.25,
     "norm_offset": 1.0,

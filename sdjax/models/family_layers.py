@@ -14,10 +14,7 @@ from sdjax.models.ropes import ORIGINAL, PARTIAL
 def attention_kinds(fields: Fields, family: Family) -> tuple[list[str], tuple[int | None, ...]]:
     """What every layer is called in `layer_types`, and its window.  Raises ModelError."""
     layers = fields.integer("num_hidden_layers")
-    unused = family.window_by_choice and (
-        not fields.flag("use_sliding_window")
-        or ("sliding_window" in fields.values and not fields.has("sliding_window"))
-    )
+    unused = family.window_by_choice and (not fields.flag("use_sliding_window") or fields.is_null("sliding_window"))
     kinds = [FULL] * layers if unused else family.kinds(fields, layers)
     if family.layer_types and not unused:
         kinds = fields.names("layer_types", kinds)

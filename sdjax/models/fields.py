@@ -31,6 +31,10 @@ class Fields:
         """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there and null, which is another thing than not being there."""
+        return name in self.values and self.values[name] is None
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.values.get(name)

@@ -24,7 +24,7 @@ def full(fields: Fields, layers: int) -> list[str]:
 
 def windowed(fields: Fields, layers: int) -> list[str]:
     """Every layer has a window, if there is one."""
-    return [SLIDING if fields.has("sliding_window") or "sliding_window" not in fields.values else FULL] * layers
+    return [FULL if fields.is_null("sliding_window") else SLIDING] * layers
 
 
 def windowed_if_named(fields: Fields, layers: int) -> list[str]:
@@ -34,30 +34,29 @@ def windowed_if_named(fields: Fields, layers: int) -> list[str]:
 
 def windowed_by_choice(fields: Fields, layers: int) -> list[str]:
     """Layers from `max_window_layers` on have a window, if `use_sliding_window` says so (Qwen)."""
-    first = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
+    first = border(fields)
     return [SLIDING if layer >= first else FULL for layer in range(layers)]
+
+
+def border(fields: Fields) -> int:
+    """`max_window_layers`, which may be 0."""
+    return 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
 
 
 def windowed_by_turns(fields: Fields, layers: int) -> list[str]:
     """Every other layer before `max_window_layers` has a window, if `use_sliding_window` says so (Qwen2-MoE)."""
-    last = 0 if fields.values.get("max_window_layers") == 0 else fields.integer("max_window_layers", 28)
+    last = border(fields)
     return [SLIDING if layer % 2 == 0 and layer < last else FULL for layer in range(layers)]
 
 
-def full_every(period: int, named: str = "") -> Callable[[Fields, int], list[str]]:
-    """The last of every `period` layers is full; `named` is the field that can say another period."""
+def full_every(period: int, named: str = "", others: str = SLIDING) -> Callable[[Fields, int], list[str]]:
+    """The last of every `period` layers is full, the `others` are not; `named` is the field that can say another period."""
 
     def kinds(fields: Fields, layers: int) -> list[str]:
         every = fields.integer(named, period) if named else period
-        return [FULL if (layer + 1) % every == 0 else SLIDING for layer in range(layers)]
+        return [FULL if (layer + 1) % every == 0 else others for layer in range(layers)]
 
     return kinds
-
-
-def delta_but_every_fourth(fields: Fields, layers: int) -> list[str]:
-    """Gated delta nets, and attention in the last of every four layers (Qwen3.5)."""
-    every = fields.integer("full_attention_interval", 4)
-    return [FULL if (layer + 1) % every == 0 else DELTA for layer in range(layers)]
 
 
 def windowed_without_rope(fields: Fields, layers: int) -> list[str]:
@@ -67,7 +66,7 @@ def windowed_without_rope(fields: Fields, layers: int) -> list[str]:
 
 def windowed_by_pattern(fields: Fields, layers: int) -> list[str]:
     """`sliding_window_pattern` such as "LLLG" or 4: local layers, then a global one; without a window all are (EXAONE 4)."""
-    if "sliding_window" in fields.values and not fields.has("sliding_window"):
+    if fields.is_null("sliding_window"):
         return [FULL] * layers
     pattern = fields.values.get("sliding_window_pattern")
     if not isinstance(pattern, str):
@@ -94,5 +93,4 @@ def rotating_as_named(fields: Fields, kinds: list[str]) -> list[bool]:
 
 def rotating_in_windows(fields: Fields, kinds: list[str]) -> list[bool]:
     """Those with a window, where there is any window at all (EXAONE 4)."""
-    hybrid = fields.has("sliding_window") or "sliding_window" not in fields.values
-    return [kind == SLIDING or not hybrid for kind in kinds]
+    return [kind == SLIDING or fields.is_null("sliding_window") for kind in kinds]
