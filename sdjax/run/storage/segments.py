@@ -31,6 +31,7 @@ class Segment(NamedTuple):
     ends: tuple[int, ...]
 
     def entries(self) -> int:
+        """How many entries it has."""
         return sum(self.ends) - sum(self.starts)
 
 
