@@ -1,18 +1,18 @@
 """The study of degradation: its base model, its arms, and that every experiment's quick form runs."""
 
 import dataclasses
-import importlib.util
+import functools
 import inspect
 import itertools
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import study_files
 import tiny
 
 from sdjax.cli.options import Choice
@@ -33,15 +33,10 @@ from sdjax.tasks import scratchpad
 from sdjax.tasks.words import word_tokenizer
 from sdjax.types import STUDENT, Verdict
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "degrade"
 SMALL = {"width": 32, "layers": 1, "steps": 1, "tokens": 256}
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+load = functools.partial(study_files.load, "degrade")
 
 
 @pytest.fixture(scope="module", autouse=True)

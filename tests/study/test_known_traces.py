@@ -1,12 +1,12 @@
 """What the study's scripts read off answers, on traces written by hand whose numbers are known."""
 
-import importlib.util
-from pathlib import Path
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import study_files
 import tiny
 
 from sdjax.collect import rollouts
@@ -18,8 +18,6 @@ from sdjax.tasks import scratchpad
 from sdjax.tasks.words import word_tokenizer
 from sdjax.types import Rollout, Verdict
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "degrade"
-
 PROBLEM = scratchpad.example(scratchpad.Problem(37, (("*", 4), ("+", 58)), 2), "in_domain")
 CARE = "7 * 4 = 2 8 , 3 * 4 = 1 2 + 2 = 1 4 , so"
 REPAIRED = f"<think> 3 7 ; a * 4 = 5 8 wait {CARE} 4 8 ; b + 5 8 = 0 6 ; </think> a 4 8 ; answer 0 6"
@@ -27,11 +25,7 @@ UNNOTICED = "<think> 3 7 ; a * 4 = 5 8 ; b + 5 8 = 1 6 ; </think> a 5 8 ; answer
 DOUBTED = f"<think> 3 7 ; a * 4 = 4 8 hmm {CARE} 4 8 ; b + 5 8 = 0 7 ; </think> a 4 8 ; answer 0 7"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+load = functools.partial(study_files.load, "degrade")
 
 
 def sample(text, tokens=1, finished=True):

@@ -1,16 +1,16 @@
 """The referee: its base models' texts, runs that share programs, what is measured, and that its commands run."""
 
 import dataclasses
-import importlib.util
+import functools
 import itertools
 import random
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+import study_files
 import tiny
 
 from sdjax.collect.contexts import question
@@ -26,15 +26,11 @@ from sdjax.study.short_runs import ShortRuns
 from sdjax.tasks import search
 from sdjax.tasks.search import BARE, FILLER, GRAMMARS, MARKED, SILENT
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "referee"
+FOLDER = study_files.EXPERIMENTS / "referee"
 SMALL = {"width": 16, "layers": 1, "steps": 1, "tokens": 128}
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+load = functools.partial(study_files.load, "referee")
 
 
 # ---- base models --------------------------------------------------------------------------------------------------
