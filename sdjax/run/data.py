@@ -31,15 +31,31 @@ def marked(example: Example) -> str:
     return mark([*said, dict(example.meta)])
 
 
+def asked(example: Example, task: Task) -> str:
+    """The mark of a problem by which it must not be learned and held out at once: its question, without spacing and case.
+
+    In a world the same words may begin other problems: there the answer and what the world knows count, too.
+    """
+    question = question_key(example.prompt)
+    return mark(question if task.world is None else [question, example.answers, dict(example.meta)])
+
+
 def described(task: Task) -> dict[str, Any]:
-    """Marks of all rows in order, and of the held-out questions, whose spacing and case do not count; how they were read."""
-    questions = sorted({mark(question_key(example.prompt)) for example in task.test})
+    """Marks of all rows in order, and of the held-out questions; how they were read."""
+    questions = sorted({asked(example, task) for example in task.test})
     rows = {"train": [*map(marked, task.train)], "test": [*map(marked, task.test)], "held_out": questions}
     return {**rows, "read": dict(task.read)}
 
 
 def check(folder: Path, task: Task) -> None:
-    """Raises `RunError` unless the run in the folder began with these problems, in this order."""
+    """Raises `RunError` if held-out questions are learned, or the run in the folder began with other problems or another order."""
+    known = {asked(example, task) for example in task.test}
+    learned = [example.id for example in task.train if asked(example, task) in known]
+    if learned:
+        raise RunError(
+            f"task {task.name}: {len(learned)} training rows ask held-out questions (the first is {learned[0]!r}), so the "
+            "accuracy would say nothing: remove them from one of the two"
+        )
     try:
         begun = read_json(folder / FILE)
         changes = differences(begun, task)
@@ -75,7 +91,7 @@ def differences(begun: Mapping[str, Any], task: Task) -> list[str]:
     if begun.get("read", {}).get("judge") != now["read"].get("judge"):
         found.append("the judge's model, scores or rubric are others")
     held_out = {*begun["held_out"]}
-    moved = [row.id for row in task.train if mark(question_key(row.prompt)) in held_out]
+    moved = [row.id for row in task.train if asked(row, task) in held_out]
     if moved:
         found.append(f"{len(moved)} rows that were held out would be trained on (the first is {moved[0]!r})")
     return found
