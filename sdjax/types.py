@@ -102,8 +102,8 @@ class Task(NamedTuple):
     """
 
     name: str
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    test: Sequence[Example]
     verify: Callable[[Example, str], Verdict]
     read: Mapping[str, Any] = {}
     world: World | None = None

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import heapq
+import itertools
 import json
 import os
 import time
@@ -208,18 +210,18 @@ def check_lengths(experiment: Experiment, most: int = 20_000) -> Lengths:
                     f"--{option} {length} and --completion {shapes.completion} exceed the {model.config.max_context} "
                     f"tokens that {name} was made for: lower one of them"
                 )
-    examples = [*experiment.task.train, *experiment.task.test[: experiment.evaluation]]
+    examples = itertools.chain(experiment.task.train, experiment.task.test[: experiment.evaluation])
     length = lambda example: sum(len(turn["content"]) for turn in example.prompt)
     prompt, template = 0, train.template_of(experiment.method, "live")
-    for example in sorted(examples, key=length, reverse=True)[:most]:
+    for example in heapq.nlargest(most, examples, length):
         try:
             prompt = max(prompt, len(encode_context(student.tokenizer, question(example), shapes, template)))
         except LengthError as error:
             more = "" if shapes.too_long is not refuse else ", or let --shorten-prompts cut it"
             raise LengthError(f"example {example.id!r}: {error}{more}") from None
-    told = sorted((f"{e.solution or ''}\n{e.feedback or ''}" for e in experiment.task.train), key=len, reverse=True)
+    told = heapq.nlargest(20, (f"{e.solution or ''}\n{e.feedback or ''}" for e in experiment.task.train), len)
     count = lambda text: len(encode_text(student.tokenizer, text))
-    return Lengths(prompt, max(map(count, told[:20])))
+    return Lengths(prompt, max(map(count, told)))
 
 
 def with_teacher_context(experiment: Experiment, lengths: Lengths) -> Experiment:

@@ -7,6 +7,9 @@ import random
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
+import numpy as np
+
+from sdjax.tasks.data.stored import Chosen
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Messages
 
@@ -20,27 +23,25 @@ def question_key(prompt: Messages) -> str:
 
 def split_by_question(
     examples: Sequence[Example], fraction: float, seed: int = 0
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Examples as (train, test): a question goes to test where a hash of it and `seed` lies below `fraction`.
 
     What one question does depends on no other, so that it stays on its side when examples are added; the share is
     `fraction` up to chance.  Where no question is that low the lowest goes to test, and where all are the highest stays.
-    Raises `TaskError` for a fraction that is none, or a single question.
+    Both are views of `examples`.  Raises `TaskError` for a fraction that is none, or a single question.
     """
     if not 0 < fraction < 1:
         raise TaskError(f"test_fraction is {fraction}, but must lie between 0 and 1, both excluded.")
-    keys = [question_key(example.prompt) for example in examples]
-    place = {key: hashed(key, seed) for key in keys}
-    if len(place) < 2:
+    places = np.fromiter((hashed(question_key(example.prompt), seed) for example in examples), float, len(examples))
+    distinct = np.unique(places)
+    if len(distinct) < 2:
         raise TaskError(
-            f"test_fraction {fraction} of {len(place)} distinct questions leaves none to train on; "
+            f"test_fraction {fraction} of {len(distinct)} distinct questions leaves none to train on; "
             "give more questions, or a test file."
         )
-    order = sorted(place, key=place.__getitem__)
-    count = sum(place[key] < fraction for key in order)
-    held_out = {*order[: min(max(count, 1), len(order) - 1)]}
-    train = tuple(example for example, key in zip(examples, keys, strict=True) if key not in held_out)
-    return train, tuple(example for example, key in zip(examples, keys, strict=True) if key in held_out)
+    count = int((distinct < fraction).sum())
+    held_out = places <= distinct[min(max(count, 1), len(distinct) - 1) - 1]
+    return tuple(Chosen(examples, np.flatnonzero(side)) for side in (~held_out, held_out))
 
 
 def hashed(key: str, seed: int) -> float:

@@ -246,6 +246,21 @@ def test_layouts_are_known_by_their_shape_and_said(tmp_path, row, question, answ
     assert said in found.said and list(found.about["layouts"].values()) == [1]
 
 
+def test_what_is_lost_or_contradicts_itself_is_said(tmp_path):
+    """Pictures that no model reads, and answers of which one must be wrong; several solutions contradict nobody."""
+    row = {"question": "How many?", "answer": "2", "image": None}
+    pictured = {"image": {"bytes": None, "path": "1.png"}, "figure_1": {"bytes": None, "path": None}}
+    other = [{**row, "question": "how  MANY?", "answer": "3"}, {**row, "solution": "one by one"}]
+    write(tmp_path / "x.jsonl", row, *other, {**row, **pictured, "question": "q"})
+    found = read(tmp_path / "x.jsonl")
+    assert found.about["contradicting"] == 1 and found.about["media"] == {"image": 1, "figure_1": 1}
+    assert "; 1 rows have `image`, which no model here reads; 1 rows have `figure_1`" in found.said
+    assert found.said.endswith("; 1 rows answer a question of an earlier row otherwise, and both are kept")
+    write(tmp_path / "y.jsonl", row, {**row, "answer": ["3", "2"]}, {**row, "answer": ["2", "3"], "id": "c"})
+    found = read(tmp_path / "y.jsonl", duplicates=True).about
+    assert found["contradicting"] == 1 and "media" not in found
+
+
 LETTER = "\n\nAnswer with the letter of the right choice."
 
 

@@ -18,6 +18,7 @@ from sdjax.tasks.code.pool import Pool
 from sdjax.tasks.code.programs import program_in
 from sdjax.tasks.code.sandbox import Mode
 from sdjax.tasks.data.problems import Name, task
+from sdjax.tasks.data.stored import Stored
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import split_by_question
 from sdjax.types import Example, Task, Verdict
@@ -105,9 +106,9 @@ def verdict(example: Example, text: str, *, pool: Pool, limits: Limits) -> Verdi
 verdict.from_threads = True  # it waits for processes, so several may wait at the same time
 
 
-def by_reward(examples: Sequence[Example], reward: Reward) -> tuple[Example, ...]:
+def by_reward(examples: Sequence[Example], reward: Reward) -> Sequence[Example]:
     """Examples that say how they are paid."""
-    return tuple(dataclasses.replace(e, meta={**e.meta, "reward": reward}) for e in examples)
+    return Stored(dataclasses.replace(e, meta={**e.meta, "reward": reward}) for e in examples)
 
 
 def humaneval_examples() -> list[Example]:

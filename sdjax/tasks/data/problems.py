@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import hashlib
 import json
@@ -11,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sdjax.tasks import maths
 from sdjax.tasks.data.fields import at, bad, parsed_map
 from sdjax.tasks.data.layouts import laid_out
 from sdjax.tasks.data.readers import COMPRESSED, READERS, Row, rows_of
 from sdjax.tasks.data.rows import example_of
 from sdjax.tasks.data.sources import Source, source
+from sdjax.tasks.data.stored import Chosen, Stored
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import hashed, question_key, split_by_question
 from sdjax.types import Example, Task, Verdict
@@ -26,10 +30,14 @@ ReadRow = Callable[[Mapping[str, Any], str, str], Example]
 """Takes a row, where it stands and the id of a row without one; returns its example or raises `TaskError`."""
 
 
+MEDIA = ("image", "images", "audio", "video", "videos")
+"""Columns of pictures and sound, by name."""
+
+
 class Problems(NamedTuple):
     """Examples in order, a sentence for each bad row that was left out, and what was read, for people and as JSON."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     bad: list[str]
     said: str
     about: Mapping[str, Any]
@@ -51,8 +59,8 @@ def problems(
 
     A row is an object with `prompt` (a text, or turns) or `messages` (turns that end with the user's), `answer` (a text, a
     number, or a list of them where several are right), and optionally `solution`, `feedback` and `id`; other fields go to
-    `Example.meta`.  Rows of a known layout (`layouts.py`) are read as such.  Rows are read one at a time; what stays in
-    memory are the problems, and of rows that say the same the first.
+    `Example.meta`.  Rows of a known layout (`layouts.py`) are read as such.  Rows are read one at a time, and of those that
+    say the same the first is kept, beyond a size in a temporary file (`stored.Stored`).
 
     Args:
       name: JSON lines, JSON, CSV, Parquet or Arrow, plain or compressed; a folder of them; or a hub name, "openai/gsm8k".
@@ -66,8 +74,7 @@ def problems(
     Raises: `TaskError` at the first bad row, naming file, row and field; for a file that is missing, or without problems.
     """
     files, chosen = source(os.fspath(name), split=split, config=config, prefer=prefer), parsed_map(fields)
-    examples, left_out, ids, seen = [], [], {}, set()
-    counted: collections.Counter[str] = collections.Counter()
+    found, left_out, counted = Gathered(duplicates), [], collections.Counter()
     for path, row, default in numbered(files, first):
         where = f"{path}, {row.place}"
         counted["rows"] += 1
@@ -75,29 +82,54 @@ def problems(
             if isinstance(row.value, TaskError):
                 raise row.value
             example, layout = understood(row.value, where, default, chosen, read)
-            mark = None if duplicates else said_by(example)
-            if mark in seen:
-                counted["duplicates"] += 1
-                continue
-            if example.id in ids:
-                before = ids[example.id].removeprefix(f"{path}, ")
-                raise bad(
-                    where, "id", f"is {example.id!r}, which {before} has already; give each row its own id or none"
-                )
+            added = found.add(example, where)
         except TaskError as error:
             if not skip_bad_rows:
                 raise
             left_out.append(str(error))
         else:
-            seen.add(mark) if mark else None
-            ids[example.id] = where
-            counted[f"layout {layout}"] += 1
-            examples.append(example)
-    if not examples:
+            counted["duplicates"] += not added
+            counted.update([f"layout {layout}", *(f"media {name}" for name in media(row.value))] if added else ())
+    if not found.examples:
         reason = f"all {len(left_out)} rows are bad; the first: {left_out[0]}" if left_out else "the file is empty."
         raise TaskError(f"{name} has no examples: {reason}")
-    about = description(files, counted, len(examples), len(left_out), fields)
-    return Problems(tuple(examples), left_out, sentence(about), about)
+    counted["contradicting"] = found.contradicting()
+    about = description(files, counted, len(found.examples), len(left_out), fields)
+    return Problems(found.examples, left_out, sentence(about), about)
+
+
+class Gathered:
+    """Examples as they are read: each with an id of its own and, unless `duplicates` are wanted, none that says the same."""
+
+    def __init__(self, duplicates: bool):
+        self.duplicates, self.examples, self.places = duplicates, Stored(), Stored()
+        self.ids: dict[str, int] = {}
+        self.seen: set[int] = set()
+        self.asked, self.answered = array.array("Q"), array.array("Q")
+
+    def add(self, example: Example, where: str) -> bool:
+        """Takes an example that stands at a place, unless it says what an earlier one says.
+
+        Raises: `TaskError` for an id that an earlier one has.
+        """
+        mark = said_by(example)
+        if mark in self.seen and not self.duplicates:
+            return False
+        if example.id in self.ids:
+            file = where.rsplit(", ", 1)[0]
+            before = self.places[self.ids[example.id]].removeprefix(f"{file}, ")
+            raise bad(where, "id", f"is {example.id!r}, which {before} has already; give each row its own id or none")
+        self.seen.add(mark)
+        self.ids[example.id] = len(self.examples)
+        self.examples.add(example)
+        self.places.add(where)
+        self.asked.append(question_hash(example))
+        self.answered.append(short_hash(f"{sorted(example.answers)} {self.asked[-1]}"))
+        return True
+
+    def contradicting(self) -> int:
+        """How many answers there are, beyond one for each question.  Spelling and order of several right ones do not count."""
+        return len(np.unique(self.answered)) - len(np.unique(self.asked))
 
 
 def understood(
@@ -131,11 +163,27 @@ def stem(path: Path) -> str:
     return Path(inner).stem if Path(inner).suffix.lower() in READERS or inner == path.name else inner
 
 
-def said_by(example: Example) -> bytes:
+def said_by(example: Example) -> int:
     """A hash of what an example asks and holds for right; its id and other columns do not count."""
     said = [[dict(t) for t in example.prompt], example.answers, example.solution, example.feedback]
     text = json.dumps([*said, repr(example.meta.get("tests"))], default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+    return short_hash(text, 16)
+
+
+def short_hash(text: str, size: int = 8) -> int:
+    """The first `size` bytes of a text's SHA-256, as a number."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:size])
+
+
+def question_hash(example: Example) -> int:
+    """Equal for two examples that ask the same question."""
+    return short_hash(question_key(example.prompt))
+
+
+def media(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold pictures or sound, as the hub's data sets have them: what no model here reads."""
+    filed = lambda value: isinstance(value, Mapping) and {"bytes", "path"} <= value.keys()
+    return [name for name, value in row.items() if value and (name in MEDIA or filed(value))]
 
 
 def description(files: Source, counted: Mapping[str, int], kept: int, left_out: int, fields: str) -> dict[str, Any]:
@@ -145,7 +193,8 @@ def description(files: Source, counted: Mapping[str, int], kept: int, left_out: 
         with open(path, "rb") as stream:
             hashes.append({"name": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()})
     chosen = {"split": files.split, "config": files.config, "revision": files.revision, "fields": fields}
-    layouts = {name.removeprefix("layout "): n for name, n in counted.items() if name.startswith("layout ")}
+    of_kind = lambda kind: {name.removeprefix(kind): n for name, n in counted.items() if name.startswith(kind)}
+    notes = {"contradicting": counted["contradicting"], "media": of_kind("media ")}
     return {
         "name": files.name,
         **{name: value for name, value in chosen.items() if value},
@@ -154,7 +203,8 @@ def description(files: Source, counted: Mapping[str, int], kept: int, left_out: 
         "duplicates": counted["duplicates"],
         "bad": left_out,
         "problems": kept,
-        "layouts": layouts,
+        "layouts": of_kind("layout "),
+        **{name: value for name, value in notes.items() if value},
     }
 
 
@@ -169,7 +219,12 @@ def sentence(about: Mapping[str, Any]) -> str:
     ]
     files = f" in {len(about['files'])} files" if len(about["files"]) > 1 else ""
     counts = ", ".join([f"{about['problems']} problems of {about['rows']} rows{files}", *less])
-    return f"{about['name']}{f' ({part})' if part else ''}: {counts}; read as {'; '.join(layouts)}"
+    more = [f"{n} rows have `{name}`, which no model here reads" for name, n in about.get("media", {}).items()]
+    if "contradicting" in about:
+        more += [f"{about['contradicting']} rows answer a question of an earlier row otherwise, and both are kept"]
+    return "; ".join(
+        [f"{about['name']}{f' ({part})' if part else ''}: {counts}", f"read as {'; '.join(layouts)}", *more]
+    )
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -214,22 +269,22 @@ def task(
         train, shared = without_test_questions(found.examples, rest, name, held_out, skip)
         warn_of([*found.bad, *other.bad, *shared])
         read = {"said": [found.said, f"held out: {other.said}"], "train": found.about, "test": other.about}
-    return Task(stem(Path(name)), tuple(train), tuple(rest), verify, read)
+    return Task(stem(Path(name)), train, rest, verify, read)
 
 
 def without_test_questions(
     train: Sequence[Example], test: Sequence[Example], name: Name, test_name: Name, skip: bool
-) -> tuple[list[Example], list[str]]:
+) -> tuple[Sequence[Example], list[str]]:
     """The examples whose question is not in the test data, and a sentence for each other.  Raises: `TaskError`."""
-    held_out = {question_key(example.prompt) for example in test}
-    shared = [example for example in train if question_key(example.prompt) in held_out]
-    if not shared:
-        return list(train), []
-    kept = [example for example in train if question_key(example.prompt) not in held_out]
-    said = f"{name}: the question of row {shared[0].id!r} is in {test_name} too ({len(shared)} such rows)"
+    held_out = {question_hash(example) for example in test}
+    shared = np.fromiter((question_hash(example) in held_out for example in train), bool, len(train))
+    if not shared.any():
+        return train, []
+    kept, left_out = Chosen(train, np.flatnonzero(~shared)), Chosen(train, np.flatnonzero(shared))
+    said = f"{name}: the question of row {left_out[0].id!r} is in {test_name} too ({len(left_out)} such rows)"
     if not skip or not kept:
         raise TaskError(f"{said}; remove them from one of the files, or leave them out with --skip-bad-rows.")
-    return kept, [f"{name}: the question of row {example.id!r} is in {test_name} too." for example in shared]
+    return kept, [f"{name}: the question of row {example.id!r} is in {test_name} too." for example in left_out]
 
 
 def warn_of(sentences: Sequence[str]) -> None:
