@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / "sdjax").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "tpu").rglob("*.py"))
 
 FLOORS = (
-    ("kernels/*", "errors"),
+    ("kernels/*", "errors", "ranges"),
     ("types", "devices/*"),
     ("models/*", "tasks/*"),
     ("engine/*",),

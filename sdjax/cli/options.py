@@ -21,6 +21,7 @@ import tyro
 
 from sdjax import methods
 from sdjax.errors import InputError, nearest
+from sdjax.ranges import out_of_range
 from sdjax.types import Method
 
 
@@ -96,6 +97,14 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
             rest.append(arguments[i])
             i += 1
     return value, rest
+
+
+def check_ranges(group: str, function: Callable, chosen: Mapping[str, Any]) -> None:
+    """Raises `OptionError` for a number that its type does not allow, as it was typed: `--method.group-size 0`."""
+    for name, said in out_of_range(function, chosen).items():
+        value = chosen[name]
+        typed = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+        raise OptionError(f"--{group}.{name.replace('_', '-')} {typed}: {said}")
 
 
 def take_template(arguments: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import tyro
 
 from sdjax.cli import options
-from sdjax.cli.ranges import check_options
 from sdjax.collect.controls import controlled
 from sdjax.collect.selections import changed, selected
 from sdjax.devices import processes
@@ -59,8 +58,8 @@ def run(file: Path, module: Any, factory: Any, chosen: dict[str, Any], start: st
     processes.join(chosen.pop("processes"))
     groups = {name: options.shallow(chosen.pop(name)) for name in GROUPS if factory}
     if factory:
-        check_options(factory.__name__, groups["method"])
-    for some in (chosen, *groups.values()):
+        options.check_ranges("method", factory, groups["method"])
+    for some in (chosen, *(own for name, own in groups.items() if name != "method")):
         check_numbers(some)
     protocol = Protocol(**groups.get("evaluate", {}))
     if factory:

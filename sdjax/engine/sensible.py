@@ -12,7 +12,9 @@ class ExperimentError(InputError, ValueError):
     """An experiment cannot be run as it is described; the message says which value and why."""
 
 
-AT_LEAST_1 = "steps prompts rounds minibatches epochs most_skipped group_size completions_every keep context teacher_context completion"
+AT_LEAST_1 = (
+    "steps prompts rounds minibatches epochs most_skipped completions_every keep context teacher_context completion"
+)
 AT_LEAST_1 += " rows rows_per_chunk tokens_per_chunk train_size"
 AT_LEAST_0 = (
     "evaluation evaluate_every save_every keep_every grace seed warmup temperature most slots lag router_aux router_z"

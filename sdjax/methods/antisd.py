@@ -15,6 +15,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import score_coefficient
 from sdjax.kernels.policy_gradient import signed_surrogate
 from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
+from sdjax.ranges import Finite, NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -31,17 +32,18 @@ CARD = Card(
 )
 
 
+@check_ranges
 def antisd(
     *,
-    group_size: int = 8,
-    coef: float = 0.5,
-    beta: float = 0.5,
-    warmup: int = 5,
-    low: float = 0.93,
+    group_size: PositiveInt = 8,
+    coef: Finite = 0.5,
+    beta: Share = 0.5,
+    warmup: NonNegativeInt = 5,
+    low: Share = 0.93,
     centred: bool = False,
-    success: float = 0.5,
-    clip: tuple[float, float] = (0.2, 0.2),
-    temperature: float = 1.0,
+    success: PositiveShare = 0.5,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

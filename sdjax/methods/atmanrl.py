@@ -13,6 +13,7 @@ from sdjax.engine.generate import Sampling
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, masked_sum, sequence_mean
 from sdjax.methods.grpo import grpo
+from sdjax.ranges import NonNegative, PositiveInt, PositiveShare, check_ranges
 from sdjax.types import Card, Method
 
 CARD = Card(
@@ -43,21 +44,22 @@ def whole_sequence(clip: tuple[float, float]):
     return surrogate
 
 
+@check_ranges
 def atmanrl(
     *,
-    group_size: int = 8,
-    coef: float = 1.0,
+    group_size: PositiveInt = 8,
+    coef: NonNegative = 1.0,
     delimiter: str = "####",
-    steps: int = 200,
+    steps: PositiveInt = 200,
     mask_loss: Literal["nll", "kl_to_unmasked"] = "nll",
     target: Literal["own", "gold"] = "own",
     inner: Inner = "adamw",
     combine: Literal["add", "correct_only"] = "add",
     printed_sign: bool = False,
     ratio: Literal["token", "sequence"] = "token",
-    success: float = 0.5,
-    clip: tuple[float, float] = (0.2, 0.2),
-    temperature: float = 1.0,
+    success: PositiveShare = 0.5,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    temperature: NonNegative = 1.0,
     reduce: Reducer = sequence_mean,
 ) -> Method:
     """Attention-manipulation RL (Höth et al. 2026, arXiv:2604.16158, Eq. 1-5).  Sequence mean; no deviation, no KL.

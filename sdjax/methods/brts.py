@@ -16,6 +16,7 @@ from sdjax.engine.policies import frozen, teacher_name
 from sdjax.kernels import candidates as kernel
 from sdjax.kernels.distributions import entropy, logprob, normalise, top_k_entries
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import NonNegative, PositiveInt, PositiveShare, check_ranges
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -51,21 +52,22 @@ def head_forward_kl(student, teacher, k: int | None):
     return jnp.sum(jnp.exp(normalise(teacher)) * (teacher - student), axis=-1)
 
 
+@check_ranges
 def brts(
     *,
     teacher: str | None = None,
-    candidates: int = 2,
+    candidates: PositiveInt = 2,
     perturb: bool = False,
-    coef: float = 10.0,
-    top_k: int | None = 16,
+    coef: NonNegative = 10.0,
+    top_k: PositiveInt | None = 16,
     align: Literal["position", "prefix"] = "position",
     retry: bool = True,
     fallback: Literal["most_similar", "skip"] = "most_similar",
     truncate: bool = False,
-    success: float = 0.5,
-    teacher_temperature: float = 0.7,
-    teacher_top_p: float = 0.95,
-    temperature: float = 1.0,
+    success: PositiveShare = 0.5,
+    teacher_temperature: NonNegative = 0.7,
+    teacher_top_p: PositiveShare = 0.95,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

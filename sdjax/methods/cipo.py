@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
+from sdjax.ranges import FirstBetween, NonNegative, PositiveInt, PositiveShare, Rising, Share, check_ranges
 from sdjax.types import Card, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -52,22 +53,23 @@ def compared(
     return [r.read_by(reference=question(r.example)) for r in rows]
 
 
+@check_ranges
 def cipo(
     *,
-    group_size: int = 8,
-    replay: float = 1.0,
-    coef: float = 1.0,
-    risk: float = 1.0,
+    group_size: PositiveInt = 8,
+    replay: NonNegative = 1.0,
+    coef: NonNegative = 1.0,
+    risk: NonNegative = 1.0,
     compare: Literal["problem", "anchor"] = "problem",
     normalised: bool = True,
-    share: tuple[float, float, float] = (0.3, 0.2, 0.8),
-    target: float = 0.8,
-    gains: tuple[float, float, float] = (0.8, 0.3, 0.05),
-    medium: tuple[float, float] = (0.375, 0.75),
-    success: float = 0.5,
-    clip: tuple[float, float] = (0.2, 0.2),
-    kl_coef: float = 1e-4,
-    temperature: float = 1.0,
+    share: Annotated[tuple[Share, Share, Share], FirstBetween] = (0.3, 0.2, 0.8),
+    target: Share = 0.8,
+    gains: tuple[NonNegative, NonNegative, NonNegative] = (0.8, 0.3, 0.05),
+    medium: Annotated[tuple[Share, Share], Rising] = (0.375, 0.75),
+    success: PositiveShare = 0.5,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    kl_coef: NonNegative = 1e-4,
+    temperature: NonNegative = 1.0,
     reduce: Reducer = sequence_mean,
 ) -> Method:
     """Correction-oriented policy optimisation (Ren et al. 2026, arXiv:2605.14539).  Sequence mean, each stream its own.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from sdjax.kernels import policy_gradient
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.grpo import Compared, grpo
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Rising, check_ranges
 from sdjax.types import Card, Method
 
 CARD = Card(
@@ -24,16 +25,17 @@ CARD = Card(
 )
 
 
+@check_ranges
 def cispo(
     *,
-    group_size: int = 16,
+    group_size: PositiveInt = 16,
     normalised: bool = True,
     compared: Compared = "group",
-    clip: tuple[float, float] = (1.0, 4.0),
-    tis_cap: float | None = None,
-    tis_bounds: tuple[float, float] | None = None,
+    clip: tuple[NonNegative, NonNegative] = (1.0, 4.0),
+    tis_cap: Positive | None = None,
+    tis_bounds: Annotated[tuple[NonNegative, NonNegative], Rising] | None = None,
     tis_level: Literal["token", "sequence"] = "token",
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
 ) -> Method:
     """Clipped importance-sampling policy optimisation (MiniMax 2025, arXiv:2506.13585).  Token mean.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from sdjax.engine.generate import Sampling
 from sdjax.kernels.policy_gradient import overlong_penalty
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.grpo import grpo
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Rising, Share, check_ranges
 from sdjax.types import Card, Method, Rollout
 
 CARD = Card(
@@ -34,18 +35,19 @@ def unequal(rows: Sequence[Rollout]) -> bool:
     return len({r.reward for r in rows}) > 1
 
 
+@check_ranges
 def dapo(
     *,
-    group_size: int = 16,
-    clip: tuple[float, float] = (0.2, 0.28),
-    rounds: int = 10,
-    overlong: float = 0.2,
-    overlong_factor: float = 1.0,
+    group_size: PositiveInt = 16,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.28),
+    rounds: PositiveInt = 10,
+    overlong: Share = 0.2,
+    overlong_factor: NonNegative = 1.0,
     overlong_filter: bool = False,
-    tis_cap: float | None = None,
-    tis_bounds: tuple[float, float] | None = None,
+    tis_cap: Positive | None = None,
+    tis_bounds: Annotated[tuple[NonNegative, NonNegative], Rising] | None = None,
     tis_level: Literal["token", "sequence"] = "token",
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
 ) -> Method:
     """Decoupled clip and dynamic sampling (Yu et al. 2025, arXiv:2503.14476, Eq. 8-13).
 

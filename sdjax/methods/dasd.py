@@ -14,6 +14,7 @@ from sdjax.kernels.policy_gradient import signed_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import entropy_router, unit_deviation, unit_magnitude
 from sdjax.methods.opsd import opsd
+from sdjax.ranges import NonNegative, PositiveInt, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
 
 CARD = Card(
@@ -32,16 +33,17 @@ CARD = Card(
 )
 
 
+@check_ranges
 def dasd(
     *,
-    group_size: int = 8,
-    beta: float = 0.1,
-    repelled: float = 0.2,
+    group_size: PositiveInt = 8,
+    beta: NonNegative = 0.1,
+    repelled: Share = 0.2,
     about: Literal["mean", "threshold"] = "mean",
     unit: Literal["magnitude", "deviation"] = "magnitude",
-    ema_rate: float = 1.0,
-    clip: tuple[float, float] = (0.2, 0.2),
-    temperature: float = 1.0,
+    ema_rate: Share = 1.0,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

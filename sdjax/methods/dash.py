@@ -9,6 +9,7 @@ import jax
 from sdjax.kernels.credit import compounded_weight
 from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
 from sdjax.methods.opsd import opsd
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Rollout
 
 CARD = Card(
@@ -29,16 +30,17 @@ CARD = Card(
 )
 
 
+@check_ranges
 def dash(
     *,
-    kappa: float = 5.0,
-    horizon: float = 1.0,
-    entry_clip: float | None = 0.05,
-    temperature: float = 1.1,
-    top_p: float = 0.95,
-    top_k: int = 20,
-    ema_rate: float = 0.0,
-    group_size: int = 1,
+    kappa: NonNegative = 5.0,
+    horizon: Share = 1.0,
+    entry_clip: NonNegative | None = 0.05,
+    temperature: Positive = 1.1,
+    top_p: PositiveShare = 0.95,
+    top_k: NonNegativeInt = 20,
+    ema_rate: Share = 0.0,
+    group_size: PositiveInt = 1,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

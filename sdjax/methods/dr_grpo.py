@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from sdjax.kernels.reductions import constant_mean
 from sdjax.methods.grpo import grpo
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Rising, check_ranges
 from sdjax.types import Card, Method
 
 CARD = Card(
@@ -19,15 +20,16 @@ CARD = Card(
 )
 
 
+@check_ranges
 def dr_grpo(
     *,
-    group_size: int = 8,
-    clip: tuple[float, float] = (0.2, 0.2),
-    length: int = 1024,
-    tis_cap: float | None = None,
-    tis_bounds: tuple[float, float] | None = None,
+    group_size: PositiveInt = 8,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    length: PositiveInt = 1024,
+    tis_cap: Positive | None = None,
+    tis_bounds: Annotated[tuple[NonNegative, NonNegative], Rising] | None = None,
     tis_level: Literal["token", "sequence"] = "token",
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
 ) -> Method:
     """GRPO done right (Liu et al. 2025, arXiv:2503.20783, section 3.2): `A = R - mean R`, and a constant divisor.
 

@@ -14,6 +14,7 @@ from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import entropy_gate, likelihood_ratio, window_minimum
 from sdjax.methods.opsd import opsd
+from sdjax.ranges import NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
 
 CARD = Card(
@@ -33,20 +34,21 @@ CARD = Card(
 )
 
 
+@check_ranges
 def egrsd(
     *,
-    strength: float = 0.3,
-    window: int = 0,
+    strength: NonNegative = 0.3,
+    window: NonNegativeInt = 0,
     windowed_maximum: bool = False,
-    ratio_eps: float = 0.2,
-    length_bonus: float = 0.5,
-    warmup: int = 10,
-    ema_rate: float = 0.0,
-    copy_every: int = 0,
-    group_size: int = 1,
-    temperature: float = 1.1,
-    top_p: float = 0.95,
-    top_k: int = 20,
+    ratio_eps: NonNegative = 0.2,
+    length_bonus: NonNegative = 0.5,
+    warmup: NonNegativeInt = 10,
+    ema_rate: Share = 0.0,
+    copy_every: NonNegativeInt = 0,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 1.1,
+    top_p: PositiveShare = 0.95,
+    top_k: NonNegativeInt = 20,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -14,6 +14,7 @@ from sdjax.engine.policies import frozen, teacher_name, teacher_view
 from sdjax.kernels.distributions import entropy, top_k_with_rest
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import NonNegative, PositiveInt, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -33,15 +34,16 @@ CARD = Card(
 )
 
 
+@check_ranges
 def gkd(
     *,
     teacher: str | None = None,
-    lmbda: float = 0.5,
-    beta: float = 0.5,
-    top_k: int | None = None,
+    lmbda: Share = 0.5,
+    beta: Share = 0.5,
+    top_k: PositiveInt | None = None,
     seq_kd: bool = False,
-    group_size: int = 1,
-    temperature: float = 0.9,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 0.9,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,6 +23,7 @@ from sdjax.kernels.policy_gradient import (
     sequence_importance_weight,
 )
 from sdjax.kernels.reductions import Reducer, sequence_mean
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Range, Rising, check_ranges
 from sdjax.types import Batch, Card, Method, Objective, Term, View
 
 CARD = Card(
@@ -65,18 +66,19 @@ def sampler_weight(
     return jnp.minimum(ratio, cap) if bounds is None else icepop(ratio, bounds)
 
 
+@check_ranges
 def grpo(
     *,
-    group_size: int = 8,
+    group_size: PositiveInt = 8,
     normalised: bool = True,
-    clip: tuple[float, float] = (0.2, 0.2),
-    dual_clip: float | None = None,
-    kl_coef: float = 0.0,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    dual_clip: Annotated[float, Range(1, above=True)] | None = None,
+    kl_coef: NonNegative = 0.0,
     compared: Compared = "group",
-    tis_cap: float | None = None,
-    tis_bounds: tuple[float, float] | None = None,
+    tis_cap: Positive | None = None,
+    tis_bounds: Annotated[tuple[NonNegative, NonNegative], Rising] | None = None,
     tis_level: Literal["token", "sequence"] = "token",
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
     reduce: Reducer = sequence_mean,
     surrogate: Callable[[Array, Array, Array, Array], Array] | None = None,
     collect: Callable | None = None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from sdjax.kernels.policy_gradient import sequence_clipped_surrogate
 from sdjax.kernels.reductions import sequence_mean
 from sdjax.methods.grpo import grpo
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Rising, check_ranges
 from sdjax.types import Card, Method
 
 CARD = Card(
@@ -20,15 +21,16 @@ CARD = Card(
 )
 
 
+@check_ranges
 def gspo(
     *,
-    group_size: int = 8,
+    group_size: PositiveInt = 8,
     normalised: bool = True,
-    clip: tuple[float, float] = (3e-4, 4e-4),
-    tis_cap: float | None = None,
-    tis_bounds: tuple[float, float] | None = None,
+    clip: tuple[NonNegative, NonNegative] = (3e-4, 4e-4),
+    tis_cap: Positive | None = None,
+    tis_bounds: Annotated[tuple[NonNegative, NonNegative], Rising] | None = None,
     tis_level: Literal["token", "sequence"] = "token",
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
 ) -> Method:
     """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071).  Sequence mean.
 

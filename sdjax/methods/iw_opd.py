@@ -10,6 +10,7 @@ from sdjax.kernels.credit import remaining_share
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opd import opd_with
+from sdjax.ranges import NonNegative, PositiveInt, check_ranges
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -27,12 +28,13 @@ CARD = Card(
 )
 
 
+@check_ranges
 def iw_opd(
     *,
     teacher: str | None = None,
-    gamma: float = 0.5,
-    group_size: int = 1,
-    temperature: float = 1.0,
+    gamma: NonNegative = 0.5,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

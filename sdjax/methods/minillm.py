@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
 
@@ -18,6 +19,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import NonNegative, PositiveInt, Range, Share, check_ranges
 from sdjax.tasks.data.problems import problems
 from sdjax.types import REFERENCE, Card, Example, Messages, Method, Objective, Rollout, Term, View
 
@@ -48,18 +50,19 @@ def read_beside(environment: Environment, documents: Sequence[Example], start: i
     return [r.read_by(student=question(r.example), teacher=None) for r in rows]
 
 
+@check_ranges
 def minillm(
     *,
     teacher: str | None = None,
-    mix: float = 0.2,
+    mix: Annotated[float, Range(0, 1, below=True)] = 0.2,
     single_step: bool = True,
-    discount: float = 1.0,
+    discount: Share = 1.0,
     length_normalised: bool = True,
     count_present: bool = False,
-    clip: tuple[float, float] = (0.2, 0.2),
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
     corpus: str | None = None,
-    lm_coef: float = 1.0,
-    group_size: int = 4,
+    lm_coef: NonNegative = 1.0,
+    group_size: PositiveInt = 4,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -13,6 +13,7 @@ from sdjax.engine.generate import Sampling, mixture
 from sdjax.engine.policies import frozen
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
+from sdjax.ranges import NonNegative, NonNegativeInt, PositiveShare, Share, check_ranges
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
 
 CARD = Card(
@@ -43,14 +44,15 @@ def with_worked_answer(rollout: Rollout, rollouts: list[Rollout]) -> Messages | 
     return rewrite_last(messages, content, example.solution)
 
 
+@check_ranges
 def mixsd(
     *,
-    naive: float = 0.3,
-    temperature: float = 0.0,
-    top_k: int = 64,
-    retries: int = 10,
+    naive: Share = 0.3,
+    temperature: NonNegative = 0.0,
+    top_k: NonNegativeInt = 64,
+    retries: NonNegativeInt = 10,
     verified: bool = True,
-    success: float = 0.5,
+    success: PositiveShare = 0.5,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

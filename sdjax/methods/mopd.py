@@ -8,6 +8,7 @@ from sdjax.collect.peers import Failures, Shown, Summarised, peers
 from sdjax.kernels.credit import step_mean
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import sdpo
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Method, Term
 
 CARD = Card(
@@ -30,25 +31,26 @@ CARD = Card(
 )
 
 
+@check_ranges
 def mopd(
     *,
-    group_size: int = 8,
+    group_size: PositiveInt = 8,
     another: bool = True,
     failure: Failures = "always",
     shown: Shown = "peers",
-    summaries: int = 0,
+    summaries: NonNegativeInt = 0,
     summarised: Summarised = "all",
     step_level: bool = False,
     use_feedback: bool = True,
     thinking: bool = False,
-    success: float = 0.5,
-    alpha: float = 0.5,
-    top_k: int | None = 100,
+    success: PositiveShare = 0.5,
+    alpha: Share = 0.5,
+    top_k: PositiveInt | None = 100,
     rest: bool = True,
-    ema_rate: float = 0.05,
-    is_cap: float | None = 2.0,
+    ema_rate: Share = 0.05,
+    is_cap: Positive | None = 2.0,
     diagnose_contexts: bool = False,
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
     reduce: Reducer = token_mean,
 ) -> Method:
     """Multi-rollout on-policy distillation (Yu et al. 2026, arXiv:2605.12652, Eq. 5-7): `sdpo` with `peers` as lesson.

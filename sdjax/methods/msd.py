@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax.numpy as jnp
 
@@ -12,6 +13,7 @@ from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.kernels.weights import confidence, disagreement, mean_one
 from sdjax.methods.sdft import sdft
+from sdjax.ranges import NonNegative, PositiveInt, Range, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term
 
 CARD = Card(
@@ -30,15 +32,16 @@ CARD = Card(
 )
 
 
+@check_ranges
 def msd(
     *,
     weighted: bool = True,
-    top_k: int = 20,
+    top_k: Annotated[int, Range(2)] = 20,
     sampled_token: bool = False,
     from_teacher: bool = False,
-    ema_rate: float = 0.0,
-    group_size: int = 1,
-    temperature: float = 1.0,
+    ema_rate: Share = 0.0,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = sequence_mean,
 ) -> Method:

@@ -11,6 +11,7 @@ from sdjax.collect.contexts import question, with_reference
 from sdjax.errors import MethodError
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opsd import opsd
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Example, Messages, Method
 
 CARD = Card(
@@ -37,18 +38,19 @@ def shown(example: Example, other: Mapping[str, str] | None) -> Messages | None:
     return with_reference(question(example), reference)
 
 
+@check_ranges
 def op2sd(
     *,
     context: Literal["mismatched", "same-topic", "matched", "none"] = "mismatched",
     topic: str = "topic",
-    remembered: int = 256,
-    group_size: int = 1,
-    beta: float = 0.0,
-    clip: float | None = 0.05,
-    temperature: float = 1.1,
-    top_p: float = 0.95,
-    top_k: int = 20,
-    ema_rate: float = 0.0,
+    remembered: PositiveInt = 256,
+    group_size: PositiveInt = 1,
+    beta: Share = 0.0,
+    clip: NonNegative | None = 0.05,
+    temperature: Positive = 1.1,
+    top_p: PositiveShare = 0.95,
+    top_k: NonNegativeInt = 20,
+    ema_rate: Share = 0.0,
     reduce: Reducer = token_mean,
 ) -> Method:
     """On-policy self-distillation from another problem (Ichihara et al. 2026, arXiv:2608.09228): `opsd`, another context.

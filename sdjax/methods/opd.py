@@ -17,6 +17,7 @@ from sdjax.kernels.divergences import reverse_kl, unnormalised_top_k_forward_kl
 from sdjax.kernels.estimators import sampled_kl
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import NonNegative, PositiveInt, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -38,16 +39,17 @@ VERL_TOP_K = 32
 """Entries of the teacher's distribution in verl's `forward_kl_topk`."""
 
 
+@check_ranges
 def opd(
     *,
     teacher: str | None = None,
-    group_size: int = 4,
-    coef: float = 1.0,
-    discount: float = 0.0,
+    group_size: PositiveInt = 4,
+    coef: NonNegative = 1.0,
+    discount: Share = 0.0,
     full_vocabulary: bool = False,
     direct: Direct | None = None,
-    rl_weight: float = 0.0,
-    temperature: float = 1.0,
+    rl_weight: NonNegative = 0.0,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

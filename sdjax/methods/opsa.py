@@ -9,6 +9,7 @@ from sdjax.engine.generate import Sampling
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import reinforce
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import NonNegative, PositiveInt, Share, check_ranges
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(
@@ -23,12 +24,13 @@ CARD = Card(
 )
 
 
+@check_ranges
 def opsa(
     *,
-    group_size: int = 4,
-    threshold: float = 0.1,
-    penalty: float = 1.0,
-    temperature: float = 1.0,
+    group_size: PositiveInt = 4,
+    threshold: Share = 0.1,
+    penalty: NonNegative = 1.0,
+    temperature: NonNegative = 1.0,
     reduce: Reducer = token_mean,
 ) -> Method:
     """A fixed negative advantage on tokens that the student itself found unlikely when it sampled them.

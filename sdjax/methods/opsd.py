@@ -16,6 +16,7 @@ from sdjax.kernels.distributions import entropy, logprob, temper, top_k_renormal
 from sdjax.kernels.divergences import clip_entries, jsd_entries
 from sdjax.kernels.estimators import sampled_reverse_kl
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -44,19 +45,20 @@ def reference_solution(rollout: Rollout, rollouts: list[Rollout]) -> Messages | 
     return None if example.solution is None else with_reference(question(example), example.solution)
 
 
+@check_ranges
 def opsd(
     *,
-    beta: float = 0.0,
-    clip: float | None = 0.05,
-    temperature: float = 1.1,
-    top_p: float = 0.95,
-    top_k: int = 20,
-    teacher_top_k: int | None = None,
+    beta: Share = 0.0,
+    clip: NonNegative | None = 0.05,
+    temperature: Positive = 1.1,
+    top_p: PositiveShare = 0.95,
+    top_k: NonNegativeInt = 20,
+    teacher_top_k: PositiveInt | None = None,
     sampled_token: bool = False,
     teacher_thinks: bool = False,
-    ema_rate: float = 0.0,
-    reason_first: int = 0,
-    group_size: int = 1,
+    ema_rate: Share = 0.0,
+    reason_first: NonNegativeInt = 0,
+    group_size: PositiveInt = 1,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -16,6 +16,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.preference import paired, sequence_log_ratio
 from sdjax.kernels.reductions import token_mean
 from sdjax.methods.opsd import reference_solution
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Share, check_ranges
 from sdjax.types import STUDENT, TEACHER, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -33,13 +34,14 @@ CARD = Card(
 )
 
 
+@check_ranges
 def pbsd(
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     per_token: bool = False,
-    pairs: int = 1,
-    ema_rate: float = 0.0,
-    temperature: float = 1.0,
+    pairs: PositiveInt = 1,
+    ema_rate: Share = 0.0,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
 ) -> Method:
     """Preference-based self-distillation (Yu et al. 2026, arXiv:2605.05040, Eq. 10).

@@ -8,6 +8,7 @@ from sdjax.kernels.credit import power_difference
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opd import opd_with
+from sdjax.ranges import NonNegative, Positive, PositiveInt, check_ranges
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -27,13 +28,14 @@ CARD = Card(
 )
 
 
+@check_ranges
 def power_opd(
     *,
     teacher: str | None = None,
-    alpha: float = 5.0,
+    alpha: Positive = 5.0,
     scaled: bool = False,
-    group_size: int = 1,
-    temperature: float = 1.0,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -12,6 +12,7 @@ from sdjax.kernels.distributions import entropy, logprob, normalise
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opsd import reference_solution
+from sdjax.ranges import NonNegative, Positive, PositiveInt, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -44,12 +45,13 @@ def purified(base, informed, reference, beta: float):
     return normalise(base + (informed - reference) / beta)
 
 
+@check_ranges
 def purified_opsd(
     *,
-    beta: float = 1.0,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    group_size: int = 1,
+    beta: Positive = 1.0,
+    alpha: Share = 0.5,
+    temperature: NonNegative = 1.0,
+    group_size: PositiveInt = 1,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

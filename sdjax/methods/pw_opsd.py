@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 from sdjax.kernels.credit import position_weight
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.methods.opsd import opsd
+from sdjax.ranges import (
+    Finite,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+    Range,
+    Share,
+    check_ranges,
+)
 from sdjax.types import Card, Messages, Method, Rollout
 
 CARD = Card(
@@ -25,17 +37,18 @@ CARD = Card(
 )
 
 
+@check_ranges
 def pw_opsd(
     *,
-    lowest: float = 0.25,
-    centre: float = 0.3,
-    width: float = 0.1,
-    entry_clip: float | None = 0.05,
-    temperature: float = 1.1,
-    top_p: float = 0.95,
-    top_k: int = 20,
-    ema_rate: float = 0.0,
-    group_size: int = 1,
+    lowest: Share = 0.25,
+    centre: Finite = 0.3,
+    width: Annotated[float, Range(but=0)] = 0.1,
+    entry_clip: NonNegative | None = 0.05,
+    temperature: Positive = 1.1,
+    top_p: PositiveShare = 0.95,
+    top_k: NonNegativeInt = 20,
+    ema_rate: Share = 0.0,
+    group_size: PositiveInt = 1,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = sequence_mean,
 ) -> Method:

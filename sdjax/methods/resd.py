@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
@@ -18,6 +18,7 @@ from sdjax.kernels.divergences import clamp_around, jsd
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import success_balance
+from sdjax.ranges import NonNegative, Positive, PositiveInt, PositiveShare, Range, Share, check_ranges
 from sdjax.types import Card, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -44,26 +45,27 @@ def successes(rollouts: Sequence[Rollout], success: float) -> dict[str, str]:
     return {id: text for id, text in right if text}
 
 
+@check_ranges
 def resd(
     *,
-    group_size: int = 1,
-    alpha: float = 1.0,
-    top_k: int | None = 100,
-    low: float = 0.2,
-    high: float | None = None,
-    ema_rate: float = 1e-4,
-    is_cap: float | None = 2.0,
+    group_size: PositiveInt = 1,
+    alpha: Share = 1.0,
+    top_k: PositiveInt | None = 100,
+    low: Share = 0.2,
+    high: Annotated[float, Range(1)] | None = None,
+    ema_rate: Share = 1e-4,
+    is_cap: Positive | None = 2.0,
     balance: bool = True,
-    balance_powers: tuple[float, float] = (1.0, 1.0),
+    balance_powers: tuple[NonNegative, NonNegative] = (1.0, 1.0),
     reflection: bool = True,
     playbook: bool = True,
     buffer: bool = True,
-    cap: int = 200,
+    cap: PositiveInt = 200,
     prune: Literal["prioritized", "staleness"] = "staleness",
-    prune_every: int = 4,
-    success: float = 0.5,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
+    prune_every: PositiveInt = 4,
+    success: PositiveShare = 0.5,
+    temperature: NonNegative = 1.0,
+    top_p: PositiveShare = 0.95,
     write: book.Write = book.policy_writes,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import frozen, refresh, teacher_name, teacher_view
 from sdjax.kernels import candidates as kernel
 from sdjax.kernels.advantages import group_advantage
-from sdjax.kernels.candidates import Support, Weights
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
+from sdjax.ranges import NonNegative, NonNegativeInt, PositiveInt, PositiveShare, Range, check_ranges
 from sdjax.types import STUDENT, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -43,23 +43,24 @@ CARD = Card(
 )
 
 
+@check_ranges
 def rethinking_opd(
     *,
     teacher: str | None = None,
     loss: Literal["released", "renormalised"] = "released",
-    support: Support = "student",
-    weights: Weights = "student",
+    support: kernel.Support = "student",
+    weights: kernel.Weights = "student",
     raw_weights: bool = False,
-    top_k: int | None = 16,
-    group_size: int = 4,
+    top_k: NonNegativeInt | None = 16,
+    group_size: PositiveInt = 4,
     rollout_time: bool = False,
-    clip: tuple[float, float] = (0.2, 0.2),
-    dual_clip: float | None = 3.0,
-    rl_weight: float = 0.0,
-    cold_start: int = 0,
-    depths: tuple[int, ...] = (),
-    success: float = 0.5,
-    temperature: float = 1.0,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    dual_clip: Annotated[float, Range(1, above=True)] | None = 3.0,
+    rl_weight: NonNegative = 0.0,
+    cold_start: NonNegativeInt = 0,
+    depths: tuple[NonNegativeInt, ...] = (),
+    success: PositiveShare = 0.5,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:
@@ -105,8 +106,7 @@ def rethinking_opd(
         return rollouts, memory + 1 if cold_start else memory
 
     def written(environment, examples, key):
-        how = {"n": group_size, "sampling": sampling}
-        rollouts = by_teacher(environment, name, examples, key, before_writing(lesson), **how)
+        rollouts = by_teacher(environment, name, examples, key, before_writing(lesson), n=group_size, sampling=sampling)
         return [r.read_by(teacher=None) for r in whole_texts(rollouts)]
 
     def attempted(environment, examples, key):

@@ -16,6 +16,7 @@ from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
+from sdjax.ranges import NonNegative, Positive, PositiveInt, PositiveShare, check_ranges
 from sdjax.types import Card, Method, Objective, Term, View
 
 CARD = Card(
@@ -42,16 +43,17 @@ def shaped(advantage: Array, evidence: Array, coef: float, tau: float, threshold
     return jnp.where(moved * advantage > 0.0, moved, 0.0)
 
 
+@check_ranges
 def rlcsd(
     *,
-    group_size: int = 8,
-    coef: float = 0.5,
-    tau: float = 1.0,
-    threshold: float = 0.0,
-    wrong_peers: int = 2,
-    success: float = 0.5,
-    clip: tuple[float, float] = (0.2, 0.2),
-    temperature: float = 1.0,
+    group_size: PositiveInt = 8,
+    coef: NonNegative = 0.5,
+    tau: Positive = 1.0,
+    threshold: NonNegative = 0.0,
+    wrong_peers: PositiveInt = 2,
+    success: PositiveShare = 0.5,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    temperature: NonNegative = 1.0,
     reduce: Reducer = sequence_mean,
 ) -> Method:
     """Contrastive self-distillation for RL (arXiv:2606.11709): the verifier keeps every token's sign.  Sequence mean.

@@ -15,6 +15,7 @@ from sdjax.kernels.policy_gradient import clipped_surrogate, importance_weight
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.kernels.weights import likelihood_ratio, mean_one
 from sdjax.methods.sdpo import peer_or_feedback
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -32,19 +33,20 @@ CARD = Card(
 )
 
 
+@check_ranges
 def rlrt(
     *,
-    group_size: int = 8,
-    mix: float = 0.5,
-    ratio_eps: float = 1.0,
-    mix_decay: int = 0,
+    group_size: PositiveInt = 8,
+    mix: Share = 0.5,
+    ratio_eps: NonNegative = 1.0,
+    mix_decay: NonNegativeInt = 0,
     mean_one_weights: bool = False,
-    success: float = 0.5,
+    success: PositiveShare = 0.5,
     rows: Literal["correct", "all"] = "correct",
     toward: bool = False,
-    clip: tuple[float, float] = (0.2, 0.28),
-    tis_cap: float | None = 2.0,
-    temperature: float = 1.0,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.28),
+    tis_cap: Positive | None = 2.0,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -15,6 +15,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.divergences import jsd
 from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import Reducer, masked_mean, sequence_mean
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -39,15 +40,16 @@ def demonstration(rollout: Rollout, rollouts: list[Rollout]) -> Messages | None:
     return None if example.solution is None else with_demonstration(question(example), example.solution)
 
 
+@check_ranges
 def sdft(
     *,
-    alpha: float = 0.0,
-    skip: int = 3,
-    is_cap: float | None = 2.0,
-    ema_rate: float = 0.01,
+    alpha: Share = 0.0,
+    skip: NonNegativeInt = 3,
+    is_cap: Positive | None = 2.0,
+    ema_rate: Share = 0.01,
     from_teacher: bool = False,
-    group_size: int = 1,
-    temperature: float = 1.0,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = sequence_mean,
 ) -> Method:

@@ -18,6 +18,7 @@ from sdjax.kernels.divergences import advantage_clipped_reverse_kl, jsd
 from sdjax.kernels.estimators import sampled_jsd
 from sdjax.kernels.policy_gradient import importance_weight, reinforce
 from sdjax.kernels.reductions import Reducer, masked_mean, token_mean
+from sdjax.ranges import NonNegative, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -49,10 +50,9 @@ def divergence(alpha: float, top_k: int | None, rest: bool, sampled_token: bool,
     def measure(student: Array, teacher: Array, token: Array) -> Array:
         if sampled_token:
             said, graded = logprob(student, token), logprob(teacher, token)
-            unbounded = most is None
-            return (
-                sampled_jsd(said, graded, alpha) if unbounded else reinforce(said, jnp.clip(graded - said, -most, most))
-            )
+            if most is None:
+                return sampled_jsd(said, graded, alpha)
+            return reinforce(said, jnp.clip(graded - said, -most, most))
         if top_k is not None:
             narrow = top_k_with_rest if rest else top_k_renormalised
             student, teacher = narrow(student, teacher, by=student, k=top_k)
@@ -61,22 +61,23 @@ def divergence(alpha: float, top_k: int | None, rest: bool, sampled_token: bool,
     return measure
 
 
+@check_ranges
 def sdpo(
     *,
-    group_size: int = 8,
-    alpha: float = 0.5,
-    top_k: int | None = 100,
+    group_size: PositiveInt = 8,
+    alpha: Share = 0.5,
+    top_k: PositiveInt | None = 100,
     rest: bool = True,
     sampled_token: bool = False,
     sequence_level: bool = False,
-    ema_rate: float = 0.05,
-    trust: float | None = None,
-    is_cap: float | None = 2.0,
-    rl_weight: float = 0.0,
-    advantage_clip: float | None = None,
-    success: float = 0.5,
+    ema_rate: Share = 0.05,
+    trust: Share | None = None,
+    is_cap: Positive | None = 2.0,
+    rl_weight: Share = 0.0,
+    advantage_clip: Positive | None = None,
+    success: PositiveShare = 0.5,
     shown_itself: bool = False,
-    temperature: float = 1.0,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:
@@ -149,7 +150,6 @@ def sdpo(
     live = trust is not None or ema_rate == 1.0
     told = View("live" if live else "teacher", per_rollout=True, told=True)
     views = {"student": View(trainable=True), "teacher": told}
-    if trust is not None:
-        views["initial"] = told._replace(policy="initial")
+    views |= {"initial": told._replace(policy="initial")} if trust is not None else {}
     snapshots = {"initial": frozen()} if trust is not None else {} if live else {"teacher": ema(ema_rate)}
     return Method(collect, (Objective(views, signals, terms, rewarded=rl_weight != 0),), snapshots)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sdjax.collect.rollouts import references
 from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.reductions import Reducer, token_mean
+from sdjax.ranges import check_ranges
 from sdjax.types import Card, Example, Method, Objective, Term, View
 
 CARD = Card(
@@ -20,6 +21,7 @@ CARD = Card(
 )
 
 
+@check_ranges
 def sft(*, texts: Callable[[Example], str | None] | None = None, reduce: Reducer = token_mean) -> Method:
     """Supervised fine-tuning: `loss_t = -log p(y_t)` on texts that the student did not write.  Token mean.
 

@@ -20,6 +20,7 @@ from sdjax.kernels.distributions import entropy, logprob
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.kernels.weights import geometric_mean, mean_one
+from sdjax.ranges import NonNegative, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import REFERENCE, STUDENT, Card, Example, Method, Objective, Term, View
 
 CARD = Card(
@@ -34,19 +35,20 @@ CARD = Card(
 )
 
 
+@check_ranges
 def sort(
     *,
-    group_size: int = 8,
-    coef: float = 1.0,
-    plan_rate: float = 0.5,
+    group_size: PositiveInt = 8,
+    coef: NonNegative = 1.0,
+    plan_rate: Share = 0.5,
     mean_one_weights: bool = False,
-    uplift_cap: float = 5.0,
+    uplift_cap: Positive = 5.0,
     plans: Literal["written", "redacted"] = "written",
     plan: Callable[[Environment, Sequence[Example], Array], list[str]] | None = None,
     normalised: bool = True,
-    success: float = 0.5,
-    clip: tuple[float, float] = (0.2, 0.2),
-    temperature: float = 1.0,
+    success: PositiveShare = 0.5,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    temperature: NonNegative = 1.0,
     reduce: Reducer = sequence_mean,
 ) -> Method:
     """Selective off-policy reference tuning (Le et al. 2026, arXiv:2605.11505), reconstructed.  Sequence mean, each part.

@@ -14,6 +14,7 @@ from sdjax.kernels.estimators import sampled_reverse_kl
 from sdjax.kernels.policy_gradient import clipped_surrogate
 from sdjax.kernels.reductions import Reducer, sequence_mean
 from sdjax.methods.opd import opd
+from sdjax.ranges import NonNegative, PositiveInt, check_ranges
 from sdjax.types import REFERENCE, Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -30,15 +31,16 @@ CARD = Card(
 )
 
 
+@check_ranges
 def stable_opd(
     *,
     teacher: str | None = None,
-    group_size: int = 4,
-    gold_coef: float = 0.1,
-    kl_coef: float = 0.01,
+    group_size: PositiveInt = 4,
+    gold_coef: NonNegative = 0.1,
+    kl_coef: NonNegative = 0.01,
     anchor: Literal["full", "sampled"] = "full",
-    clip: tuple[float, float] = (0.2, 0.2),
-    temperature: float = 1.0,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.2),
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = sequence_mean,
 ) -> Method:

@@ -18,6 +18,7 @@ from sdjax.engine.generate import Sampling
 from sdjax.engine.policies import Environment, frozen, teacher_name
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sft import sft
+from sdjax.ranges import NonNegative, NonNegativeInt, PositiveInt, PositiveShare, check_ranges
 from sdjax.types import SYNTHETIC, Card, Messages, Method, Rollout
 
 CARD = Card(
@@ -60,21 +61,22 @@ def fitted(
     return {author: known[name] for author, name in names.items()}
 
 
+@check_ranges
 def tessy(
     *,
     teacher: str | None = None,
-    chunk: int = 20,
+    chunk: PositiveInt = 20,
     end: str = "</think>",
     annotator: Literal["rule", "teacher"] = "rule",
-    tagger_rollouts: int = 8,
-    tagger_snippets: int = 256,
+    tagger_rollouts: PositiveInt = 8,
+    tagger_snippets: PositiveInt = 256,
     skip_first: bool = False,
     swap: Swap = "trigger",
     word: Word = "complete",
-    temperature: float = 0.7,
-    top_p: float = 0.8,
-    top_k: int = 20,
-    tries: int = 5,
+    temperature: NonNegative = 0.7,
+    top_p: PositiveShare = 0.8,
+    top_k: NonNegativeInt = 20,
+    tries: PositiveInt = 5,
     taggers: Callable | None = None,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,

@@ -12,6 +12,7 @@ from sdjax.kernels.divergences import log_mixture_ratio
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opd import opd_with
+from sdjax.ranges import NonNegative, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -29,14 +30,15 @@ CARD = Card(
 )
 
 
+@check_ranges
 def topd(
     *,
     teacher: str | None = None,
-    alpha: float = 0.5,
-    discount: float = 1.0,
+    alpha: PositiveShare = 0.5,
+    discount: Share = 1.0,
     normalised: bool = True,
-    group_size: int = 8,
-    temperature: float = 1.0,
+    group_size: PositiveInt = 8,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

@@ -18,6 +18,7 @@ from sdjax.kernels.divergences import clip_entries, clip_entries_straight_throug
 from sdjax.kernels.reductions import sequence_mean, token_mean
 from sdjax.kernels.weights import keep_earliest
 from sdjax.methods.grpo import grpo
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Method, Term, View
 
 CARD = Card(
@@ -39,23 +40,24 @@ CARD = Card(
 )
 
 
+@check_ranges
 def trace(
     *,
-    group_size: int = 8,
-    error_weight: float = 0.0,
-    key_weight: float = 1.0,
-    schedule: tuple[float, int, int] = (0.5, 10, 30),
-    most: float = 0.25,
+    group_size: PositiveInt = 8,
+    error_weight: NonNegative = 0.0,
+    key_weight: NonNegative = 1.0,
+    schedule: tuple[NonNegative, NonNegativeInt, NonNegativeInt] = (0.5, 10, 30),
+    most: Share = 0.25,
     mask: Mask = "annotated",
-    top_k: int = 100,
-    entry_clip: float | None = 0.05,
+    top_k: PositiveInt = 100,
+    entry_clip: NonNegative | None = 0.05,
     straight_through: bool = False,
     active_only: bool = True,
-    refresh_every: int = 10,
-    clip: tuple[float, float] = (0.2, 0.28),
-    tis_cap: float | None = None,
-    success: float = 0.5,
-    temperature: float = 0.6,
+    refresh_every: PositiveInt = 10,
+    clip: tuple[NonNegative, NonNegative] = (0.2, 0.28),
+    tis_cap: Positive | None = None,
+    success: PositiveShare = 0.5,
+    temperature: NonNegative = 0.6,
     annotator: str = "rule",
     annotate: Annotator | None = None,
 ) -> Method:

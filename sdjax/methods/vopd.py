@@ -14,6 +14,7 @@ from sdjax.kernels.divergences import reverse_kl
 from sdjax.kernels.policy_gradient import token_ratio
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.opd import opd_with
+from sdjax.ranges import NonNegative, PositiveInt, check_ranges
 from sdjax.types import Card, Messages, Method, Rollout, Term
 
 CARD = Card(
@@ -32,14 +33,15 @@ CARD = Card(
 )
 
 
+@check_ranges
 def vopd(
     *,
     teacher: str | None = None,
     baseline: Literal["value", "optimal", "none"] = "value",
-    top_k: int | None = None,
+    top_k: PositiveInt | None = None,
     live_reward: bool = False,
-    group_size: int = 1,
-    temperature: float = 1.0,
+    group_size: PositiveInt = 1,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

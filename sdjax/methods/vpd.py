@@ -17,6 +17,7 @@ from sdjax.kernels.distributions import logprob
 from sdjax.kernels.preference import sequence_log_ratio, unpaired
 from sdjax.kernels.reductions import Reducer, token_mean
 from sdjax.methods.sdpo import peer_or_feedback, sdpo
+from sdjax.ranges import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveShare, Share, check_ranges
 from sdjax.types import Card, Messages, Method, Objective, Rollout, Term, View
 
 CARD = Card(
@@ -38,20 +39,21 @@ CARD = Card(
 )
 
 
+@check_ranges
 def vpd(
     *,
-    group_size: int = 8,
-    every: int = 5,
-    beta: float = 0.1,
-    midpoint_rate: float = 1.0,
+    group_size: PositiveInt = 8,
+    every: NonNegativeInt = 5,
+    beta: NonNegative = 0.1,
+    midpoint_rate: PositiveShare = 1.0,
     prior: Literal["current", "initial"] = "current",
     feedback: Literal["sibling", "environment", "critique"] = "sibling",
-    success: float = 0.5,
-    alpha: float = 0.5,
-    top_k: int | None = 100,
-    ema_rate: float = 1.0,
-    is_cap: float | None = None,
-    temperature: float = 1.0,
+    success: PositiveShare = 0.5,
+    alpha: Share = 0.5,
+    top_k: PositiveInt | None = 100,
+    ema_rate: Share = 1.0,
+    is_cap: Positive | None = None,
+    temperature: NonNegative = 1.0,
     lesson: Callable[[Rollout, list[Rollout]], Messages | None] | None = None,
     reduce: Reducer = token_mean,
 ) -> Method:

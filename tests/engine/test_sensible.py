@@ -17,7 +17,7 @@ def test_the_least_value_is_allowed_and_the_next_below_refused(name):
 
 
 def test_counts_begin_at_one_and_what_can_be_switched_off_at_zero():
-    assert {LEAST[name] for name in ("steps", "prompts", "group_size", "context", "train_size")} == {1}
+    assert {LEAST[name] for name in ("steps", "prompts", "rows", "context", "train_size")} == {1}
     assert {LEAST[name] for name in ("seed", "warmup", "save_every", "temperature", "lag")} == {0}
 
 

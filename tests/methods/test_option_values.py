@@ -1,32 +1,42 @@
-"""Values of methods' options that make no sense are refused by name, before anything is loaded; all others are taken."""
+"""Numbers of methods' options that make no sense are refused by name, from Python and on the command line; others are taken."""
 
 import inspect
 import math
+import types
 import typing
 
 import pytest
 import tiny
 from method_checks import fixture
 
-from sdjax.cli.options import OptionError, default_values, method_factory, method_names, options_class
-from sdjax.cli.ranges import RANGES, check_options, range_of
+from sdjax.cli.options import OptionError, check_ranges, default_values, method_factory, method_names, options_class
 from sdjax.collect.controls import controlled
+from sdjax.errors import MethodError
 from sdjax.kernels.distributions import normalise
 from sdjax.methods.rethinking_opd import rethinking_opd
 from sdjax.methods.sdpo import sdpo
+from sdjax.ranges import Range, out_of_range
 
-ODD = (-1, 0, math.nan, math.inf, -math.inf)
+NEVER = (math.nan, math.inf, -math.inf)
+
+
+def parts(hint):
+    """The types that a type is made of; the ends are numbers with their range, and whatever else."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union, tuple):
+        return [end for part in typing.get_args(hint) for end in parts(part)]
+    inner = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    return parts(inner) if typing.get_origin(inner) is tuple else [hint]
 
 
 def numeric(method):
-    """The numeric options of a method, by name: how many numbers each has (1, or the size of its tuple)."""
-    found = {}
-    factory = method_factory(method)
-    for name, hint in typing.get_type_hints(factory).items():
-        some = [h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is tuple]
-        parts = typing.get_args(some[0]) if some else (hint, *typing.get_args(hint))
-        if name in inspect.signature(factory).parameters and any(p in (int, float) for p in parts):
-            found[name] = len([p for p in parts if p is not Ellipsis]) if some else 1
+    """The ranges of a method's numeric options, by name: `None` for a number that has none."""
+    hints, found = typing.get_type_hints(method_factory(method), include_extras=True), {}
+    for name, hint in hints.items():
+        numbers = [end for end in parts(hint) if typing.get_args(end)[:1] in ((int,), (float,)) or end in (int, float)]
+        if name != "return" and numbers:
+            found[name] = [
+                next((r for r in getattr(n, "__metadata__", ()) if isinstance(r, Range)), None) for n in numbers
+            ]
     return found
 
 
@@ -34,38 +44,41 @@ OPTIONS = [(method, name) for method in method_names() for name in numeric(metho
 
 
 def refused(method, name, value):
-    """The sentence with which a value is refused; empty where it is taken."""
-    size = numeric(method)[name]
-    default = inspect.signature(method_factory(method)).parameters[name].default
-    value = (value,) * size if isinstance(default, tuple) or size > 1 else value
-    try:
-        check_options(method, {name: value})
-    except OptionError as error:
-        return str(error)
-    return ""
+    """What is said of a value from Python and on the command line; nothing where it is taken."""
+    factory, said = method_factory(method), []
+    if not out_of_range(factory, {name: value}):
+        check_ranges("method", factory, {name: value})
+        return said
+    for refuse in (lambda: factory(**{name: value}), lambda: check_ranges("method", factory, {name: value})):
+        with pytest.raises((MethodError, OptionError)) as raised:
+            refuse()
+        said.append(str(raised.value))
+    return said
 
 
 @pytest.mark.parametrize(("method", "name"), OPTIONS)
 def test_every_number_has_a_range(method, name):
     """Nobody adds a number without saying which values make sense, and NaN and infinities never do."""
-    assert range_of(method, name) is not None
-    for value in (math.nan, math.inf, -math.inf):
-        said = refused(method, name, value)
-        assert said.startswith(f"--method.{name.replace('_', '-')} ") and ": expected " in said
-    known = range_of(method, name)
-    for value in ODD[:2]:
-        assert bool(refused(method, name, value)) is not known.holds(value)
+    ranges = numeric(method)[name]
+    assert all(ranges)
+    default = inspect.signature(method_factory(method)).parameters[name].default
+    several = isinstance(default, tuple) or len(ranges) > 1
+    for value in (*NEVER, -1, 0, 2):
+        given = (value,) * len(ranges) if several else value
+        said = refused(method, name, given)
+        assert bool(said) is not all(known.holds(value) for known in ranges)
+        if said:
+            wanted = next(str(known) for known in ranges if not known.holds(value))
+            typed = " ".join(map(str, given)) if several else value
+            assert said == [
+                f"{method}({name}={given!r}): {wanted}",
+                f"--method.{name.replace('_', '-')} {typed}: {wanted}",
+            ]
 
 
 @pytest.mark.parametrize("method", method_names())
 def test_defaults_are_taken(method):
-    check_options(method, default_values(options_class("Options", method_factory(method), {})))
-
-
-def test_no_range_is_left_over():
-    """Every range belongs to an option that there is."""
-    known = {name for _, name in OPTIONS} | {f"{method}.{name}" for method, name in OPTIONS}
-    assert not RANGES.keys() - known
+    check_ranges("method", method_factory(method), default_values(options_class("Options", method_factory(method), {})))
 
 
 TABLE = {
@@ -98,13 +111,7 @@ TABLE = {
 
 @pytest.mark.parametrize(("case", "said"), TABLE.items(), ids=str)
 def test_sentences(case, said):
-    method, name, value = case
-    found = ""
-    try:
-        check_options(method, {name: value})
-    except OptionError as error:
-        found = str(error)
-    assert found == said
+    assert refused(*case)[1:] == ([said] if said else [])
 
 
 @pytest.mark.parametrize("instrumented", [True, False])
