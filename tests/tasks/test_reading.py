@@ -6,6 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -465,6 +468,65 @@ def test_a_hub_data_set_comes_from_the_cache_without_a_network(tmp_path, monkeyp
     assert answers(read("some/set", config="main").examples) == list("0123")
     with pytest.raises(TaskError, match="none/such is no file or folder, and cannot be had from the Hugging Face hub"):
         read("none/such")
+
+
+def test_what_the_datasets_library_has_loaded_is_found(tmp_path, monkeypatch):
+    """In its own cache: of two versions the newer one, and none of the files that it keeps for itself."""
+    arrow = pytest.importorskip("pyarrow")
+    from huggingface_hub import constants
+
+    for number, version in enumerate(("older", "newer")):
+        folder = tmp_path / "Some-Lab___math-17k_x" / "main" / "0.0.0" / version
+        folder.mkdir(parents=True)
+        table = arrow.Table.from_pylist([{"prompt": f"{version}?", "answer": "1"}])
+        for file in ("math-17k_x-train.arrow", "math-17k_x-test-00000-of-00001.arrow", "cache-1-train.arrow"):
+            with arrow.ipc.new_stream(folder / file, table.schema) as stream:
+                stream.write_table(table)
+            os.utime(folder / file, (number, number))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    found = source("Some-Lab/Math-17kX")
+    assert (found.split, found.config, found.revision) == ("train", "main", "newer")
+    assert [p.name for p in found.files] == ["math-17k_x-train.arrow"]
+    assert asked(read("Some-Lab/Math-17kX", split="test").examples) == ["newer?"]
+    with pytest.raises(TaskError, match="in the datasets library's cache. has no configuration 'x'; it has main"):
+        source("Some-Lab/Math-17kX", config="x")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does where a data set is gated, or is not there."""
+
+    def do_GET(self):
+        gated = self.path.endswith("gated")
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_why_the_hub_gives_nothing_is_said(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        for name, why in {
+            "gated": "it is gated: ask for access on its page",
+            "none": "there is no such data set, or",
+        }.items():
+            with pytest.raises(
+                TaskError, match=rf"some/{name} is no file or folder, .* \({why}.*log in with `hf auth login`"
+            ):
+                read(f"some/{name}")
+        server.shutdown()
+    with pytest.raises(TaskError, match="gsm8k does not exist; a data set of the hub is named with its owner"):
+        read("gsm8k")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a", "a.parquet.zst"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def source(name: str, *, split: str = "", config: str = "", prefer: Sequence[str
     if split or config:
         option = "--split" if split else "--config"
         raise TaskError(f"{name} is one file: {option} is for folders and data sets of the hub.")
+    if not path.exists() and not path.suffix and path.name == name:
+        raise TaskError(f"{name} does not exist; a data set of the hub is named with its owner, as openai/gsm8k.")
     return Source(name, (path,))
 
 
@@ -88,8 +91,21 @@ def chosen(
     if by_config is None:
         inside = [name for name in names if config in name.split("/")[:-1]] if config else list(names)
         by_config = {config: by_split(inside)} if inside else {}
+    configs = card.get("configs")
+    default = [c["config_name"] for c in configs if c.get("default")] if isinstance(configs, list) else []
+    return picked(by_config, [*default, "default"], where, split, config, prefer)
+
+
+def picked(
+    by_config: Mapping[str, Mapping[str, list[str]]],
+    default: Sequence[str],
+    where: str,
+    split: str,
+    config: str,
+    prefer: Sequence[str],
+) -> Part:
+    """One of files by split by configuration: the one that is named, else the only one or a `default`.  Raises: `TaskError`."""
     if not config and len(by_config) > 1:
-        default = [c["config_name"] for c in card["configs"] if c.get("default")] + ["default"]
         config = next((each for each in default if each in by_config), "")
         if not config:
             raise TaskError(f"{where} has the configurations {', '.join(by_config)}; choose one with --config.")
@@ -178,12 +194,49 @@ def from_hub(name: str, split: str, config: str, prefer: Sequence[str]) -> Sourc
     except (OSError, ValueError, httpx.HTTPError) as error:
         if isinstance(error, TaskError):
             raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = reason(error)
     try:
         folder = get(local_files_only=True)
     except (OSError, ValueError):
+        return from_datasets(name, split, config, prefer, why)
+    part = chosen(readable_names(folder), card_of(folder), f"{name} (in the cache)", split, config, prefer)
+    return Source(name, tuple(folder / each for each in part.names), part.split, part.config, folder.name)
+
+
+def reason(error: Exception) -> str:
+    """Why a data set cannot be had from the hub, and what helps."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    log_in = "log in with `hf auth login` or HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: ask for access on its page, and {log_in}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such data set, or it is private: check the name, or {log_in}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def from_datasets(name: str, split: str, config: str, prefer: Sequence[str], why: str) -> Source:
+    """The files of a data set of the hub that the datasets library has loaded before, from its own cache.
+
+    They lie in OWNER___NAME/CONFIG/VERSION/HASH/NAME-SPLIT.arrow, NAME in small letters.  Raises: `TaskError` saying `why`
+    the hub did not help where there are none.
+    """
+    from huggingface_hub import constants
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    plain = lambda text: text.replace("_", "").casefold()
+    found: dict[str, Path] = {}
+    for file in sorted(cache.glob("*___*/*/*/*/*-*.arrow"), key=lambda file: file.stat().st_mtime):
+        owner_and_name, own, *_ = file.relative_to(cache).parts
+        whole = not file.name.startswith("cache-") and file.parent.suffix != ".incomplete"
+        if whole and plain(owner_and_name) == plain(name.replace("/", "")):
+            found[own] = file.parent  # of several versions the newest
+    if not found:
         raise TaskError(
             f"{name} is no file or folder, and cannot be had from the Hugging Face hub or its cache ({why})."
-        ) from None
-    part = chosen(readable_names(folder), card_of(folder), f"{name} (in the cache)", split, config, prefer)
+        )
+    names = lambda folder: sorted(file.name for file in folder.glob("*-*.arrow") if not file.name.startswith("cache-"))
+    by_config = {own: by_split(names(folder)) for own, folder in sorted(found.items())}
+    part = picked(by_config, ["default"], f"{name} (in the datasets library's cache)", split, config, prefer)
+    folder = found[part.config]
     return Source(name, tuple(folder / each for each in part.names), part.split, part.config, folder.name)
