@@ -263,6 +263,7 @@ def test_wrappers_look_for_the_gate_where_it_lies():
 
 
 @pytest.mark.usefixtures("cached")
+@pytest.mark.slow
 def test_a_run_renews_its_teacher_at_the_gate_and_no_other(tmp_path):
     """From the command line: a gate that cannot open leaves the teacher as it was; one that must copies the student."""
     kept = []

@@ -111,6 +111,7 @@ def test_different_arguments_are_refused(tmp_path, programs):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_ends_all_and_one_alone_goes_on(tmp_path, reference, programs, cached, capfd):
     """Saved by two processes at the same step, gone on with by one: the run of one process, up to rounding."""
     folder = tmp_path / "run"

@@ -9,6 +9,7 @@ import optax
 import pytest
 from golden_models import Golden
 from networks import batch, context, unoptimised
+from quick import slow_but
 
 from sdjax.engine.routers import Router, check, chosen, router_terms
 from sdjax.engine.score import ROUTERS, token_signals
@@ -73,7 +74,7 @@ def by_hand(params, prompts, completion):
     return load_balance(chosen, probability) + 0.1 * (log_partition / tokens).sum()
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", slow_but({True}, [False, True]))
 def test_every_token_that_is_read_counts_once(remat):
     prompts, some = rows_of()
     value, found = jax.value_and_grad(lambda p: losses(p, some, remat=remat)[0])(moe().params)

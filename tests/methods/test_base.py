@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny
 from networks import unoptimised
+from quick import slow_but
 
 from sdjax.cli import options
 from sdjax.collect import rollouts as host
@@ -914,7 +915,7 @@ def test_written_rows_say_when_they_were_cut(small):
 # ---- the whole device half on a tiny model --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factory", FACTORIES, ids=names)
+@pytest.mark.parametrize("factory", slow_but((grpo, gkd, sdpo), FACTORIES), ids=names)
 def test_one_update(factory):
     method = made(factory)
     parameters, networks = tiny.others(tiny.environment(method))

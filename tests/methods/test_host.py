@@ -12,6 +12,7 @@ import pytest
 import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient, restored, slopes
 from networks import unoptimised
+from quick import slow_but
 
 from sdjax.collect import corrections, plans, playbook, selection
 from sdjax.collect.annotators import step_numbers
@@ -1376,7 +1377,7 @@ def written(name):
     return history(name)[0][0]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", slow_but(("vpd", "tessy", "sort"), OPTIONS))
 def test_one_update(name):
     method = made(name)
     parameters, networks = tiny.others(environment(method))

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from method_checks import assert_same, close, expected_gradient, fixture, loss_and_gradient
 from networks import unoptimised
+from quick import slow_but
 
 from sdjax.collect.annotators import Span
 from sdjax.collect.contexts import question
@@ -487,7 +488,7 @@ def test_memory_survives_json_and_replays(factory):
 # ---- the whole device half on a tiny model --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factory", OPTIONS, ids=names)
+@pytest.mark.parametrize("factory", slow_but((trace, antisd, pbsd), OPTIONS), ids=names)
 def test_one_update(factory):
     method = made(factory)
     parameters, networks = tiny.others(environment_of(method))

@@ -260,6 +260,7 @@ def test_gains_are_averaged_over_the_rows_that_are_long_enough():
 
 
 @pytest.mark.usefixtures("cached")
+@pytest.mark.slow
 def test_the_recipe_from_the_command_line(tmp_path):
     """A cold start, then distillation, with continuation gains at two depths."""
     how = (

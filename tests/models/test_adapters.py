@@ -349,6 +349,7 @@ def test_the_exported_model_is_the_base_with_the_adapters(run):
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_and_needs_the_same_base(run, tmp_path):
     _, whole = run
     fit(experiment(2), tmp_path / "halves")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import Golden, run, step
+from quick import slow_but
 from safetensors.numpy import load_file, save_file
 
 from sdjax.models import pretrained, transformer
@@ -136,6 +137,7 @@ def six_layers(golden):
     return dataclasses.replace(golden.config, **deep)
 
 
+@pytest.mark.parametrize("golden", slow_but(("qwen2", "olmo3"), NAMES), indirect=True)
 def test_a_loop_over_periods_of_layers_changes_neither_value_nor_gradient(golden):
     """Nor does one that computes its layers again in the backward pass."""
     config = six_layers(golden)

@@ -176,6 +176,7 @@ def launch(cloud, *arguments) -> subprocess.Popen:
     return start("launch.sh", *arguments, environment=cloud[1])
 
 
+@pytest.mark.slow
 def test_all_hosts_of_a_new_slice_train_together(cloud):
     folder, environment = cloud
     environment.pop("SLURM_JOB_ID")

@@ -40,6 +40,7 @@ def wait_for_step(folder: str, step: int, process) -> None:
 # ---- one process ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_before_a_manifest_resumed_read_and_damaged(bucket, reference, programs, cached, tmp_path, capfd):
     """The same end as on a disk, bit for bit; then the report, and what is said of an object that is gone or changed."""
     assert ended(start(bucket, TINY_KILL="manifest:8", programs=programs))[0] == -signal.SIGKILL

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from quick import slow_but
 from run.test_fit import SHAPES, method
 
 from sdjax.engine import optimizers
@@ -43,10 +44,7 @@ KINDS = {
 }
 
 
-QUICK = ("bfloat16 and adafactor", "adapters on bfloat16")
-some_kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in KINDS]
-)
+some_kinds = pytest.mark.parametrize("kind", slow_but(("bfloat16 and adafactor",), KINDS))
 
 
 @some_kinds

@@ -72,6 +72,7 @@ def test_sigterm_in_the_first_step_and_resumed(tmp_path, reference, programs, ca
     assert_same_end(folder, reference)
 
 
+@pytest.mark.slow
 def test_sigint_in_the_first_evaluation_ends_at_once(tmp_path, programs, cached, capfd):
     folder = tmp_path / "run"
     process = start(folder, "--evaluation", "8", TINY_SLOW="20", programs=programs)

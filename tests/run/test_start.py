@@ -87,6 +87,7 @@ def test_a_checkpoint_does_not_hold_the_start_and_goes_on_with_it(tmp_path):
     same((resumed.params, resumed.opt_state, resumed.snapshots), (whole.params, whole.opt_state, whole.snapshots))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_run_is_saved_with_the_run_that_begins_with_it(tmp_path):
     """It may be gone when the run is resumed; the run then goes on all the same, with the frozen policy that it had."""
     first = fit(own(2), tmp_path / "first").state

@@ -14,6 +14,7 @@ import optax
 import pytest
 import study_files
 import tiny
+from quick import slow_but
 
 from sdjax.cli.options import Choice
 from sdjax.engine.policies import Environment, Policy
@@ -234,11 +235,10 @@ def test_behaviour_is_what_the_texts_say():
 # ---- experiments --------------------------------------------------------------------------------------------------
 
 
-QUICK = ["testbed", "richness", "hedging", "on_policy", "off_policy", "coverage", "remedies"]
-QUICK += [pytest.param("real_model", marks=pytest.mark.slow)]
+EXPERIMENTS = ("testbed", "richness", "hedging", "on_policy", "off_policy", "coverage", "remedies", "real_model")
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", slow_but(("hedging", "on_policy"), EXPERIMENTS))
 def test_the_quick_form_of_every_experiment_runs_once(name, tmp_path, monkeypatch):
     module = load(name)
     standard = inspect.signature(module.study).parameters["settings"].default

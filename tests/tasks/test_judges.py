@@ -328,6 +328,7 @@ def test_a_task_with_a_judge(server):
         judged(task, Judge("http://127.0.0.1:9/v1", "grader", RUBRIC))
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_judge_does_and_goes_on_without_asking_twice(server, tmp_path, cached, capfd):
     """The judge refuses after the first checkpoint; the resumed run begins with what it had heard before."""
     server.rule = lambda m: f"Score: {sum(map(ord, m[1]['content'])) % 11}"
