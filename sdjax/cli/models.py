@@ -64,7 +64,8 @@ def checkpointed(start: Source, base: str = "", **how: Any) -> Pretrained:
 def whole(start: Source, student: Pretrained, arguments: dict[str, Any], name: str) -> Any:
     """All parameters of a checkpoint's student.  Raises `RunError` if they are not those of the model that was named."""
     policies, _, host = saved_parameters(start.folder / "checkpoints", start.step, ("params",))
-    live, lora = policies["live"], adapters.chosen(arguments.get("lora_rank", 0), arguments.get("lora_base", "float"))
+    told = arguments.get("lora_rank", 0), arguments.get("lora_base", "float"), arguments.get("lora_experts", False)
+    live, lora = policies["live"], adapters.chosen(*told)
     other = RunError(f"{start} was trained from another model than {name}: name its model with --model")
     if adapters.is_adapters(live):
         if lora is None:

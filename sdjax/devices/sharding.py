@@ -124,8 +124,9 @@ RULES = (
     Rule(r"(^|/)mlp/gate_up_bias$", 3, 0, "experts"),
     Rule(r"(^|/)mlp/down$", 3, 0, "experts"),
     Rule(r"(^|/)mlp/down_bias$", 2, 0, "experts"),
+    Rule(r"(^|/)[ab]$", 3, 0, "experts"),
 )
-"""First match wins.  Queries lie with the key and value that they read, so heads are split by groups."""
+"""First match wins.  Queries lie with the key and value that they read, so heads are split by groups.  Of adapters only those of experts have three axes."""
 
 LEAST = 2**16
 """Parameters of fewer elements are not split over the data axis: gathering them costs more than it saves."""

@@ -24,13 +24,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from sdjax.devices.sharding import place_parameters
+from sdjax.models import expert_adapters
 from sdjax.models.configs import ModelConfig
+from sdjax.models.expert_adapters import AdaptedExperts
 from sdjax.models.fields import ModelError
 from sdjax.models.files.layout import Place, layout, stored_shapes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 TARGETS += ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "out_proj")
-"""Every matrix of a block, by its name in the transformers library; a family has some of them."""
+"""Every matrix of a block, by its name in the transformers library; a family has some of them.  Those of experts are apart."""
 
 BASE = "lora/base"
 """The name that the frozen weights go by among the parameters of other policies."""
@@ -43,8 +45,8 @@ BLOCK = 64
 class Lora:
     """Adapters to train: `scale = alpha / rank` (`alpha` is twice the rank if `None`), on `targets` of every block.
 
-    `base` is how the matrices of the blocks are kept: as they are, or quantised by qwix to int8 or NF4 (embeddings,
-    norms, biases and head are never quantised).
+    Experts have none unless they are named, too: `TARGETS + expert_adapters.TARGETS`.  `base` is how the matrices of the blocks are kept: as they are, or quantised by qwix to int8 or NF4 (embeddings,
+    norms, biases, head and experts are never quantised).
 
     Raises: ModelError for a rank below 1 or a target that does not exist.
     """
@@ -57,9 +59,10 @@ class Lora:
     def __post_init__(self):
         if self.rank < 1:
             raise ModelError(f"rank={self.rank}: expected at least 1")
-        wrong = [t for t in self.targets if t not in TARGETS]
+        known = TARGETS + expert_adapters.TARGETS
+        wrong = [t for t in self.targets if t not in known]
         if wrong or not self.targets:
-            raise ModelError(f"targets={','.join(wrong) or 'none'}: expected some of {', '.join(TARGETS)}")
+            raise ModelError(f"targets={','.join(wrong) or 'none'}: expected some of {', '.join(known)}")
         if self.base not in ("float", "int8", "nf4"):
             raise ModelError(f"base={self.base}: expected float, int8 or nf4")
 
@@ -68,16 +71,16 @@ class Lora:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-def chosen(rank: int, base: str) -> Lora | None:
-    """The adapters of two options of a command line; rank 0 is none.
+def chosen(rank: int, base: str, experts: bool) -> Lora | None:
+    """The adapters of three options of a command line; rank 0 is none.
 
     Raises: ModelError if they make no sense, a quantised base without adapters among it: nothing could be trained.
     """
-    if rank == 0 and base == "float":
-        return None
-    if rank == 0:
+    if rank == 0 and base != "float":
         raise ModelError(f"lora_base={base} freezes the weights: give the adapters a rank, --lora-rank 16")
-    return Lora(rank, base=base)
+    if rank == 0 and experts:
+        raise ModelError("lora_experts adds to adapters: give them a rank, --lora-rank 16")
+    return Lora(rank, targets=TARGETS + expert_adapters.TARGETS * experts, base=base) if rank else None
 
 
 # ---- in the forward pass --------------------------------------------------------------------------------------------
@@ -138,15 +141,20 @@ class Adapted:
 
 def folded(params: Any) -> Any:
     """Parameters with every adapter added into its weight, as float32: what is exported.  Others stay as they are."""
-    fold = lambda x: x.folded() if isinstance(x, Adapted) else x
-    return jax.tree.map(fold, params, is_leaf=lambda x: isinstance(x, Adapted))
+    fold = lambda x: x.folded() if is_adapted(x) else x
+    return jax.tree.map(fold, params, is_leaf=is_adapted)
+
+
+def is_adapted(parameter: Any) -> bool:
+    """Whether a weight with something beside it stands in a parameter's place."""
+    return isinstance(parameter, Adapted | AdaptedExperts)
 
 
 # ---- adapters and their base ----------------------------------------------------------------------------------------
 
 
 def targeted(config: ModelConfig, lora: Lora) -> list[tuple[str, str, Place]]:
-    """Block, short name and place of every matrix that has an adapter, of each part where it lies in several; experts have none."""
+    """Block, short name and place of every matrix that has an adapter, of each part where it lies in several, but those of experts."""
     short = lambda place: place.name.removesuffix(".weight").rsplit(".", 1)[-1]
     own = [p for p in layout(config) if short(p) in lora.targets and "/" in p.path and not p.of_experts]
     return [(p.path.split("/")[0], short(p), p) for p in own]
@@ -162,6 +170,9 @@ def initial(config: ModelConfig, lora: Lora, key: Array) -> dict:
         bound = inputs**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, number), (lora.rank, inputs), jnp.float32, -bound, bound)
         found.setdefault(block, {})[name] = {"a": a, "b": jnp.zeros((outputs, lora.rank), jnp.float32)}
+    for number, of in enumerate(expert_adapters.targeted(config, lora.targets), len(matrices)):
+        own = expert_adapters.initial(config, of, lora.rank, jax.random.fold_in(key, number))
+        found.setdefault(of.block, {})[of.name] = own
     return {"lora": found}
 
 
@@ -188,6 +199,9 @@ class Base:
         for path, weight in flat.items():
             if path in parts or hasattr(weight, "qvalue"):
                 flat[path] = self.adapted(weight, path, parts.get(path, []))
+        for of in expert_adapters.targeted(self.config, self.lora.targets):
+            own = adapters["lora"][of.block][of.name]
+            flat[of.path] = AdaptedExperts(flat[of.path], own["a"], own["b"], self.lora.scale)
         return unflatten_dict(flat, sep="/")
 
     def adapted(self, weight: Any, path: str, parts: Sequence[tuple[Place, tuple[Array, Array]]]) -> Adapted:
@@ -214,11 +228,12 @@ def inputs_of(place: Place) -> int:
 def base(config: ModelConfig, params: Mapping[str, Any], lora: Lora) -> Base:
     """The frozen half of a network: its weights on the device, those of the blocks' matrices quantised if asked for.
 
-    Raises: ModelError if qwix is asked for and not installed.
+    Raises: ModelError if qwix is asked for and not installed, or adapters for experts that are not there.
     """
     places = {
         place.path: place for place in layout(config) if place.name.split(".")[-2] in TARGETS and not place.of_experts
     }
+    expert_adapters.targeted(config, lora.targets)  # before anything is read
     flat = flatten_dict(dict(params), sep="/")
     wanted = {path for path, place in places.items() if not place.name.endswith(".bias") and lora.base != "float"}
     weights = {}

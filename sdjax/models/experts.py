@@ -15,7 +15,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from sdjax.devices.sharding import MODEL, axis_size, current, rows_axis
+from sdjax.models.adapters import folded
 from sdjax.models.configs import ModelConfig
+from sdjax.models.expert_adapters import through
 from sdjax.models.mlp import MLP
 from sdjax.models.primitives import ACTIVATIONS, INIT, project
 from sdjax.models.routing import ALPHA, Routes, Usage, route, usage
@@ -71,6 +73,7 @@ def gated(both: Array, config: ModelConfig) -> Array:
 
 def by_all(x: Array, routes: Routes, weights: dict[str, Array], config: ModelConfig) -> Array:
     """Every expert reads every token `[B, S, D]`; those that a token does not go to have the weight 0."""
+    weights = {name: array.astype(x.dtype) for name, array in folded(weights).items()}
     each = jax.nn.one_hot(routes.experts, config.moe.experts, dtype=jnp.float32)
     shares = jnp.einsum("bsk,bske->bse", routes.weights, each).astype(x.dtype)
     both = jnp.einsum("bsd,edcf->bsecf", x, weights["gate_up"])
@@ -99,7 +102,7 @@ def by_groups(x: Array, routes: Routes, weights: dict[str, Array], config: Model
 
     The tokens' order is undone before they are summed: the sum of a token does not depend on who else is in the batch.
     """
-    experts, width, k = len(weights["gate_up"]), x.shape[-1], config.moe.per_token
+    experts, width, k = len(jax.tree.leaves(weights)[0]), x.shape[-1], config.moe.per_token
     number = routes.experts.reshape(-1) - first
     number = jnp.where((number >= 0) & (number < experts), number, experts)  # others' tokens come last
     order = jnp.argsort(number, stable=True)
@@ -108,10 +111,10 @@ def by_groups(x: Array, routes: Routes, weights: dict[str, Array], config: Model
     here, at = (expert < experts)[:, None], jnp.minimum(expert, experts - 1)
     # What a grouped product writes beyond its groups is not defined on every backend.
     product = lambda rows, matrices: jnp.where(here, jax.lax.ragged_dot(rows, matrices, sizes), 0)
-    both = product(tokens, weights["gate_up"].reshape(experts, width, -1)).reshape(len(tokens), 2, -1)
+    both = through(tokens, weights["gate_up"], product).reshape(len(tokens), 2, -1)
     if "gate_up_bias" in weights:
         both = both + weights["gate_up_bias"][at]
-    out = product(gated(both, config), weights["down"])
+    out = through(gated(both, config), weights["down"], product)
     if "down_bias" in weights:
         out = jnp.where(here, out + weights["down_bias"][at], 0)
     each = out[jnp.argsort(order)].reshape(-1, k, width)

@@ -54,6 +54,9 @@ class Settings:
     lora_base: Literal["float", "int8", "nf4"] = option(
         "float", "model", "the type of the frozen matrices under adapters; int8 and nf4 need sdjax[lora]"
     )
+    lora_experts: bool = option(
+        False, "model", "adapters of the matrices of experts, too, a pair for each expert; they are frozen otherwise"
+    )
     export_dtype: Literal["original", "float32", "bfloat16", "float16"] = option(
         "original",
         "model",
@@ -192,7 +195,7 @@ class Settings:
         mesh_shape(self.mesh)
         if self.memory != "off":
             parsed(self.memory)
-        adapters.chosen(self.lora_rank, self.lora_base)
+        adapters.chosen(self.lora_rank, self.lora_base, self.lora_experts)
         self.chosen_teachers()
         self.chosen_judge()
         templates.parsed(self.template)
@@ -269,7 +272,7 @@ class Settings:
             "dtype": jnp.bfloat16 if self.bf16 else jnp.float32,
             "router": routers.chosen(self.router_aux, self.router_z),
             "params_dtype": jnp.dtype(self.params_dtype),
-            "lora": adapters.chosen(self.lora_rank, self.lora_base),
+            "lora": adapters.chosen(self.lora_rank, self.lora_base, self.lora_experts),
             "export_dtype": None if self.export_dtype == "original" else self.export_dtype,
             "mesh": mesh_shape(self.mesh),
             "student": self.student() if student is None else student,

@@ -282,8 +282,8 @@ def test_bad_options_are_refused(monkeypatch):
         with pytest.raises(ModelError, match=message):
             Lora(**options)
     with pytest.raises(ModelError, match="give the adapters a rank"):
-        adapters.chosen(0, "nf4")
-    assert adapters.chosen(0, "float") is None and adapters.chosen(4, "int8") == Lora(4, base="int8")
+        adapters.chosen(0, "nf4", False)
+    assert adapters.chosen(0, "float", False) is None and adapters.chosen(4, "int8", False) == Lora(4, base="int8")
     monkeypatch.setitem(__import__("sys").modules, "qwix", None)
     with pytest.raises(ModelError, match=r"needs qwix: install sdjax\[lora\]"):
         adapters.quantised(np.ones((4, 4), np.float32), 1, "int8")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from sdjax.models import pretrained, transformer
 from sdjax.models.configs import from_hf
@@ -103,6 +104,21 @@ def test_a_family_trains(family, tmp_path, programs):
     assert steps_of(trained(tmp_path, tmp_path / "lora", programs, *lora)) == [1, 2]
     assert (tmp_path / "lora" / "adapter" / "adapter_config.json").exists()
     for out in ("plain", "mesh", "lora"):
+        opens_in_transformers(tmp_path / out / "model")
+
+
+def test_adapters_of_experts_train(tmp_path, programs):
+    """SDPO on one device and on a mesh: the same losses, every pair moves, and the export has them."""
+    given(tmp_path, "gpt_oss")
+    options = ["--method", "sdpo", "--method.group-size", "2", "--lora-rank", "2", "--lora-experts", "--lr", "1e-3"]
+    plain = trained(tmp_path, tmp_path / "plain", programs, *options)
+    meshed = trained(tmp_path, tmp_path / "mesh", programs, *options, "--mesh", "4x2", **EIGHT)
+    losses = [[line["loss"] for line in lines] for lines in (plain, meshed)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3, abs=1e-5)
+    pairs = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")
+    moved = [name for name, array in pairs.items() if "experts" in name and "lora_B" in name and np.any(array)]
+    assert len(moved) == 2 * from_hf(tmp_path / "model").layers
+    for out in ("plain", "mesh"):
         opens_in_transformers(tmp_path / out / "model")
 
 

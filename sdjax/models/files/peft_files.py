@@ -13,9 +13,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sdjax.models import expert_adapters
 from sdjax.models.adapters import TARGETS, Lora, targeted
 from sdjax.models.configs import ModelConfig
 from sdjax.models.fields import ModelError
+from sdjax.models.files import peft_experts
 from sdjax.models.files.layout import layout, stored_shapes
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,6 +41,10 @@ def save(
         own, stem = adapters["lora"][block][short], f"{STEM}{place.name.removesuffix('.weight')}"
         for letter in ("a", "b"):
             tensors[f"{stem}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(own[letter], np.float32)
+    for of in expert_adapters.targeted(config, lora.targets):
+        stem = f"{STEM}{peft_experts.stem(of, lora.targets)}"
+        for letter, array in peft_experts.written(config, of, adapters["lora"][of.block][of.name]).items():
+            tensors[f"{stem}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(array)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -47,6 +53,7 @@ def save(
         "lora_alpha": lora.scale * lora.rank,
         "lora_dropout": 0.0,
         "target_modules": [name for name in lora.targets if name in {short for _, short, _ in targeted(config, lora)}],
+        "target_parameters": peft_experts.parameters(lora.targets) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -89,22 +96,35 @@ def load(folder: Path, config: ModelConfig) -> tuple[Lora, dict]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {file}: {error}") from error
     short = {match[1] for name in tensors if (match := re.search(r"\.(\w+)\.lora_[AB]\.weight$", name))}
+    short -= {"experts", "base_layer"}
     rank = told["r"]
     alpha = told["lora_alpha"] * (rank**0.5 if told.get("use_rslora") else 1.0)
     if not short <= {*TARGETS}:
         raise ModelError(f"{file}: adapters of {', '.join(sorted(short - {*TARGETS}))} are not supported")
-    lora, tree, left = Lora(rank, alpha, tuple(t for t in TARGETS if t in short)), {}, {*tensors}
-    whole = stored_shapes(layout(config))
+    experts = peft_experts.named(told.get("target_parameters"))
+    lora, tree = Lora(rank, alpha, tuple(t for t in TARGETS if t in short) + experts), {}
+    left, whole = {*tensors}, stored_shapes(layout(config))
     for block, name, place in targeted(config, lora):
         outputs, inputs = whole[place.name]
-        own = {}
-        for letter, shape in (("a", (rank, inputs)), ("b", (outputs, rank))):
-            key = f"{STEM}{place.name.removesuffix('.weight')}.lora_{letter.upper()}.weight"
-            left.discard(key)
-            own[letter] = np.asarray(tensors.get(key, np.zeros(shape, np.float32)), np.float32)
-            if own[letter].shape != shape:
-                raise ModelError(f"{file}: {key} has the shape {own[letter].shape}, and the model wants {shape}")
-        tree.setdefault(block, {})[name] = own
+        stem, shapes = place.name.removesuffix(".weight"), {"a": (rank, inputs), "b": (outputs, rank)}
+        tree.setdefault(block, {})[name] = _pair(file, tensors, left, stem, shapes)
+    for of in expert_adapters.targeted(config, lora.targets):
+        own = _pair(file, tensors, left, peft_experts.stem(of, experts), peft_experts.shapes(config, of, rank))
+        tree.setdefault(of.block, {})[of.name] = peft_experts.read(config, of, own)
     if left:
         raise ModelError(f"{file}: the model has no place for {min(left)}: is it the adapter's?")
     return lora, {"lora": tree}
+
+
+def _pair(
+    file: Path, tensors: Mapping[str, np.ndarray], left: set[str], stem: str, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, np.ndarray]:
+    """The pair of one matrix, taken from those that are left; zeros where the adapter leaves it out.  Raises: ModelError."""
+    found = {}
+    for letter, shape in shapes.items():
+        key = f"{STEM}{stem}.lora_{letter.upper()}.weight"
+        left.discard(key)
+        found[letter] = np.asarray(tensors.get(key, np.zeros(shape, np.float32)), np.float32)
+        if found[letter].shape != shape:
+            raise ModelError(f"{file}: {key} has the shape {found[letter].shape}, and the model wants {shape}")
+    return found

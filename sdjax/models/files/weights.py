@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from sdjax.devices import processes
 from sdjax.devices.sharding import to_host
-from sdjax.models.adapters import Adapted
+from sdjax.models.adapters import is_adapted
 from sdjax.models.configs import ModelConfig, to_hf
 from sdjax.models.fields import ModelError
 from sdjax.models.files.joined_experts import apart
@@ -152,7 +152,7 @@ def _finish(folder: Path, names: list[str], shards: list[list[Place]], itemsize:
 
 def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
     expected = shapes(config)
-    size = lambda array: tuple(array.weight.shape if isinstance(array, Adapted) else np.shape(array))
+    size = lambda array: tuple(array.weight.shape if is_adapted(array) else np.shape(array))
     found = {path: size(array) for path, array in flatten_dict(dict(params), sep="/").items()}
     problems = [
         f"{path}: found {list(found[path]) if path in found else 'nothing'}, "
@@ -188,7 +188,7 @@ def _tensors(places: list[Place], arrays: Mapping[str, Any], kind: np.dtype) -> 
     for place in places:
         if place.path not in ours:  # one array is fetched from the devices at a time
             array = arrays[place.path]
-            whole = to_host(array.folded() if isinstance(array, Adapted) else array)
+            whole = to_host(array.folded() if is_adapted(array) else array)
             ours = {place.path: np.asarray(whole, np.float32) if processes.first() else None}
         if processes.first():
             exact = place.written(ours[place.path])
