@@ -2,8 +2,8 @@
 
 The compiled sampler holds a batch until its longest row has ended, and pads every prompt to its longest.  Here rows
 live in a fixed number of slots, each with its own prompt and step; a compiled loop advances all of them until enough
-have finished, then the host takes those out and puts the next ones in.  A row's tokens are those of the compiled
-sampler for the same key: they depend on the row's key, step and prompt alone.
+have finished, then the host takes those out and puts the next ones in.  Once none waits, slots are halved as rows end.  A
+row's tokens are those of the compiled sampler for the same key: they depend on the row's key, step and prompt alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.devices.sharding import constrain_parameters
+from sdjax.devices.sharding import constrain_parameters, rows_multiple
 from sdjax.engine.generate import Completions, Sampling, draw
 from sdjax.engine.policies import Policy, Sample, one_sample, row_keys
 from sdjax.engine.tokens import ROWS, bucket, left_pad, thinking_opened
 from sdjax.engine.waves import reach
 from sdjax.models.transformer import Column, KeyValues, Transformer, decode, empty_cache, hidden, logits, positions_of
 from sdjax.samplers.servers import Writer
+
+HALVINGS, FEW = 3, 8
+"""How often slots are halved when no row waits for one, and how few are not: a decoding program more each time, and fewer
+empty slots.  A step with less than a few rows takes as long, for it reads all weights."""
 
 
 def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int = 3) -> Writer:
@@ -37,7 +41,7 @@ def refilled(*, slots: int | None = None, swap: int | None = None, buckets: int 
       slots: rows decoded at once, by default `shapes.rows`; their prompts and caches are what memory must hold.
       swap: the queue is looked at when this many slots are free, by default an eighth of them: fewer steps are decoded
         by empty slots when it is small, the host is asked less often when it is large.
-      buckets: at most this many padded prompt lengths; three programs are compiled for each.
+      buckets: at most this many padded prompt lengths; three programs are compiled for each, and two for every halving.
     """
 
     def write(policy: Policy, contexts, key, *, n: int, sampling: Sampling, limit: int) -> list[list[Sample]]:
@@ -68,6 +72,7 @@ class Refilled(NamedTuple):
 
     completions: Completions  # on the host
     steps: int  # of decoding, all slots together in each
+    decoded: int  # slots in all steps together: tokens, and steps of slots in which nothing is written
     padded: int  # prompt tokens read, padding included
 
 
@@ -93,13 +98,13 @@ def refill(
         np.zeros((rows, lengths[1]), bool),
         np.zeros(rows, bool),
     )
-    params, steps, padded = cast(model, params), 0, 0
+    params, tables = cast(model, params), []
     for width, members in by_width(prompts, lengths[0], buckets).items():
         queue = collections.deque((i, i * per_prompt + j) for i in members for j in range(per_prompt))
         table = Table(model, params, prompts, keys, drawing, (width, lengths[1]), min(slots, len(queue)), per_prompt)
         table.run(queue, swap, arrays)
-        steps, padded = steps + int(table.state.steps), padded + table.padded
-    return Refilled(arrays, steps, padded)
+        tables.append((table.steps, table.decoded, table.padded))
+    return Refilled(arrays, *map(sum, zip(*tables, strict=True)))
 
 
 def by_width(prompts: Sequence[Sequence[int]], limit: int, most: int) -> dict[int, list[int]]:
@@ -221,6 +226,12 @@ def advance(model: Transformer, params: Any, slots: Slots, drawing: Drawing, wan
     return jax.lax.while_loop(lambda s: s.done.sum() < wanted, one, slots)
 
 
+@jax.jit
+def kept_slots(slots: Slots, kept: Array) -> Slots:
+    """The slots of these numbers."""
+    return jax.tree.map(lambda x: x[kept] if x.ndim else x, slots)
+
+
 # ---- on the host ----------------------------------------------------------------------------------------------------
 
 
@@ -232,23 +243,50 @@ class Table:
         self.width, self.together = lengths[0], -(-size // per_prompt)
         self.state = empty(model, size, *lengths)
         self.owner: list[int | None] = [None] * size
+        self.least = max(FEW, size >> HALVINGS)
         self.read: Read | None = None
         self.place: dict[int, int] = {}
-        self.padded = 0
+        self.steps, self.decoded, self.padded = 0, 0, 0
 
     def run(self, queue: collections.deque, swap: int, results: Completions) -> None:
         """Writes every row `(prompt, row)` of the queue into the results."""
         while queue or any(row is not None for row in self.owner):
             self.take_out(results)
             self.put_in(queue)
-            idle = sum(row is None for row in self.owner)
-            wanted = min(idle + swap, len(self.owner)) if queue else len(self.owner)
+            if not queue:
+                self.halve()
+            wanted = self.wanted(swap if queue else None)
             self.state = advance(self.model, self.params, self.state, self.drawing, jnp.asarray(wanted))
+
+    def wanted(self, swap: int | None) -> int:
+        """How many slots are free when the host looks next: `swap` more, or without a queue as many as lets it halve them."""
+        size = len(self.owner)
+        if swap is not None:
+            return min(sum(row is None for row in self.owner) + swap, size)
+        return size - self.half() if self.half() < size else size
+
+    def half(self) -> int:
+        """How many slots there are after they are halved; as many as now where they are few enough."""
+        half = rows_multiple(-(-len(self.owner) // 2))
+        return half if half >= self.least else len(self.owner)
+
+    def halve(self) -> None:
+        """Leaves half of the slots as long as they hold every row."""
+        live = [slot for slot, row in enumerate(self.owner) if row is not None]
+        while live and len(live) <= self.half() < len(self.owner):
+            free = [slot for slot, row in enumerate(self.owner) if row is None]
+            kept = [*live, *free][: self.half()]
+            self.state = kept_slots(self.state, jnp.asarray(kept))
+            self.owner = [self.owner[slot] for slot in kept]
+            live = list(range(len(live)))
 
     def take_out(self, results: Completions) -> None:
         """Copies rows that are done, and frees their slots."""
         s = self.state
-        done, finished, step, tokens, logprobs = jax.device_get((s.done, s.finished, s.step, s.tokens, s.logprobs))
+        done, finished, step, tokens, logprobs, steps = jax.device_get(
+            (s.done, s.finished, s.step, s.tokens, s.logprobs, s.steps)
+        )
+        self.steps, self.decoded = int(steps), self.decoded + (int(steps) - self.steps) * len(self.owner)
         for slot in np.flatnonzero(done):
             row, self.owner[slot] = self.owner[slot], None
             if row is not None:

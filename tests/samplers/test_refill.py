@@ -15,6 +15,7 @@ from sdjax.engine.generate import GREEDY, Sampling, generate
 from sdjax.engine.policies import row_keys
 from sdjax.engine.tokens import Shapes
 from sdjax.models import attention
+from sdjax.samplers import refill as refill_module
 from sdjax.samplers.refill import Drawing, by_width, refill, refilled
 
 LENGTH, CONTEXT = 24, 64
@@ -100,6 +101,22 @@ def test_one_long_row_does_not_hold_the_others():
     # No schedule needs fewer steps than the work divided by the slots, or than the longest row.
     least = max(-(-(lengths - 1).sum() // 4), lengths.max() - 1)
     assert least <= steps < in_fours, (least, steps, in_fours)
+
+
+def test_slots_are_halved_as_the_last_rows_end(monkeypatch):
+    """The same rows in as many steps, with fewer slots in which nothing is written."""
+    rows, keys = prompts((5,) * 16), row_keys(jax.random.key(1), jnp.arange(16), 1)
+    write = lambda: refill(*network("plain"), rows, keys, drawing(), (CONTEXT, LENGTH), 16, 2, 3)
+    monkeypatch.setattr(refill_module, "FEW", 4)
+    found = write()
+    same(found.completions, plain("plain", rows, keys, drawing()))
+    lengths = found.completions.present.sum(-1)
+    live = [int((lengths > step + 1).sum()) for step in range(found.steps)]
+    assert found.decoded == sum(next(size for size in (4, 8, 16) if size >= n) for n in live)
+    monkeypatch.setattr(refill_module, "HALVINGS", 0)
+    whole = write()
+    same(whole.completions, found.completions)
+    assert whole.steps == found.steps and whole.decoded == 16 * whole.steps > 1.5 * found.decoded
 
 
 def test_short_prompts_do_not_pay_for_long_ones():
