@@ -204,6 +204,7 @@ def score(
             place_rows(batch),
             live.shapes.rows_per_chunk,
             live.shapes.tokens_per_chunk,
+            live.shapes.lengths,
         )
     )
     # Collating orders rows by group and pads groups: walk the valid rows in the same order.
@@ -223,11 +224,11 @@ def grouped(rollouts: Sequence[Rollout]) -> dict[int, list[Rollout]]:
     return groups
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5, 6))
-def compiled_score(views, signals, models, params, batch: Batch, rows, tokens):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5, 6, 7))
+def compiled_score(views, signals, models, params, batch: Batch, rows, tokens, lengths=1):
     """`token_signals` without gradients, compiled once per objective and shape; views and models as sorted pairs."""
     views = {name: view._replace(trainable=False) for name, view in views}
-    return token_signals(views, signals, dict(models), params, batch, rows=rows, tokens=tokens)
+    return token_signals(views, signals, dict(models), params, batch, rows=rows, tokens=tokens, lengths=lengths)
 
 
 def teacher_name(teacher: str | None, lesson: Callable | None) -> str:

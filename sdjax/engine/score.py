@@ -9,27 +9,46 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sdjax.devices.sharding import DATA, axis_size, copies, current, with_whole_head
+from sdjax.engine.by_length import divisor_at_least, over_sorted_rows
 from sdjax.kernels.distributions import normalise
 from sdjax.models import transformer
+from sdjax.models.caches import KeyValues
 from sdjax.models.routing import Usage
 from sdjax.models.transformer import Transformer
 from sdjax.types import Batch, ByField, Context, Scored, Scores, View
 
 
-def hidden_states(model: Transformer, params: Any, context: Context, completion: Array, present: Array) -> Array:
+class Before(NamedTuple):
+    """Contexts that were read: what completions after them need of them."""
+
+    last: Array  # [C, 1, D] hidden states of their last tokens
+    past: KeyValues
+    start: Array  # [C] their lengths in tokens
+    more: Any  # what was said besides of their tokens
+
+
+def read_context(read: Callable, model: Transformer, params: Any, context: Context) -> Before:
+    """Reads contexts; `read` is `transformer.hidden` or `transformer.watched`."""
+    states, past, *more = read(model, params, context.tokens, transformer.positions_of(context.mask), context.mask)
+    return Before(states[:, -1:], past, context.mask.sum(-1).astype(jnp.int32), more)
+
+
+def hidden_states(
+    model: Transformer, params: Any, context: Context | Before, completion: Array, present: Array
+) -> Array:
     """Hidden states `[B, T, D]` that predict each completion token after its row's context, each context read once."""
     return read_through(transformer.hidden, model, params, context, completion, present)[0]
 
 
 def read_through(
-    read: Callable, model: Transformer, params: Any, context: Context, completion: Array, present: Array
+    read: Callable, model: Transformer, params: Any, context: Context | Before, completion: Array, present: Array
 ) -> tuple[Array, Any, Any]:
     """`hidden_states`, and what `read` says besides of the contexts' tokens and of the completions'.
 
@@ -37,9 +56,8 @@ def read_through(
     """
     rows = completion.shape[0]
     repeat = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
-    before, past, *more = read(model, params, context.tokens, transformer.positions_of(context.mask), context.mask)
-    start = repeat(context.mask.sum(-1).astype(jnp.int32))
-    last = repeat(before[:, -1:])
+    last, past, start, more = context if isinstance(context, Before) else read_context(read, model, params, context)
+    start, last = repeat(start), repeat(last)
     if completion.shape[1] == 1:
         return last, more, []
     # A row's last token predicts nothing: it is read or not as there is room, and never counted.
@@ -95,11 +113,6 @@ def over_tokens(function: Callable, tree: Any, live: Array, chunks: int) -> Any:
     nothing = lambda _: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     one = jax.checkpoint(lambda x: jax.lax.cond(x[0], function, nothing, x[1]))
     return jax.tree.map(join, jax.lax.map(one, (alive, slices)))
-
-
-def divisor_at_least(number: int, wanted: int) -> int:
-    """The smallest divisor of `number` that is at least `wanted` (at most `number`)."""
-    return next(d for d in range(1, number + 1) if number % d == 0 and d >= min(wanted, number))
 
 
 def row_units(contexts: Iterable[int], total: int, rows: int | None) -> tuple[int, int]:
@@ -209,6 +222,18 @@ def spread(scores: Scores, size: int) -> Array:
     return found.reshape(*rest.shape, size)
 
 
+def distributions(
+    networks: Mapping[str, Sequence[Transformer]], heads: Mapping[str, Array], hidden: Mapping, scored: Iterable[str]
+) -> dict[str, Array]:
+    """Log-probabilities `[..., V]` by view: of hidden states by its head, of those that are `scored` by what was said."""
+    # The policies of one view have one tokenizer, and so the same ids without a token.
+    cap = lambda name: networks[name][0].config.logit_cap
+    score = lambda name, head: transformer.scores(head, hidden[name], networks[name][0].unused, cap(name))
+    found = {name: normalise(score(name, head)) for name, head in heads.items()}
+    size = next(iter(found.values())).shape[-1]
+    return {**found, **{name: spread(hidden[name], size) for name in scored}}
+
+
 def token_signals(
     views: Mapping[str, View],
     signals: Callable[[dict[str, Array], Array], dict[str, Array]],
@@ -218,6 +243,7 @@ def token_signals(
     *,
     rows: int | None = None,
     tokens: int | None = None,
+    lengths: int = 1,
     routers: bool = False,
 ) -> dict[str, Any]:
     """Per-token signals `{name: [B, T]}` of a batch, 0 where no token is present.
@@ -229,14 +255,15 @@ def token_signals(
       rows: at most about this many rows at a time (activations); tokens: about this many positions at a time (logits),
         on each device of the data axis.  `None` is all at once.  They change memory and time, never the result.  Fewer
         rows at a time than share a context read it once for each part of them.
+      lengths: above 1, rows are read in the order of their lengths, each few of them cut to one of so many lengths
+        (`sdjax.engine.by_length`), after the contexts that rows share.  Not on a mesh, where rows stay on their devices.
       routers: `{name of a trained view: Usage}` comes, too, under `ROUTERS`: what routers did with every token that was read
         for a row; a context's tokens are split evenly among the rows that share it.  Of mixtures of experts alone.
     """
     rows, tokens = (size and size * axis_size(DATA) for size in (rows, tokens))
-    total, length = batch.completion.shape
+    total = batch.completion.shape[0]
     shared = {name: batch.contexts[name].tokens.shape[0] for name in views}
     units, row_chunks = row_units(shared.values(), total, rows)
-    batch = batch.replace(contexts={name: repeated(batch.contexts[name], units) for name in views})
     # Here, and not in every chunk of rows and tokens, what a mesh splits along data is gathered and summed.
     read = {name: policies_of(view) for name, view in views.items()}
     networks = {name: [models[policy] for policy in own] for name, own in read.items() if own}
@@ -249,48 +276,60 @@ def token_signals(
     trained = [name for name in networks if views[name].trainable]
     chosen = [name for name in networks if batch.contexts[name].member is not None]
     frozen = [name for name in networks if name not in (*trained, *chosen)]
+    common = {"completion": batch.completion, "present": batch.present, "live": live}
 
-    def states(some: Sequence[str], x: dict) -> dict[str, Array]:
-        return {name: states_of(name, x) for name in some}
+    def states(some: Sequence[str]) -> Callable[[dict, dict], tuple[dict[str, Array], dict]]:
+        return lambda params, x: ({name: states_of(name, params, x) for name in some}, {})
 
-    def states_and_usages(x: dict) -> tuple[dict[str, Array], dict[str, Usage]]:
+    def states_and_usages(params: dict, x: dict) -> tuple[dict[str, Array], dict[str, Usage]]:
         """Of the trained views, whose policy is one."""
         rest = lambda name: (networks[name][0], params[name][0], x["contexts"][name], x["completion"], x["present"])
         found = {name: read_through(transformer.watched, *rest(name)) for name in trained}
         row = lambda name: usage_by_row(*found[name][1:], x["live"].any(-1), total // shared[name])
         return {name: read[0] for name, read in found.items()}, {name: row(name) for name in trained}
 
-    def states_of(name: str, x: dict) -> Array:
+    def states_of(name: str, params: dict, x: dict) -> Array:
         rest = x["contexts"][name], x["completion"], x["present"]
         if name in chosen:
             return states_by_member(networks[name], params[name], *rest)
         return hidden_states(networks[name][0], params[name][0], *rest)
 
-    def at_positions(x: dict) -> dict[str, Array]:
-        # The policies of one view have one tokenizer, and so the same ids without a token.
-        cap = lambda name: networks[name][0].config.logit_cap
-        score = lambda name, head: transformer.scores(head, x["hidden"][name], networks[name][0].unused, cap(name))
-        dist = {name: normalise(score(name, head)) for name, head in heads.items()}
-        size = next(iter(dist.values())).shape[-1]
-        return signals({**dist, **{name: spread(x["hidden"][name], size) for name in scored}}, x["token"])
-
-    def per_rows(x: dict) -> dict[str, Array]:
+    def per_rows(same: dict, x: dict) -> tuple[dict[str, Array], dict[str, Usage]]:
         keep = lambda s: jnp.where(x["live"].reshape(x["live"].shape + (1,) * (s.ndim - 2)), s, 0)
-        own, usages = states_and_usages(x) if routers else (states(trained, x), None)
+        own, usages = (states_and_usages if routers else states(trained))(same["params"], x)
         # Garbage at absent tokens is replaced before the head: it changes neither values nor gradients.
         hidden = jax.tree.map(keep, {**x["frozen"], **own})
-        wanted = math.ceil(x["completion"].size / tokens) if tokens else 1
-        chunks = divisor_at_least(length, wanted)
-        found = over_tokens(at_positions, {"hidden": hidden, "token": x["completion"]}, x["live"], chunks)
-        found = jax.tree.map(keep, found)
-        return found if usages is None else {**found, ROUTERS: usages}
+        few = math.ceil(x["live"].size / tokens) if tokens else 1
+        read = lambda y: signals(distributions(networks, same["heads"], y["hidden"], scored), y["token"])
+        found = over_tokens(
+            read, {"hidden": hidden, "token": x["completion"]}, x["live"], divisor_at_least(x["live"].shape[1], few)
+        )
+        return jax.tree.map(keep, found), usages
 
-    common = {"completion": batch.completion, "present": batch.present, "live": live}
-    with_contexts = lambda some: {**common, "contexts": {name: batch.contexts[name] for name in some}}
+    def over(function: Callable, same: dict, some: Sequence[str], timed: dict, remat: bool) -> tuple[dict, dict]:
+        """What a function of parameters and rows says of all rows, whose views read these contexts."""
+        contexts = {name: batch.contexts[name] for name in some}
+        if lengths > 1 and current() is None:
+            how = transformer.watched if routers and remat else transformer.hidden
+            first = lambda name: read_ahead(how, networks[name][0], params[name][0], contexts[name], rows)
+            contexts |= {name: first(name) for name in some if shared[name] < total}
+            return over_sorted_rows(function, same, timed, contexts, live, rows, lengths)
+        tree = {**timed, "contexts": {name: repeated(context, units) for name, context in contexts.items()}}
+        return over_rows(functools.partial(function, same), tree, units, row_chunks, remat)
+
     # Frozen views are read outside the rematerialised part: their forward pass is never repeated.
-    early = over_rows(lambda x: states(frozen, x), with_contexts(frozen), units, row_chunks, False)
+    early, _ = over(states(frozen), {name: params[name] for name in frozen}, frozen, common, False)
     for name in chosen:
-        own, member = functools.partial(states_of, name), batch.contexts[name].member
-        early[name] = over_members(own, with_contexts([name]), member, len(networks[name]), units, row_chunks)
-    late = {**with_contexts(trained), "frozen": {**early, **scored}}
-    return over_rows(per_rows, late, units, row_chunks, True)
+        own, context = functools.partial(states_of, name, params), batch.contexts[name]
+        tree = {**common, "contexts": {name: repeated(context, units)}}
+        early[name] = over_members(own, tree, context.member, len(networks[name]), units, row_chunks)
+    same = {"params": {name: params[name] for name in trained}, "heads": heads}
+    found, usages = over(per_rows, same, trained, {**common, "frozen": {**early, **scored}}, True)
+    return {**found, ROUTERS: usages} if routers else found
+
+
+def read_ahead(read: Callable, model: Transformer, params: Any, context: Context, rows: int | None) -> Before:
+    """Contexts that rows share, read before the rows, about `rows` of them at a time."""
+    count = context.tokens.shape[0]
+    chunks = divisor_at_least(count, math.ceil(count / rows)) if rows else 1
+    return over_rows(lambda some: read_context(read, model, params, some), context, count, chunks, True)

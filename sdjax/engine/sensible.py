@@ -15,7 +15,7 @@ class ExperimentError(InputError, ValueError):
 AT_LEAST_1 = (
     "steps prompts rounds minibatches epochs most_skipped completions_every keep context teacher_context completion"
 )
-AT_LEAST_1 += " rows rows_per_chunk tokens_per_chunk train_size"
+AT_LEAST_1 += " rows rows_per_chunk tokens_per_chunk lengths train_size"
 AT_LEAST_0 = (
     "evaluation evaluate_every save_every keep_every grace seed warmup temperature most slots lag router_aux router_z"
 )

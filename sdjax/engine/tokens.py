@@ -87,7 +87,8 @@ class Shapes:
 
     `teacher_context` is the most tokens of any other chat, such as a lesson: one that exceeds it loses privileged text,
     and where that is not enough its row is not trained (`sdjax.engine.lengths`).  `None`: as many as `context`, and one
-    that exceeds it is an error; a run chooses enough.
+    that exceeds it is an error; a run chooses enough.  `lengths` above 1: rows are scored and trained in the order of their
+    lengths, cut to one of so many (`sdjax.engine.by_length`).
     """
 
     context: int = 512
@@ -97,6 +98,7 @@ class Shapes:
     tokens_per_chunk: int | None = None
     too_long: Fit = refuse
     teacher_context: int | None = None
+    lengths: int = 1
 
     @property
     def lesson(self) -> int:

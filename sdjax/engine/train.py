@@ -291,6 +291,7 @@ def make_update(
             batch,
             rows=shapes.rows_per_chunk,
             tokens=shapes.tokens_per_chunk,
+            lengths=shapes.lengths,
             routers=router is not None,
         )
         terms = dict(objective.terms(batch, sig, step))

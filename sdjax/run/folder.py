@@ -13,7 +13,7 @@ from typing import Any
 from sdjax.errors import InputError, nearest
 from sdjax.run.storage import places
 
-ELSEWHERE = ("mesh", "memory", "rows", "rows_per_chunk", "tokens_per_chunk", "remat")
+ELSEWHERE = ("mesh", "memory", "rows", "rows_per_chunk", "tokens_per_chunk", "lengths", "remat")
 ELSEWHERE += ("judge", "grace", "keep", "keep_every", "keep_best", "log", "log_project", "completions_every", "stop_on")
 """Options that change where and how a run computes, what stays and is told of it: a resumed run may be given others."""
 

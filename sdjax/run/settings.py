@@ -154,6 +154,12 @@ class Settings:
     rows_per_chunk: int | None = option(None, "memory", "rows whose activations the update holds at a time")
     tokens_per_chunk: int | None = option(None, "memory", "positions whose logits the update holds at a time")
     remat: bool | None = option(None, "memory", "recompute blocks in the backward pass: less memory for more time")
+    lengths: int = option(
+        1,
+        "memory",
+        "to how many lengths rows are cut in an update, sorted: with 16 hardly any padding is computed where lengths differ "
+        "much, and its program takes longer to compile (--scan); not on a mesh",
+    )
     scan: bool = option(False, "memory", "loop over the layers instead of compiling each: for deep models on TPUs")
 
     evaluation: int = option(
@@ -249,6 +255,7 @@ class Settings:
             self.tokens_per_chunk,
             too_long=too_long,
             teacher_context=self.teacher_context,
+            lengths=self.lengths,
         )
 
     def experiment(

@@ -49,11 +49,11 @@ def logprobs(dist, token):
     return {"logprobs": logprob(dist["student"], token)}
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "remat"))
-def losses(params, some, rows=None, remat=False):
+@functools.partial(jax.jit, static_argnames=("rows", "remat", "lengths"))
+def losses(params, some, rows=None, remat=False, lengths=1):
     """Both losses of a batch, by the engine."""
     models = {"live": Transformer(moe().config, remat=remat)}
-    sig = token_signals(VIEWS, logprobs, models, {"live": params}, some, rows=rows, routers=True)
+    sig = token_signals(VIEWS, logprobs, models, {"live": params}, some, rows=rows, lengths=lengths, routers=True)
     terms = router_terms(sig[ROUTERS], Router(1.0, 0.1))
     return reduce_terms(terms, some.mask & some.valid[:, None])
 
@@ -92,7 +92,8 @@ def test_neither_chunks_nor_padding_change_them():
     plain = losses(moe().params, some)[1]
     assert set(plain) == {"router_aux", "router_z", "router_entropy", "router_load"}
     padded = rows_of(before=3, after=2, fill=5)[1]
-    for other in (losses(moe().params, some, rows=1)[1], losses(moe().params, padded)[1]):
+    chunked = losses(moe().params, some, rows=1)[1], losses(moe().params, some, lengths=2)[1]
+    for other in (*chunked, losses(moe().params, padded)[1]):
         for name, value in plain.items():
             assert float(other[name]) == pytest.approx(float(value), rel=1e-5), name
 
