@@ -38,8 +38,9 @@ COMMANDS = """usage: sdjax COMMAND ...
                       one step compiled for devices that need not be here: memory, exchanges, seconds at best
   scaling [--weak] [--model qwen3-1.7b] [--method NAME]
                       exchanges and operations of each of 1 to 8 devices as the mesh grows
-  bench [--model NAME]
-                      rollout tokens/s, update seconds and memory beside this machine's ceilings
+  bench [--model NAME] | bench --suite [--out bench.json]
+                      rollout tokens/s, update seconds and memory beside this machine's ceilings; --suite writes them
+                      in bfloat16 and float32 with machine and versions to a file
 
 sdjax --version and sdjax --help say which version this is, and this
 
@@ -143,11 +144,16 @@ def watch(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """`sdjax bench ...`"""
+    """`sdjax bench ...` and `sdjax bench --suite ...`"""
     from sdjax.cli.bench import bench
+    from sdjax.cli.suite import suite
     from sdjax.devices.compilation import give_back_memory
 
     give_back_memory()
+    if "--suite" in arguments:
+        rest = [a for a in arguments if a != "--suite"]
+        print(options.from_command_line(suite, rest, "sdjax bench --suite"))
+        return 0
     for name, value in options.from_command_line(bench, arguments, "sdjax bench").items():
         print(f"{name:45s} {value:10.3f}")
     return 0

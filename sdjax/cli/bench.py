@@ -2,61 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import os
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sdjax.cli.options import OptionError
 from sdjax.collect.contexts import question, with_feedback
-from sdjax.devices import memory
+from sdjax.devices import ceilings, memory
+from sdjax.devices.ceilings import timed
 from sdjax.devices.memory import MemoryShortage
 from sdjax.engine import needs, train
-from sdjax.engine.generate import Sampling, generate
+from sdjax.engine.by_length import positions_read
+from sdjax.engine.generate import Completions, Sampling, generate
 from sdjax.engine.policies import row_keys
 from sdjax.engine.snapshots import frozen_snapshots
 from sdjax.engine.tokens import Shapes, collate, encode_context, left_pad
+from sdjax.errors import nearest
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import pretrained
 from sdjax.models.configs import ModelConfig
+from sdjax.models.presets import PRESETS
+from sdjax.models.pretrained import Pretrained
+from sdjax.tasks.words import word_tokenizer
 from sdjax.types import Batch, Example, Rollout, Task, Verdict
-
-
-class Timing(NamedTuple):
-    """Seconds: the first call (compilation included) and the median of the following ones."""
-
-    first: float
-    median: float
-
-
-def timed(function: Callable[[int], Any], repeats: int) -> Timing:
-    """Times `function(i)` for `i = 0 ... repeats`, the first apart, each until its result is there."""
-    seconds = []
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(function(i))
-        seconds.append(time.perf_counter() - start)
-    return Timing(seconds[0], statistics.median(seconds[1:]))
-
-
-def matrix_product_ceiling(dtype: Any, size: int = 2048) -> float:
-    """Multiply-adds that this machine does in a large matrix product, in FLOP/s (two per multiply-add)."""
-    product = jax.jit(lambda a, b: a @ b)
-    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    return 2 * size**3 / timed(lambda _: product(a, a), 5).median
-
-
-def bandwidth_ceiling(dtype: Any, size: int = 8192) -> float:
-    """Bytes per second at which this machine streams a matrix through a product with a few rows, as decoding does."""
-    product = jax.jit(lambda a, b: b @ a)
-    a = jnp.ones((size, size), dtype)
-    return a.nbytes / timed(lambda _: product(a, jnp.ones((16, size), dtype)), 5).median
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
@@ -65,7 +39,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return config.layers * (attention + 3 * config.width * config.hidden_units), config.vocab_size * config.width
 
 
-def update_flops(config: ModelConfig, prompts: int, group: int, student: int, teacher: int, completion: int) -> float:
+def update_flops(config: ModelConfig, prompts: int, group: int, student: int, teacher: int, completion: float) -> float:
     """FLOP of one update: student forward and backward (3 x 2 per parameter and token), teacher forward, without
     attention scores and without recomputation.  `student` and `teacher` are context lengths in tokens, read once per
     group."""
@@ -73,6 +47,16 @@ def update_flops(config: ModelConfig, prompts: int, group: int, student: int, te
     answers = prompts * group * completion
     tokens = 3 * (prompts * student + answers) + prompts * teacher + answers
     return 2.0 * (block * tokens + head * 4 * answers)
+
+
+def rollout_bytes(config: ModelConfig, rows: int, context: int, completion: int, item: int) -> tuple[float, float]:
+    """Bytes that decoding reads: weights, and keys and values written so far, once for every token of a row.
+
+    `context` is the length of prompts in tokens; `item` the bytes of a number.  Prompts that rows share count for each.
+    """
+    weights = float(sum(parameter_counts(config)) * item * completion)
+    of_token = 2 * config.layers * config.kv_heads * config.head_dim * item
+    return weights, float(rows * of_token * completion * (context + completion / 2))
 
 
 class Step(NamedTuple):
@@ -88,15 +72,34 @@ class Step(NamedTuple):
     examples: list[Example]
 
 
-def a_step(model: str, prompts: int, group: int, shapes: Shapes, dtype: Any, remat: bool) -> Step:
+RANDOM = "random:"
+"""Before the name of a public shape: a model of this shape with random weights, which costs what a trained one costs."""
+
+
+def loaded(model: str) -> Pretrained:
+    """A model by name or folder, or "random:SHAPE".  Raises `OptionError` for a shape that is not known."""
+    if not model.startswith(RANDOM):
+        return pretrained.load(model)
+    shape = model.removeprefix(RANDOM)
+    if shape not in PRESETS:
+        raise OptionError(f"--model {model}: there is no shape {shape!r}{nearest(shape, [*PRESETS])}")
+    key, tokenizer = jax.random.key(0), word_tokenizer(["What", "is", "Answer", "with", "the", "number."])
+    normal = jax.jit(lambda like: 0.02 * jax.random.normal(key, like.shape), static_argnums=0)
+    drawn = lambda path, like: jnp.ones(like.shape) if path[-1].key == "scale" else normal(like)
+    params = jax.tree_util.tree_map_with_path(drawn, needs.parameters_of(PRESETS[shape]))
+    return Pretrained(PRESETS[shape], params, tokenizer)
+
+
+def a_step(model: str, prompts: int, group: int, shapes: Shapes, dtype: Any, remat: bool, scan: bool = False) -> Step:
     """SDPO with the Jensen-Shannon divergence and a frozen teacher, on `prompts` easy sums."""
-    student = pretrained.load(model)
+    student = loaded(model)
     sums = [(i, f"What is {i}+{i + 7}? Answer with the number.", str(2 * i + 7)) for i in range(prompts)]
     examples = [Example(str(i), ({"role": "user", "content": text},), answer) for i, text, answer in sums]
     method = sdpo(group_size=group, alpha=0.5, top_k=None, ema_rate=0.0, is_cap=None)
     task = Task("bench", tuple(examples), (), lambda example, text: Verdict(0.0))
     optimizer = optax.adamw(1e-5)
-    experiment = train.Experiment(method, task, student, optimizer, shapes, prompts=prompts, dtype=dtype, remat=remat)
+    how = {"prompts": prompts, "dtype": dtype, "remat": remat, "scan": scan}
+    experiment = train.Experiment(method, task, student, optimizer, shapes, **how)
     check_room("the state", sum(needs.state_of(experiment).parts().values()), "take a smaller --model")
     networks, state = train.models(experiment), train.initial_state(experiment, student.params)
     teacher = frozen_snapshots(method, student.params)
@@ -133,11 +136,13 @@ def writer(step: Step, examples: list[Example], n: int) -> Callable[[int], Any]:
     )
 
 
-def written_batch(step: Step, examples: list[Example], n: int) -> Batch:
-    """The batch of sampled completions; the teacher is told the answer."""
+def written_batch(step: Step, examples: list[Example], n: int, spread: float = 1.0) -> Batch:
+    """The batch of sampled completions, cut to lengths of a spread; the teacher is told the answer."""
     written = jax.device_get(writer(step, examples, n)(0))
+    lengths = cut(written, spread)
+    said = lambda values, row: tuple(values[row, : lengths[row]].tolist())
     rollouts = [
-        Rollout(example, tuple(written.tokens[row].tolist()), tuple(written.logprobs[row].tolist()), "", g).read_by(
+        Rollout(example, said(written.tokens, row), said(written.logprobs, row), "", g).read_by(
             student=question(example),
             teacher=with_feedback(question(example), feedback=f"The answer is {example.main_answer}."),
         )
@@ -147,6 +152,14 @@ def written_batch(step: Step, examples: list[Example], n: int) -> Batch:
     # All attempts at a problem are told the same here: the teacher's prompt is read once per group.
     views = {name: view._replace(per_rollout=False) for name, view in train.all_views(step.method).items()}
     return collate(rollouts, views, step.student.tokenizer, step.shapes)
+
+
+def cut(written: Completions, spread: float) -> list[int]:
+    """To how many tokens completions are cut so that their lengths are log-normal; 95 % are within a factor of `spread`."""
+    rows, longest = written.tokens.shape
+    deviation = math.log(spread) / (2 * 1.96)
+    drawn = np.exp(deviation * (np.random.default_rng(0).standard_normal(rows) - 1.96)) * longest
+    return [int(length) for length in np.clip(np.round(drawn), 1, longest)] if spread > 1 else [longest] * rows
 
 
 def learner(step: Step, batch: Batch) -> Callable[[int], Any]:
@@ -181,11 +194,15 @@ def bench(
     rows_per_chunk: int | None = None,
     bf16: bool = False,
     remat: bool = True,
+    scan: bool = False,
+    lengths: int = 1,
+    spread: float = 1.0,
+    profile: str = "",
 ) -> dict[str, float]:
     """One step of SDPO over the full vocabulary (Jensen-Shannon, a frozen teacher that is told the answer).
 
     Args:
-      model: a hub name, a folder, or "smollm2".
+      model: a hub name, a folder, "smollm2", or random:SHAPE for a shape of `sdjax plan` with random weights.
       prompts: distinct prompts.
       group: completions of each prompt, sampled and trained on.
       completion: tokens of each completion, exactly.
@@ -195,28 +212,42 @@ def bench(
       rows_per_chunk: rows whose activations are held at once, for one more forward pass of the student.
       bf16: compute in bfloat16.
       remat: recompute blocks in the backward pass, which keeps one block's activations instead of all.
+      scan: loop over the layers of an update: compiled many times faster, for a copy of parameters and gradients.
+      lengths: to how many lengths rows are cut in an update.
+      spread: completions are trained on at log-normal lengths, 95 % within this factor; 1: all as long as they were written.
+      profile: a folder to which one more update is recorded, for XProf or TensorBoard.
 
     Raises: `OptionError` for a number below 1.
     """
-    check_sizes(prompts=prompts, group=group, completion=completion, rollout_rows=rollout_rows, repeats=repeats)
+    check_sizes(
+        prompts=prompts, group=group, completion=completion, rollout_rows=rollout_rows, repeats=repeats, lengths=lengths
+    )
+    if spread < 1:
+        raise OptionError(f"--spread {spread:g}: expected at least 1, the longest completion by the shortest")
     dtype = jnp.bfloat16 if bf16 else jnp.float32
-    shapes = Shapes(256, completion, prompts * group, rows_per_chunk, tokens_per_chunk)
+    shapes = Shapes(256, completion, prompts * group, rows_per_chunk, tokens_per_chunk, lengths=lengths)
     there = memory.room()
-    step = a_step(model, max(prompts, rollout_rows), group, shapes, dtype, remat)
+    step = a_step(model, max(prompts, rollout_rows), group, shapes, dtype, remat, scan)
     rollout = timed(writer(step, step.examples[:prompts], group), repeats)
     alone = timed(writer(step, step.examples[:rollout_rows], 1), repeats)
-    batch = written_batch(step, step.examples[:prompts], group)
+    batch = written_batch(step, step.examples[:prompts], group, spread)
     fewer = "take fewer --prompts or a smaller --group, a shorter --completion, --remat, or --rows-per-chunk 1"
     check_room("an update", estimate(step, batch), fewer)
-    updated = timed(learner(step, batch), repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    config, lengths = step.student.config, {name: int(c.mask.sum(-1).max()) for name, c in batch.contexts.items()}
-    flops = update_flops(config, prompts, group, lengths["student"], lengths["teacher"], completion)
-    weights = sum(parameter_counts(config)) * jnp.dtype(dtype).itemsize
-    product, stream = matrix_product_ceiling(dtype), bandwidth_ceiling(dtype)
+    learn = learner(step, batch)
+    updated = timed(learn, repeats)
+    peak = memory.peak()
+    if profile:
+        with jax.profiler.trace(profile):
+            jax.block_until_ready(learn(0))
+    config, told = step.student.config, {name: int(c.mask.sum(-1).max()) for name, c in batch.contexts.items()}
+    used = batch.present.sum(-1)
+    flops = update_flops(config, prompts, group, told["student"], told["teacher"], used.mean())
+    positions = positions_read(used, batch.present.shape[1], rows_per_chunk, lengths)
+    weights, cache = rollout_bytes(config, prompts * group, told["student"], completion, jnp.dtype(dtype).itemsize)
+    product, stream = ceilings.matrix_product(dtype), ceilings.bandwidth(dtype)
     return {
-        "student context tokens": lengths["student"],
-        "teacher context tokens": lengths["teacher"],
+        "student context tokens": told["student"],
+        "teacher context tokens": told["teacher"],
         "rollout tokens/s": prompts * group * completion / rollout.median,
         f"rollout tokens/s, {rollout_rows} prompts": rollout_rows * completion / alone.median,
         "rollout seconds": rollout.median,
@@ -224,12 +255,14 @@ def bench(
         "step seconds": rollout.median + updated.median,
         "rollout compile seconds": rollout.first - rollout.median,
         "update compile seconds": updated.first - updated.median,
-        "peak resident GB": peak / 1e9,
+        "peak memory GB": peak / 1e9,
         "memory there GB": there.total / 1e9,
         "free before GB": there.free / 1e9,
         "matrix product ceiling GFLOP/s": product / 1e9,
         "bandwidth ceiling GB/s": stream / 1e9,
         "update share of matrix product ceiling": flops / updated.median / product,
-        "rollout share of bandwidth ceiling": weights * completion / rollout.median / stream,
+        "update share of positions that are padding": 1 - used.sum() / positions,
+        "rollout share of bandwidth ceiling": weights / rollout.median / stream,
+        "the same with the cache": (weights + cache) / rollout.median / stream,
         "load average": os.getloadavg()[0],
     }

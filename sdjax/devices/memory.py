@@ -134,6 +134,12 @@ def of_address_space() -> list[tuple[float, float]]:
     )
 
 
+def peak(device: Any = None) -> float:
+    """The most bytes that this process has had until now: on an accelerator by its allocator, else resident on the machine."""
+    stats = (device or jax.local_devices()[0]).memory_stats() or {}
+    return float(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
 def exhausted(error: Exception) -> bool:
     """Whether an error says that memory could not be had."""
     text = str(error)
