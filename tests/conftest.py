@@ -19,7 +19,7 @@ UNOPTIMISED = "jax_disable_most_optimizations"
 
 def pytest_configure(config):
     """The quick tests' programs are tiny and run once or twice: to optimise them takes longer than to run them."""
-    if config.option.markexpr == "not slow":
+    if "not slow" in config.option.markexpr:
         jax.config.update(UNOPTIMISED, True)
         os.environ[UNOPTIMISED.upper()] = "1"  # for commands that tests start
 
