@@ -20,7 +20,8 @@ from sdjax.models.pretrained import Pretrained
 from sdjax.run import teachers
 from sdjax.run.logs import trackers
 from sdjax.run.teachers import Teachers
-from sdjax.tasks import judges
+from sdjax.tasks import exact, judges, maths
+from sdjax.tasks.errors import TaskError
 from sdjax.tasks.judges import Judge
 from sdjax.types import Method, Task
 
@@ -267,6 +268,7 @@ class Settings:
         """
         own = self.chosen_teachers()
         task = judges.judged(task, self.chosen_judge())
+        check_answers(task, method)
         teachers.check_before_loading(task, own, told=self.lesson == "solution")
         same = ("steps", "prompts", "rounds", "minibatches", "epochs", "seed", "memory", "remat", "scan")
         same += ("evaluation", "evaluate_every", "save_every", "keep", "keep_every", "keep_best", "grace")
@@ -290,3 +292,14 @@ class Settings:
             loaded = teachers.load(own, chosen["student"], dtype=dtype, chat_template=file)
             chosen |= {"teachers": loaded, "teacher_dtype": dtype}
         return Experiment(method=method, task=task, **(chosen | changes))
+
+
+def check_answers(task: Task, method: Method) -> None:
+    """Raises: `TaskError` where rewards are to be learned from and problems have no answer, before anything is loaded."""
+    missing = task.read.get("train", {}).get("unanswered", 0)
+    compared = task.verify in (maths.verify, exact.verify)
+    if missing and compared and any(objective.rewarded for objective in method.objectives):
+        raise TaskError(
+            f"{missing} problems of {task.name} have no answer, and this method learns from rewards: name the column with "
+            "--fields answer=COLUMN, let a model judge (--judge), or imitate the texts with --method sft."
+        )

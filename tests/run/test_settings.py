@@ -14,7 +14,9 @@ from sdjax.engine.sensible import ExperimentError
 from sdjax.engine.tokens import refuse, shorten
 from sdjax.errors import InputError
 from sdjax.methods.grpo import grpo
-from sdjax.run.settings import Settings
+from sdjax.methods.sft import sft
+from sdjax.run.settings import Settings, check_answers
+from sdjax.tasks import maths
 from sdjax.types import Task
 
 TASK = Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity)
@@ -54,6 +56,15 @@ def test_a_boolean_that_may_be_chosen_is_a_flag():
     assert said("--remat", "--steps", "3") == ["--remat", "True", "--steps", "3"]
     assert said("--no-remat", "--bf16") == ["--remat", "False", "--bf16"]
     assert said("--remat", "False") == ["--remat", "False"]
+
+
+def test_rewards_without_answers_are_refused_before_anything_is_loaded():
+    """Compared with nothing every attempt is wrong; texts can be imitated, and another verifier may need no answer."""
+    missing = TASK._replace(verify=maths.verify, read={"train": {"unanswered": 3}})
+    with pytest.raises(InputError, match="3 problems of recall have no answer, and this method .* --method sft"):
+        Settings(model="nowhere").experiment(method=grpo(), task=missing)
+    check_answers(missing, sft())
+    check_answers(missing._replace(verify=tiny.parity), grpo())
 
 
 def test_a_budget_that_is_no_size_is_refused_at_once():

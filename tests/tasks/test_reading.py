@@ -256,12 +256,12 @@ def test_what_is_lost_or_contradicts_itself_is_said(tmp_path):
     other = [{**row, "question": "how  MANY?", "answer": "3"}, {**row, "solution": "one by one"}]
     write(tmp_path / "x.jsonl", row, *other, {**row, **pictured, "question": "q"})
     found = read(tmp_path / "x.jsonl")
-    assert found.about["contradicting"] == 1 and found.about["media"] == {"image": 1, "figure_1": 1}
+    assert found.about["contradicting"] == 1 and found.about["unread"] == {"image": 1, "figure_1": 1}
     assert "; 1 rows have `image`, which no model here reads; 1 rows have `figure_1`" in found.said
     assert found.said.endswith("; 1 rows answer a question of an earlier row otherwise, and both are kept")
     write(tmp_path / "y.jsonl", row, {**row, "answer": ["3", "2"]}, {**row, "answer": ["2", "3"], "id": "c"})
     found = read(tmp_path / "y.jsonl", duplicates=True).about
-    assert found["contradicting"] == 1 and "media" not in found
+    assert found["contradicting"] == 1 and "unread" not in found
 
 
 LETTER = "\n\nAnswer with the letter of the right choice."
@@ -333,6 +333,86 @@ def test_errors_name_the_column_of_the_file(tmp_path, row, sentence):
     with pytest.raises(TaskError) as error:
         read(tmp_path / "x.jsonl")
     assert sentence in str(error.value)
+
+
+CALLED = {"type": "function", "function": {"name": "get", "arguments": {"x": 1}}}
+SENT = {"type": "function", "function": {"name": "get", "arguments": '{"x": 1}'}}
+USER, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+TOOL = {"role": "tool", "content": "5"}
+
+
+@pytest.mark.parametrize(
+    "row, prompt, said",
+    [
+        (  # ShareGPT
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}] * 2},
+            (USER, SAID, USER),
+            "conversation: the last turn of `conversations` is the solution, those before it are read; 1 rows have no answer",
+        ),
+        (  # OpenAI
+            {
+                "messages": [SYSTEM, USER, {"role": "assistant", "content": None, "tool_calls": [SENT]}, TOOL, SAID],
+                "tools": [{"type": "function"}],
+            },
+            (SYSTEM, USER, {"role": "assistant", "content": "", "tool_calls": [CALLED]}, TOOL),
+            "1 rows have `tools`, which no model here reads",
+        ),
+        (  # Hermes
+            {
+                "conversations": [
+                    *(
+                        {"from": "system", "value": "Be kind."},
+                        {"from": "human", "value": "q"},
+                        {"from": "gpt", "value": "a"},
+                    ),
+                    *({"from": "tool", "value": "5"}, {"from": "gpt", "value": "a"}),
+                ]
+            },
+            (SYSTEM, USER, SAID, TOOL),
+            "those before it are read",
+        ),
+        (  # ToolACE
+            {
+                "system": "Be kind.",
+                "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}],
+            },
+            (SYSTEM, USER),
+            "those before it are read, after `system`",
+        ),
+        ({"instruction": "p", "input": "below", "output": "a"}, ({"role": "user", "content": "p\n\nbelow"},), "Alpaca"),
+        ({"instruction": "q", "input": " ", "output": "a"}, (USER,), "Alpaca"),
+    ],
+)
+def test_conversations_end_with_what_is_imitated(tmp_path, row, prompt, said):
+    write(tmp_path / "x.jsonl", row)
+    found = read(tmp_path / "x.jsonl")
+    (example,) = found.examples
+    assert (example.prompt, example.solution, example.answers) == (prompt, "a", ())
+    assert said in found.said and found.about["unanswered"] == 1
+
+
+def test_conversations_with_answers_are_problems(tmp_path):
+    write(tmp_path / "x.jsonl", {"conversations": [{"from": "human", "value": "q"}], "answer": 4})
+    write(tmp_path / "y.jsonl", {"messages": [USER, SAID], "answer": 4})
+    (asked_only,), (shown,) = (read(tmp_path / f"{name}.jsonl").examples for name in "xy")
+    assert asked_only.prompt == shown.prompt == (USER,) and answers([asked_only, shown]) == ["4", "4"]
+    assert asked_only.solution is None and shown.solution == "a"
+    assert "unanswered" not in read(tmp_path / "x.jsonl").about
+
+
+def test_a_text_to_imitate_needs_no_answer(tmp_path):
+    """Where its column is named: else an answer that is missing is an error, as a call is that is no text."""
+    write(tmp_path / "x.jsonl", {"system_prompt": "Be kind.", "question": "q", "response": "a"})
+    (example,) = read(tmp_path / "x.jsonl", fields="solution=response").examples
+    assert (example.prompt, example.solution, example.answers) == ((SYSTEM, USER), "a", ())
+    with pytest.raises(
+        TaskError, match="`answer` is missing; .*, or only that of a text to imitate, as --fields solution"
+    ):
+        read(tmp_path / "x.jsonl")
+    write(tmp_path / "y.jsonl", {"messages": [USER, {"role": "assistant", "tool_calls": [SENT]}]})
+    with pytest.raises(TaskError, match="y.jsonl, line 1: `messages` ends with `tool_calls` and no text"):
+        read(tmp_path / "y.jsonl")
 
 
 def test_tool_turns_names_and_parts_of_text(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdjax.tasks.answers.marks import last_boxed
-from sdjax.tasks.data import choices
+from sdjax.tasks.data import choices, dialogues
 from sdjax.tasks.data.fields import FIELDS, at, unpacked
 
 QUESTIONS = ("prompt", "messages", "problem", "question", "Problem", "Question", "query", "question_stem")
@@ -32,9 +32,24 @@ def laid_out(row: Mapping[str, Any], chosen: Mapping[str, str], where: str) -> L
     Raises: `TaskError` for a chosen column that is not there, or choices of which none is right.
     """
     asked = None if {"prompt", "messages", "answer"} & {*chosen} else multiple_choice(row, where)
-    found = asked or verl(row) or columns(row)
-    if not chosen:
-        return found
+    found = asked or verl(row) or dialogue(row, where) or instruction(row) or columns(row)
+    return with_system(by_choice(found, row, chosen, where) if chosen else found)
+
+
+def with_system(laid: Laid) -> Laid:
+    """The row with a system column as its first turn."""
+    form = "messages" if "messages" in laid.row else "prompt"
+    if form not in laid.row:
+        return laid
+    turns, column = dialogues.with_system(laid.row[form], laid.row)
+    if not column:
+        return laid
+    rest = {name: value for name, value in laid.row.items() if name != column}
+    return laid._replace(row={**rest, form: turns}, layout=f"{laid.layout}, after `{column}`")
+
+
+def by_choice(found: Laid, row: Mapping[str, Any], chosen: Mapping[str, str], where: str) -> Laid:
+    """A row that was laid out, with the columns that were chosen.  A text to imitate needs no answer.  Raises: `TaskError`."""
     given = {name: at(row, column, where) for name, column in chosen.items() if column}
     used = {column.split(".")[0] for column in chosen.values()}
     forms = {"prompt", "messages"} if {"prompt", "messages"} & {*given} else set()
@@ -47,8 +62,48 @@ def laid_out(row: Mapping[str, Any], chosen: Mapping[str, str], where: str) -> L
         and (name not in FIELDS or found.names.get(name, name).split(".")[0] not in used)
         and (name in FIELDS or name not in used)
     }
+    if "solution" in given and "answer" not in {**kept, **given}:
+        given["answer"] = ()
     return after_marks(
         Laid({**kept, **given}, {**found.names, **chosen}, ", ".join(f"{n}={c}" for n, c in chosen.items()))
+    )
+
+
+def dialogue(row: Mapping[str, Any], where: str) -> Laid | None:
+    """A conversation that its assistant ends: what is said last is the solution, which needs no answer; else one to go on.
+
+    Raises: `TaskError` where the last turn is no text.
+    """
+    found = dialogues.dialogue_of(row)
+    if found is None or any(row.get(name) is not None for name in QUESTIONS if name != "messages"):
+        return None
+    column, turns = found
+    rest = {name: value for name, value in row.items() if name not in (column, "messages")}
+    if turns[-1]["role"] != "assistant":
+        laid = columns({**rest, "messages": turns})
+        return laid._replace(names={**laid.names, "messages": column}, layout=laid.layout.replace("messages", column))
+    answer = first_of(rest, ANSWERS)
+    shown = {
+        "solution": dialogues.last_said(turns, column, where),
+        "answer": () if answer is None else rest.pop(answer),
+    }
+    names = {"messages": column, "solution": column, "answer": answer or "answer"}
+    how = f"conversation: the last turn of `{column}` is the solution, those before it are read"
+    return Laid(
+        {**rest, "messages": turns[:-1], **shown}, names, how if answer is None else f"{how}, the answer in `{answer}`"
+    )
+
+
+def instruction(row: Mapping[str, Any]) -> Laid | None:
+    """Alpaca: an `instruction`, perhaps with an `input` below it, and the `output` to imitate."""
+    if not {"instruction", "output"} <= row.keys() or question_of(row) is not None:
+        return None
+    rest = {name: value for name, value in row.items() if name not in ("instruction", "input", "output")}
+    below = row.get("input") or ""
+    text = f"{row['instruction']}\n\n{below}" if isinstance(below, str) and below.strip() else row["instruction"]
+    names = {"prompt": "instruction", "solution": "output"}
+    return Laid(
+        {"answer": (), **rest, "prompt": text, "solution": row["output"]}, names, "Alpaca: `output` is the solution"
     )
 
 

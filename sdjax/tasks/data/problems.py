@@ -30,8 +30,8 @@ ReadRow = Callable[[Mapping[str, Any], str, str], Example]
 """Takes a row, where it stands and the id of a row without one; returns its example or raises `TaskError`."""
 
 
-MEDIA = ("image", "images", "audio", "video", "videos")
-"""Columns of pictures and sound, by name."""
+UNREAD = ("image", "images", "audio", "video", "videos", "tools")
+"""Columns of pictures and sound, and of tools (where no system turn describes them), by name."""
 
 
 class Problems(NamedTuple):
@@ -89,7 +89,9 @@ def problems(
             left_out.append(str(error))
         else:
             counted["duplicates"] += not added
-            counted.update([f"layout {layout}", *(f"media {name}" for name in media(row.value))] if added else ())
+            notes = [f"layout {layout}", *(f"unread {name}" for name in unread(row.value))]
+            counted.update(notes if added else ())
+            counted["unanswered"] += added and not example.answers
     if not found.examples:
         reason = f"all {len(left_out)} rows are bad; the first: {left_out[0]}" if left_out else "the file is empty."
         raise TaskError(f"{name} has no examples: {reason}")
@@ -180,10 +182,10 @@ def question_hash(example: Example) -> int:
     return short_hash(question_key(example.prompt))
 
 
-def media(row: Mapping[str, Any]) -> list[str]:
-    """The columns of a row that hold pictures or sound, as the hub's data sets have them: what no model here reads."""
+def unread(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that belong to its question and that no model here reads."""
     filed = lambda value: isinstance(value, Mapping) and {"bytes", "path"} <= value.keys()
-    return [name for name, value in row.items() if value and (name in MEDIA or filed(value))]
+    return [name for name, value in row.items() if value and (name in UNREAD or filed(value))]
 
 
 def description(files: Source, counted: Mapping[str, int], kept: int, left_out: int, fields: str) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def description(files: Source, counted: Mapping[str, int], kept: int, left_out: 
             hashes.append({"name": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()})
     chosen = {"split": files.split, "config": files.config, "revision": files.revision, "fields": fields}
     of_kind = lambda kind: {name.removeprefix(kind): n for name, n in counted.items() if name.startswith(kind)}
-    notes = {"contradicting": counted["contradicting"], "media": of_kind("media ")}
+    notes = {name: counted[name] for name in ("contradicting", "unanswered")} | {"unread": of_kind("unread ")}
     return {
         "name": files.name,
         **{name: value for name, value in chosen.items() if value},
@@ -219,7 +221,11 @@ def sentence(about: Mapping[str, Any]) -> str:
     ]
     files = f" in {len(about['files'])} files" if len(about["files"]) > 1 else ""
     counts = ", ".join([f"{about['problems']} problems of {about['rows']} rows{files}", *less])
-    more = [f"{n} rows have `{name}`, which no model here reads" for name, n in about.get("media", {}).items()]
+    more = [f"{n} rows have `{name}`, which no model here reads" for name, n in about.get("unread", {}).items()]
+    if "unanswered" in about:
+        more += [
+            f"{about['unanswered']} rows have no answer: their texts can be imitated, and no answer to them is right"
+        ]
     if "contradicting" in about:
         more += [f"{about['contradicting']} rows answer a question of an earlier row otherwise, and both are kept"]
     return "; ".join(

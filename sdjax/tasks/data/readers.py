@@ -239,11 +239,12 @@ def chain_first(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def parquet(stream: BinaryIO, path: Path) -> Iterator[Row]:
-    """A Parquet file, read a few rows at a time."""
+    """A Parquet file, read a few rows at a time, and a part of each column: a row group may be all of the file."""
     arrow(path)
     from pyarrow.parquet import ParquetFile
 
-    yield from numbered(lambda: ParquetFile(stream).iter_batches(batch_size=256), path)
+    partly = {"buffer_size": 1 << 20, "pre_buffer": False}
+    yield from numbered(lambda: ParquetFile(stream, **partly).iter_batches(batch_size=256), path)
 
 
 def arrow_file(stream: BinaryIO, path: Path) -> Iterator[Row]:

@@ -34,11 +34,14 @@ def example_of(row: Mapping[str, Any], where: str, default_id: str, names: Mappi
 
 
 def answer_of(row: Mapping[str, Any], where: str, names: Mapping[str, str]) -> str | tuple[str, ...]:
-    """The right answer, or all of them where the field is a list.  Raises: `TaskError`."""
+    """The right answer, or all of them where the field is a list; none of a text to imitate.  Raises: `TaskError`."""
     answer, said = row.get("answer"), names.get("answer", "answer")
     if "answer" not in row:
         found = ", ".join(sorted(names.get(n, n) for n in row))
-        raise bad(where, said, f"is missing; found {found}; name its column, as --fields answer=COLUMN")
+        other = "or only that of a text to imitate, as --fields solution=COLUMN"
+        raise bad(where, said, f"is missing; found {found}; name its column, as --fields answer=COLUMN, {other}")
+    if answer == ():
+        return ()
     listed = unpacked(answer)  # in a table; `[1, 2]` is an answer, `["1", "2"]` are two
     if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
         answer = listed
@@ -77,7 +80,7 @@ def turn_of(turn: Any, field: str, where: str, number: int) -> dict[str, Any]:
     own = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, Mapping) else {}
     calls = own.get("role") == "assistant" and bool(own.get("tool_calls"))
     if calls:
-        own.setdefault("content", "")
+        own = {"content": "", **own, "tool_calls": opened(own["tool_calls"])}
     if not {"role", "content"} <= {*own} <= {*TURN}:
         found = f"the fields {', '.join(sorted(own)) or '(none)'}" if isinstance(turn, Mapping) else kind(turn)
         raise bad(where, field, f"must be an object with `role` and `content`; found {found}")
@@ -87,6 +90,16 @@ def turn_of(turn: Any, field: str, where: str, number: int) -> dict[str, Any]:
     if not (calls and own["content"] == ""):
         text(own, "content", f"{where}, turn {number}")
     return {name: own[name] for name in TURN if name in own}
+
+
+def opened(calls: Any) -> Any:
+    """Calls with their arguments as an object, as chat templates write them, and not as the text that servers send."""
+    if not isinstance(calls, list) or not all(
+        isinstance(c, Mapping) and isinstance(c.get("function"), Mapping) for c in calls
+    ):
+        return calls
+    asked = lambda function: {**function, "arguments": unpacked(function.get("arguments"))}
+    return [{**call, "function": asked(call["function"])} for call in calls]
 
 
 def joined(content: Any, field: str, where: str) -> Any:
