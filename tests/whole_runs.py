@@ -1,4 +1,4 @@
-"""Runs of `tiny_run.py` as a person starts them, and what they leave behind."""
+"""Runs of `tiny_run.py`, or of another file of an experiment, as a person starts them, and what they leave behind."""
 
 import contextlib
 import json
@@ -24,15 +24,15 @@ STEPS = 10
 OPTIONS = ("--steps", str(STEPS), "--save-every", "2", "--evaluate-every", "3")
 
 
-def arguments(folder, *more) -> list[str]:
+def arguments(folder, *more, file=FILE) -> list[str]:
     """The command line of a run that takes `STEPS` steps."""
-    return ["train", str(FILE), "--out", str(folder), *OPTIONS, *more]
+    return ["train", str(file), "--out", str(folder), *OPTIONS, *more]
 
 
-def start(folder, *more, programs, stdout=subprocess.PIPE, cwd=None, **environment) -> subprocess.Popen:
+def start(folder, *more, programs, file=FILE, stdout=subprocess.PIPE, cwd=None, **environment) -> subprocess.Popen:
     """Starts a run as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "sdjax", *arguments(folder, *more)],
+        [sys.executable, "-m", "sdjax", *arguments(folder, *more, file=file)],
         stdin=subprocess.DEVNULL if stdout == subprocess.PIPE else stdout,
         stdout=stdout,
         stderr=subprocess.STDOUT,
@@ -55,9 +55,9 @@ def joining(count: int) -> list[dict[str, str]]:
     return [{**common, "JAX_PROCESS_ID": str(p)} for p in range(count)]
 
 
-def start_all(folder, count, programs, *more, **environment) -> list[subprocess.Popen]:
+def start_all(folder, count, programs, *more, file=FILE, **environment) -> list[subprocess.Popen]:
     """Starts a run as `count` processes."""
-    return [start(folder, *more, programs=programs, **own, **environment) for own in joining(count)]
+    return [start(folder, *more, programs=programs, file=file, **own, **environment) for own in joining(count)]
 
 
 def kept_in(programs) -> dict[str, str]:
@@ -98,9 +98,9 @@ def repeatable(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if not re.search("second", k)} for line in lines(folder)]
 
 
-def saved(folder, step: int = STEPS):
+def saved(folder, step: int = STEPS, file=FILE):
     """A checkpoint's arrays and host half."""
-    module = load_experiment(str(FILE))
+    module = load_experiment(str(file))
     method = Choice(method_factory("sdpo"), module.OPTIONS["sdpo"])
     experiment = module.experiment(method=method)
     like = train.initial_state(experiment, experiment.student.params)
@@ -115,9 +115,9 @@ def flat(tree) -> dict:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def assert_same_end(folder, reference) -> None:
+def assert_same_end(folder, reference, **which) -> None:
     """Both runs ended with the same parameters, optimizer, snapshots, keys, memory, numbers and texts, bit for bit."""
-    (arrays, host), (expected, expected_host) = saved(folder), saved(reference)
+    (arrays, host), (expected, expected_host) = saved(folder, **which), saved(reference, **which)
     assert arrays.keys() == expected.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, expected[name], strict=True, err_msg=name)

@@ -138,6 +138,22 @@ def test_neighbours_change_nothing():
     assert [r.tokens for r in conversations()[:4]] == [r.tokens for r in alone]
 
 
+def test_conversations_that_were_lost_are_held_again():
+    """The world fails in a second turn: asked once more with the same key, all is said again, first turns included."""
+    echo, lost = talks.echo(), []
+
+    def failing(example, messages):
+        if len(messages) > 3 and not lost:
+            lost.append(example.id)
+            raise ConnectionError(example.id)
+        return echo.step(example, messages)
+
+    policy = talks.policy(world=echo._replace(step=failing))
+    with pytest.raises(ConnectionError):
+        sample(policy, talks.EXAMPLES, talks.key(), n=4)
+    assert sample(policy, talks.EXAMPLES, talks.key(), n=4) == conversations()
+
+
 def test_other_samplers_write_the_same_conversations():
     policy = talks.forgetful(talks.policy(world=talks.echo()), writer=refilled(slots=8))
     rows = sample(policy, talks.EXAMPLES, talks.key(), n=4)
