@@ -21,7 +21,7 @@ from sdjax.tasks import search
 from sdjax.tasks.search import Family, Grammar
 from sdjax.types import Example, Messages, View
 
-SHAPES = Shapes(context=48, completion=48, rows=256)
+SHAPES = Shapes(context=64, completion=96, rows=256)
 """Sizes that hold every family's problems and every context."""
 
 
@@ -108,12 +108,14 @@ def at_misses(environment: Environment, rollouts, context: Callable) -> dict[str
     for r in scored:
         problem = search.problem_of(r.example)
         for trial in search.trials(r.text):
-            right = search.comes_to(trial.candidate)
-            if right == problem.target or trial.result == problem.target or trial.end >= len(r.tokens):
+            if trial.candidate not in problem.letters:
+                continue
+            right = search.comes_to(problem, trial.candidate)
+            if problem.goal in (right, trial.result) or trial.end >= len(r.tokens):
                 continue
             stops.append(chance(r, "answer", trial.end))
             honest.append(chance(r, right, trial.end - 1))
-            wishful.append(chance(r, problem.target, trial.end - 1))
+            wishful.append(chance(r, problem.goal, trial.end - 1))
     return {name: float(np.mean(x)) for name, x in (("stops", stops), ("honest", honest), ("wishful", wishful)) if x}
 
 
@@ -146,9 +148,9 @@ def stopped(example: Example, text: str) -> str | None:
     problem = search.problem_of(example)
     found = list(search.trials(text))
     for number, trial in enumerate(found):
-        if trial.result == problem.target:
+        if trial.result == problem.goal:
             return None
         if not trial.goes_on:
             tried = {t.candidate for t in found[: number + 1]}
-            return " ".join(text.split()[: trial.end]) if tried < set(problem.options) else None
+            return " ".join(text.split()[: trial.end]) if tried < set(problem.letters) else None
     return None

@@ -23,7 +23,7 @@ DOSES = (0.0, 0.1, 0.3, 0.6)
 SHARES = (0.5, 0.3, 0.2)
 """How much of the pre-training texts is of each of the learnt families."""
 
-SHORTEST, LONGEST = 48, 64
+SHORTEST, LONGEST = 64, 128
 """Least and most tokens of a chat and its answer together in pre-training, with padding."""
 
 
@@ -44,18 +44,18 @@ OFTEN = (0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05)
 """How much of the pre-training texts has each context."""
 
 
-def half(problem: Problem, rng: random.Random) -> list[int]:
-    """Half of the options, the solution among them, in the options' order."""
+def half(problem: Problem, rng: random.Random) -> list[str]:
+    """The letters of half of the programs, the solution's among them, in their order."""
     solution = search.solution_of(problem)
-    others = rng.sample([x for x in problem.options if x != solution], len(problem.options) // 2 - 1)
-    return [x for x in problem.options if x == solution or x in others]
+    others = rng.sample([x for x in problem.letters if x != solution], len(problem.letters) // 2 - 1)
+    return [x for x in problem.letters if x == solution or x in others]
 
 
 def said(example: Example, context: Context, grammar: Grammar, rng: random.Random) -> str:
-    """What stands in a context: `one of 4 9 2`, `keep 0.3 : answer 4`, or the same with the shortest search."""
+    """What stands in a context: `one of B E`, `keep 0.3 : answer B`, or the same with the shortest search."""
     problem = search.problem_of(example)
     if context.kind == "interval":
-        return f"one of {' '.join(map(str, half(problem, rng)))}"
+        return f"one of {' '.join(half(problem, rng))}"
     shown = example.solution if context.kind == "solution" and grammar.tries else f"answer {example.answer}"
     return f"keep {context.dose:g} : {shown}"
 
@@ -84,7 +84,7 @@ def writes(problem: Problem, context: Context, chat: Messages, grammar: Grammar,
         return search.trace(problem, grammar, search.ALONE, rng)
     if context.kind == "interval":
         among = chat[-1]["privileged"].removeprefix("one of ").split()
-        return search.trace(problem, grammar, search.ALONE, rng, [int(x) for x in among])
+        return search.trace(problem, grammar, search.ALONE, rng, among)
     return search.trace(problem, grammar, Author(kept=context.dose), rng)
 
 
@@ -115,10 +115,10 @@ def base(
     grammar: Grammar,
     *,
     seed: int,
-    width: int = 32,
+    width: int = 64,
     layers: int = 2,
     steps: int = 400,
-    tokens: int = 2048,
+    tokens: int = 4096,
     lr: float = 2e-2,
     cache: str = "",
     report: Callable[[int, float], None] = lambda step, loss: None,

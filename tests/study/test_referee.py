@@ -27,6 +27,7 @@ from sdjax.tasks import search
 from sdjax.tasks.search import BARE, FILLER, GRAMMARS, MARKED, SILENT
 
 FOLDER = study_files.EXPERIMENTS / "referee"
+PROBLEM = search.Problem(4, 9, (("+1", "*2"), ("*3", "+5"), ("+2", "*7"), ("*2", "*2"), ("*7", "+1")))
 SMALL = {"width": 16, "layers": 1, "steps": 1, "tokens": 128}
 
 
@@ -41,8 +42,8 @@ def test_authors_search_as_their_context_lets_them(grammar):
     rows = {}
     for chat, text in itertools.islice(searchers.texts(grammar, 0), 3000):
         asked, _, said = chat[-1]["content"].partition("\n")
-        target, options = asked.split(" = ")[1].split(" mod ")[0], [int(x) for x in asked.split(" : ")[1].split()]
-        problem = search.Problem(int(target), tuple(options))
+        (start, _, goal), listed = asked.split(" : ")[0].split(), re.split(" ?[A-J] ", asked.split(" : ")[1])[1:]
+        problem = search.Problem(int(start), int(goal), tuple(tuple(program.split()) for program in listed))
         assert not search.held_out(problem)
         kind = " ".join(said.split()[:2]) if said else "none"
         rows.setdefault(kind, []).append((search.example(problem, ""), text))
@@ -60,7 +61,7 @@ def test_half_of_the_options_hold_the_solution():
         problem = search.draw(search.MORE_OPTIONS, random.Random(seed))
         half = searchers.half(problem, random.Random(seed))
         assert len(half) == 4 and search.solution_of(problem) in half
-        assert half == [x for x in problem.options if x in half]
+        assert half == [x for x in problem.letters if x in half]
 
 
 def test_a_teacher_is_told_the_same_whenever_it_is_asked():
@@ -127,9 +128,8 @@ def own_cache(tmp_path_factory):
 
 
 def test_summaries_are_of_misses_trials_and_answers():
-    problem = search.Problem(5, (14, 38, 4, 31, 21))
-    examples = [search.example(problem, "")] * 2
-    found = referee.summary(examples, ["14 = 9 wait 38 = 4 answer 4", "31 = 5 answer 31"], [8, 6])
+    examples = [search.example(PROBLEM, "")] * 2
+    found = referee.summary(examples, ["A +1 5 *2 10 wait D *2 8 *2 5 answer E", "C +2 6 *7 9 answer C"], [8, 6])
     assert found == {
         "accuracy": 0.5, "length": 7.0, "trials": 1.5, "misses": 1.0, "words": 0.5, "goes_on": 0.5, "honest": 1.0,
         "confirmed": 0.5, "first_right": 0.5, "answers": 2,
@@ -137,14 +137,15 @@ def test_summaries_are_of_misses_trials_and_answers():
 
 
 def test_where_a_search_stops_though_options_are_left():
-    example = search.example(search.Problem(5, (14, 38, 4, 31, 21)), "")
+    example = search.example(PROBLEM, "")
+    a, b, c, d, e = "A +1 5 *2 10", "B *3 1 +5 6", "C +2 6 *7 9", "D *2 8 *2 5", "E *7 6 +1 7"
     cut = {
-        "14 = 9 answer 38": "14 = 9",
-        "14 = 9 wait 38 = 4 answer 4": "14 = 9 wait 38 = 4",
-        "14 = 9 wait": "14 = 9",
-        "14 = 9 wait 31 = 5 answer 31": None,
-        "answer 14": None,
-        "14 = 9 38 = 4 4 = 1 31 = 4 21 = 8 answer 14": None,  # all were tried
+        f"{a} answer B": a,
+        f"{a} wait {b} answer D": f"{a} wait {b}",
+        f"{a} wait": a,
+        f"{a} wait {c} answer C": None,
+        "answer A": None,
+        f"{a} {b} C +2 6 *7 8 {d} {e} answer A": None,  # all were tried
     }
     assert {text: referee.stopped(example, text) for text in cut} == cut
 
@@ -169,7 +170,7 @@ def test_a_teacher_that_reads_the_question_alone_is_the_student():
 
 
 def test_every_claim_is_about_arms_and_measures_that_there_are():
-    measures = referee.summary([search.search().test[0]], ["answer 1"], [2]).keys()
+    measures = referee.summary([search.search().test[0]], ["answer A"], [2]).keys()
     for claim in read_claims(FOLDER / "claims.toml"):
         own = blocks.ARMS[claim.grammar]
         assert claim.arm.removesuffix(", words forced") in own and claim.against in (*own, "itself")
