@@ -14,12 +14,18 @@ from sdjax.collect.controls import with_teacher_context
 from sdjax.engine.policies import Policy
 from sdjax.engine.train import Experiment
 from sdjax.methods.antisd import antisd
+from sdjax.methods.dasd import dasd
 from sdjax.methods.egrsd import egrsd
 from sdjax.methods.grpo import grpo
 from sdjax.methods.mixsd import mixsd
+from sdjax.methods.opd import opd
 from sdjax.methods.opsd import opsd
+from sdjax.methods.pbsd import pbsd
 from sdjax.methods.rlrt import rlrt
 from sdjax.methods.sdpo import sdpo
+from sdjax.methods.stable_opd import stable_opd
+from sdjax.methods.vopd import vopd
+from sdjax.methods.vpd import vpd
 from sdjax.models import pretrained
 from sdjax.models.pretrained import Pretrained
 from sdjax.run.settings import Settings
@@ -84,6 +90,15 @@ SYSTEMS: dict[str, Arm] = {
     "OPSD, no clip": taught(opsd, group_size=GROUP, clip=None, **PLAIN),
     "MixSD": taught(mixsd, temperature=1.0, top_k=0),
     "MixSD, informed texts only": taught(mixsd, naive=0.0, temperature=1.0, top_k=0),
+    "VPD": taught(vpd, group_size=GROUP),
+    "VPD, teacher not trained": taught(vpd, group_size=GROUP, every=0),
+    "DASD": taught(dasd, group_size=GROUP),
+    "DASD, attracts only": taught(dasd, group_size=GROUP, repelled=0.0),
+    "DASD, repels only": taught(dasd, group_size=GROUP, repelled=1.0),
+    "OPD": taught(opd, group_size=GROUP),
+    "vOPD": taught(vopd, group_size=GROUP),
+    "StableOPD": taught(stable_opd, group_size=GROUP),
+    "PBSD": taught(pbsd, pairs=GROUP // 2),
 }
 ONLY_SEARCHERS = ("GRPO", "SDPO, answer, keep 0")
 """What a grammar without trials can be asked."""
@@ -104,7 +119,7 @@ class Sizes(NamedTuple):
     """How much is done in every run."""
 
     prompts: int = 4
-    lr: float = 3e-3
+    lr: float = 1e-3
     train_size: int = 512
     problems: int = 40
     """Held-out problems of each family that every measurement answers, once each."""
