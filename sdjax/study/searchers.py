@@ -117,7 +117,7 @@ def base(
     seed: int,
     width: int = 64,
     layers: int = 2,
-    steps: int = 400,
+    steps: int = 700,
     tokens: int = 4096,
     lr: float = 2e-2,
     cache: str = "",
