@@ -401,7 +401,10 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
             "line 2: `prompt` or `messages` must be given, one of the two; found only answer; name its column, as --fields prompt=COLUMN.",
         ),
         ({"prompt": "q", "messages": [], "answer": "1"}, "both are there"),
-        ({"prompt": "q"}, "line 2: `answer` is missing; found prompt; name its column, as --fields answer=COLUMN."),
+        (
+            {"prompt": "q"},
+            "line 2: `answer` is missing; found prompt; name its column, as --fields answer=COLUMN, or only",
+        ),
         ({"prompt": " ", "answer": "1"}, "line 2: `prompt` is empty"),
         ({"prompt": 3, "answer": "1"}, "`prompt` must be a text; found a number."),
         ({"prompt": "q", "answer": True}, "`answer` must be a text or a number; found true or false."),
@@ -415,11 +418,14 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
         ),
         ({"messages": [{"role": "user"}], "answer": "1"}, "found the fields role."),
         (
-            {"messages": [{"role": "human", "content": "q"}], "answer": "1"},
-            "has the role 'human'; expected one of system",
+            {"messages": [{"role": "narrator", "content": "q"}], "answer": "1"},
+            "has the role 'narrator'; expected one of system",
         ),
         ({"messages": [{"role": "user", "content": ""}], "answer": "1"}, "line 2, turn 1: `content` is empty"),
-        ({"messages": [USER, ASSISTANT], "answer": "1"}, "must end with a user turn; the last turn is the assistant's"),
+        (
+            {"messages": [USER, ASSISTANT, ASSISTANT], "answer": "1"},
+            "must end with a user turn; the last turn is the assist",
+        ),
         ({"prompt": "q", "answer": "1", "id": "one"}, "line 2: `id` is 'one', which line 1 has already"),
     ],
 )
