@@ -13,6 +13,7 @@ import json
 import lzma
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -194,6 +195,10 @@ def finite(text: str) -> float:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
+ESCAPED = re.compile("[\udc80-\udcff]")
+"""What stands for a byte that is not UTF-8."""
+
+
 def comma_separated(stream: BinaryIO, path: Path) -> Iterator[Row]:
     """A table with a header; cells in quotes may hold line breaks.  Empty cells are left out.
 
@@ -224,7 +229,7 @@ def comma_separated(stream: BinaryIO, path: Path) -> Iterator[Row]:
         if len(cells) != len(header):
             found = f"{len(cells)} cells, and the header names {len(header)} columns"
             yield Row(place, TaskError(f"{path}, {place}: found {found}; put cells with commas in quotes."))
-        elif any("\udc80" <= sign <= "\udcff" for cell in cells for sign in cell):
+        elif any(map(ESCAPED.search, cells)):
             yield Row(
                 place, TaskError(f"{path}, {place}: this is not UTF-8; save the file as UTF-8, or skip bad rows.")
             )
