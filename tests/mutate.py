@@ -10,7 +10,9 @@ Prints every mutant that survives, with its line, and exits with 1 if there is o
 - **Nothing is left behind**: mutants are written into a copy of the package in a temporary folder that stands first on
   the path.
 - **Fast**: third-party packages are imported once, and a process is forked for each mutant; compiled programs are kept
-  for all of them; tests that run the wrong line come first, and the first failure ends a run.
+  for all of them.  The tests of all modules run once as they are, and say which lines each of them runs; a mutant meets only
+  those that run its line, the quick ones first, and the first failure ends a run.  What is wrong when the module is imported
+  (a default, a constant) meets all tests of the module.
 - **Not reached** means that no test runs the line in its own process; such a mutant survives without being run.  Lines
   for several devices: `XLA_FLAGS=--xla_force_host_platform_device_count=8` and `--tests tests/eight_devices.py::test_NAME`.
 - **Equivalent mutants**, wrong lines that are not wrong, stand in `equivalent_mutants.tsv` with the reason and are left out.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import collections
 import compileall
 import contextlib
@@ -35,10 +38,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from mutants import Mutant, mutants
@@ -105,42 +107,51 @@ def tests_of(module: Path) -> list[Path]:
 # ---- one process of tests ---------------------------------------------------------------------------------------------
 
 
-class Lines:
-    """Which tests run which lines of one file: `{line: {test}}`, the empty name for what runs at import."""
+def marked(text: str, file: str) -> str:
+    """A module's text in which every statement and every lambda says that it runs: `line_runs(file, line)`."""
+    tree = ast.parse(text)
+    # In processes that tests start nobody listens; `slice` takes any two arguments.
+    listener = 'vars(__import__("builtins")).get("line_runs", slice)'
+    mark = lambda node: ast.parse(f"{listener}({file!r}, {node.lineno})").body[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Lambda):
+            both = ast.Tuple([mark(node.body).value, node.body], ast.Load())
+            node.body = ast.Subscript(both, ast.Constant(1), ast.Load())
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if isinstance(block, list):
+                block[:] = [x for part in block for x in ([part] if stands_first(part) else [mark(part), part])]
+    return ast.unparse(ast.fix_missing_locations(tree))
 
-    def __init__(self, file: Path):
-        self.file, self.test = str(file), ""
-        self.found: dict[int, set[str]] = collections.defaultdict(set)
 
-    def seen(self, frame, event, _):
-        if event == "line":
-            self.found[frame.f_lineno].add(self.test)
-        return self.seen
-
-    def called(self, frame, event, _):
-        return self.seen if frame.f_code.co_filename == self.file else None
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        threading.settrace(self.called)
-        sys.settrace(self.called)
-        yield
-        sys.settrace(None)
+def stands_first(node: ast.stmt) -> bool:
+    """Whether nothing may come before a statement: a docstring, or an import from the future."""
+    said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return said or (isinstance(node, ast.ImportFrom) and node.module == "__future__")
 
 
 class Plugin:
-    """Orders tests, says which one runs, and remembers what failed and how long each took."""
+    """Chooses and orders tests, says which one runs which lines, and remembers what failed and how long each took."""
 
-    def __init__(self, first: set[str], lines: Lines | None = None):
-        self.first, self.lines = first, lines
-        self.failed, self.seconds = "", collections.Counter()
+    def __init__(self, seconds: Mapping[str, float] | None = None):
+        self.chosen = seconds
+        self.test, self.failed, self.seconds = "", "", collections.Counter()
+        self.lines: dict[str, dict[int, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
+
+    def line_runs(self, file: str, line: int) -> None:
+        """What marked lines call; the test's name is empty for what runs at import."""
+        self.lines[file][line].add(self.test)
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: item.nodeid not in self.first)
+        if self.chosen is not None:
+            files = collections.Counter()
+            for name, seconds in self.chosen.items():
+                files[file_of(name)] += seconds
+            items[:] = [item for item in items if item.nodeid in self.chosen]
+            items.sort(key=lambda item: (files[file_of(item.nodeid)], self.chosen[item.nodeid]))
 
     def pytest_runtest_logstart(self, nodeid):
-        if self.lines:
-            self.lines.test = nodeid
+        self.test = nodeid
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += report.duration
@@ -148,6 +159,11 @@ class Plugin:
 
     def pytest_collectreport(self, report):
         self.failed = self.failed or (report.nodeid if report.failed else "")
+
+
+def file_of(test: str) -> str:
+    """The file of a test, from the repository's root."""
+    return test.split("::")[0]
 
 
 def run_tests(copy: Path, tests: list[Path], plugin: Plugin, programs: Path) -> int:
@@ -198,52 +214,72 @@ def in_a_fork(work, log: Path, limit: float | None) -> dict | None:
 
 
 class Bench:
-    """A module with its tests, a copy of the package to write mutants into, and what a run without a mutant says."""
+    """Modules with their tests, a copy of the package to write mutants into, and what a run without a mutant says."""
 
-    def __init__(self, module: Path, tests: list[Path], folder: Path):
-        self.module, self.tests, self.folder = module, tests, folder
-        self.copy = folder / "package"
-        self.wrong = self.copy / module.relative_to(ROOT)
+    def __init__(self, found: list[Path], tests: list[Path], folder: Path):
+        self.modules, self.tests, self.folder, self.copy = found, tests, folder, folder / "package"
         shutil.copytree(ROOT / "sdjax", self.copy / "sdjax", ignore=shutil.ignore_patterns("__pycache__"))
         # By content: a mutant of the same size in the same second would be taken for what was compiled before it.
         compileall.compile_dir(self.copy, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
+    def place(self, module: Path) -> Path:
+        """Where a module lies in the copy."""
+        return self.copy / module.relative_to(ROOT)
+
     def measure(self) -> None:
-        """Runs the tests on the module as it is.  Raises SystemExit if they fail."""
+        """Runs the tests on the modules as they are, marked.  Raises SystemExit if they fail."""
 
         def work() -> dict:
-            lines = Lines(self.wrong)
-            plugin = Plugin(set(), lines)
-            with lines.watched():
-                status = run_tests(self.copy, self.tests, plugin, self.folder.parent / "programs")
+            plugin = Plugin()
+            builtins.line_runs = plugin.line_runs
+            status = run_tests(self.copy, self.tests, plugin, self.folder / "programs")
             loaded = getattr(sys.modules.get("sdjax"), "__file__", "")
-            found = {str(line): sorted(tests) for line, tests in lines.found.items()}
-            return {"status": status, "failed": plugin.failed, "lines": found, "loaded": loaded}
+            lines = {file: {n: sorted(tests) for n, tests in own.items()} for file, own in plugin.lines.items()}
+            return {
+                "status": status,
+                "failed": plugin.failed,
+                "seconds": plugin.seconds,
+                "lines": lines,
+                "loaded": loaded,
+            }
 
-        started = time.monotonic()
+        for module in self.modules:
+            self.place(module).write_text(marked(module.read_text(encoding="utf-8"), str(module)), encoding="utf-8")
         log = self.folder / "log"
         report = in_a_fork(work, log, None)
         if report.get("status") != 0 or report["failed"]:
-            raise SystemExit(f"{log.read_text()[-3000:]}\n{self.module.name}: its tests fail as it is")
+            raise SystemExit(f"{log.read_text()[-3000:]}\nthe tests fail as it is")
         if not report["loaded"].startswith(str(self.copy)):
             raise SystemExit(f"the tests import sdjax from {report['loaded']}, not from the copy")
-        self.seconds = time.monotonic() - started
-        self.lines = {int(line): set(tests) for line, tests in report["lines"].items()}
+        for module in self.modules:
+            shutil.copy(module, self.place(module))
+        self.seconds, self.lines = report["seconds"], report["lines"]
 
-    def fate(self, mutant: Mutant) -> tuple[str, str]:
-        """What becomes of a mutant, and the test that kills it."""
+    def meets(self, module: Path, mutant: Mutant) -> dict[str, float]:
+        """The tests that a mutant is run against, with their seconds."""
         first, last = mutant.lines
-        reached = set().union(*(self.lines.get(line, set()) for line in range(first, last + 1)))
-        if not reached:
+        lines = self.lines.get(str(module), {})
+        reached = set().union(*(lines.get(str(line), ()) for line in range(first, last + 1)))
+        if "" in reached:
+            own = {path.relative_to(ROOT).as_posix() for path in tests_of(module)}
+            reached |= {test for test in self.seconds if file_of(test) in own}
+        return {test: self.seconds[test] for test in reached if test}
+
+    def fate(self, module: Path, mutant: Mutant) -> tuple[str, str]:
+        """What becomes of a mutant, and the test that kills it."""
+        met = self.meets(module, mutant)
+        if not met:
             return NOT_REACHED, ""
 
         def work() -> dict:
-            plugin = Plugin(reached)
-            status = run_tests(self.copy, self.tests, plugin, self.folder.parent / "programs")
+            plugin = Plugin(met)
+            files = [ROOT / file for file in dict.fromkeys(map(file_of, met))]
+            status = run_tests(self.copy, files, plugin, self.folder / "programs")
             return {"failed": plugin.failed or ("" if status == 0 else f"exit status {status}")}
 
-        self.wrong.write_text(mutant.text, encoding="utf-8")
-        report = in_a_fork(work, self.folder / "log", 30.0 + 5.0 * self.seconds)
+        self.place(module).write_text(mutant.text, encoding="utf-8")
+        report = in_a_fork(work, self.folder / "log", 60.0 + 5.0 * sum(met.values()))
+        shutil.copy(module, self.place(module))
         if report is None:
             return TIMED_OUT, ""
         return (KILLED, report["failed"]) if report["failed"] else (SURVIVED, "")
@@ -264,24 +300,18 @@ def chosen(module: Path, most: int | None, seed: int) -> tuple[list[Mutant], int
     return [found[i] for i in sorted(picked)], len(found)
 
 
-def report(module: Path, options: argparse.Namespace, folder: Path) -> collections.Counter:
+def report(module: Path, options: argparse.Namespace, bench: Bench) -> collections.Counter:
     """Tries a sample of a module's mutants and prints those that survive.  Returns how many met which fate."""
     sample, total = chosen(module, options.most, options.seed)
-    tests = [p.resolve() for p in options.tests] or tests_of(module)
     name, fates = module.relative_to(ROOT).as_posix(), collections.Counter()
-    if not tests or not sample:
-        print(f"{name}: {'no tests' if sample else 'nothing to make wrong'}", flush=True)
-        return fates
-    bench = Bench(module, tests, folder)
-    bench.measure()
     for mutant in sample:
-        fate, by = bench.fate(mutant)
+        fate, by = bench.fate(module, mutant)
         fates[fate] += 1
         if options.verbose or fate in (SURVIVED, NOT_REACHED):
             print(f"{name}:{mutant.line}: {fate} {by}\n  - {mutant.key[0]}\n  + {mutant.key[1]}", flush=True)
     lived = fates[SURVIVED] + fates[NOT_REACHED]
     said = f"{name}: {lived} of {len(sample)} mutants survive, {fates[NOT_REACHED]} of them not reached"
-    print(f"{said}; {total} mutants in all, tests take {bench.seconds:.0f} s", flush=True)
+    print(f"{said}; {total} mutants in all", flush=True)
     return fates
 
 
@@ -305,13 +335,17 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
     for name in PRELOADED:
         __import__(name)
-    fates = collections.Counter()
+    found, fates = modules(options.paths), collections.Counter()
+    tests = [test for module in found for test in tests_of(module)]
+    tests = [p.resolve() for p in options.tests] or list(dict.fromkeys(tests))
+    if not tests:
+        raise SystemExit("no tests")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "programs").mkdir()
-        for number, module in enumerate(modules(options.paths)):
-            place = Path(folder) / str(number)
-            place.mkdir()
-            fates += report(module, options, place)
+        bench = Bench(found, tests, Path(folder))
+        bench.measure()
+        print(f"the tests take {sum(bench.seconds.values()):.0f} s", flush=True)
+        for module in found:
+            fates += report(module, options, bench)
     lived = fates[SURVIVED] + fates[NOT_REACHED]
     print(f"{lived} of {fates.total()} survive")
     return int(lived > 0)

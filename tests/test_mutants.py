@@ -3,6 +3,7 @@
 import ast
 
 from mutants import mutants
+from mutate import marked
 
 TEXT = '''"""Says a > b and not c."""
 from typing import Literal
@@ -60,3 +61,15 @@ def test_a_mutant_knows_the_lines_of_its_statement():
     mutant = mutants("x = f(\n    1,\n    y,\n)\n")[0]
     assert (mutant.line, mutant.lines) == (2, (1, 4)) and mutant.text == "x = f(\n    2,\n    y,\n)\n"
     assert {m.lines for m in mutants("if (\n    a\n    and b\n):\n    c = 1\n")} == {(1, 4), (5, 5)}
+
+
+def test_marked_text_does_the_same_and_says_which_lines_run(monkeypatch):
+    text = '"""Says."""\nfrom __future__ import annotations\n\ndef f(x):\n    """Twice."""\n    if x:\n        g = lambda y: (\n            2 * y)\n        return g(x)\n    return 0\n'
+    seen, names = [], {}
+    monkeypatch.setattr("builtins.line_runs", lambda file, line: seen.append(line), raising=False)
+    exec(marked(text, "some.py"), names)  # noqa: S102
+    assert seen == [4] and names["__doc__"] == "Says." and names["f"].__doc__ == "Twice."
+    assert (names["f"](3), seen[1:]) == (6, [6, 7, 9, 8])
+    assert (names["f"](0), seen[5:]) == (0, [6, 10])
+    monkeypatch.delattr("builtins.line_runs")
+    assert names["f"](3) == 6
