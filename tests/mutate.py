@@ -45,7 +45,7 @@ from pathlib import Path
 
 from mutants import Mutant, mutants
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MORE = {
     "kernels/distributions": ("kernels/test_divergences.py",),
     "collect/critiques": ("collect/test_lessons.py", "methods/test_roles.py"),

@@ -254,6 +254,14 @@ def test_brts_who_writes_and_reads(monkeypatch):
     assert sum(map(len, keys)) == len(set.union(*keys))
 
 
+def test_brts_keeps_no_text_of_the_teacher_for_a_prompt_without_a_lesson():
+    half = lambda rollout, rollouts: told(rollout, rollouts) if rollout.group == 1 else None
+    method = brts(candidates=2, lesson=half)
+    rows, _ = method.collect(spies.distinct(method, shapes=ROOMY), EXAMPLES, jax.random.key(0), None)
+    assert [(r.source, r.group) for r in rows] == [(STUDENT, 0), (STUDENT, 1), (TEACHER, 1)]
+    assert [r.contexts["teacher"] is None for r in rows] == [True, False, False]
+
+
 def test_op2sd_chooses_problems_by_a_key_of_its_own(monkeypatch):
     chosen, method = [], op2sd(group_size=4)
     environment = spies.distinct(method)
