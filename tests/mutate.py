@@ -6,7 +6,7 @@
 Prints every mutant that survives, with its line, and exits with 1 if there is one.  `mutants.py` says what is made wrong.
 
 - **Which tests**: `tests/ROOM/test_NAME.py`, the other files of `tests/ROOM` that import the module, `MORE`, and the
-  room's table of defaults.
+  room's table of defaults.  Of a method, those of them that name it: `test_value_and_gradient[rlcsd]`.
 - **Nothing is left behind**: mutants are written into a copy of the package in a temporary folder that stands first on
   the path.
 - **Fast**: third-party packages are imported once, and a process is forked for each mutant; compiled programs are kept
@@ -34,13 +34,14 @@ import json
 import os
 import py_compile
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mutants import Mutant, mutants
@@ -59,6 +60,9 @@ MORE = {
     "engine/protocol": ("run/test_answering.py",),
     "engine/train": ("run/test_teachers.py",),
     "engine/waves": ("collect/test_conversations.py",),
+    "methods/atmanrl": ("collect/test_saliency.py",),
+    "methods/mixsd": ("collect/test_synthesis.py",),
+    "methods/tessy": ("collect/test_synthesis.py",),
 }
 """Test files beyond those of a module's own room, by module."""
 METHODS = (
@@ -133,8 +137,8 @@ def stands_first(node: ast.stmt) -> bool:
 class Plugin:
     """Chooses and orders tests, says which one runs which lines, and remembers what failed and how long each took."""
 
-    def __init__(self, seconds: Mapping[str, float] | None = None):
-        self.chosen = seconds
+    def __init__(self, seconds: Mapping[str, float] | None = None, names: Sequence[str] = ()):
+        self.chosen, self.names = seconds, names
         self.test, self.failed, self.seconds = "", "", collections.Counter()
         self.lines: dict[str, dict[int, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
 
@@ -143,6 +147,9 @@ class Plugin:
         self.lines[file][line].add(self.test)
 
     def pytest_collection_modifyitems(self, items):
+        if self.names:
+            names = re.compile(rf"(?<![a-z])({'|'.join(self.names)})(?![a-z])")
+            items[:] = [item for item in items if names.search(item.nodeid)]
         if self.chosen is not None:
             files = collections.Counter()
             for name, seconds in self.chosen.items():
@@ -230,7 +237,8 @@ class Bench:
         """Runs the tests on the modules as they are, marked.  Raises SystemExit if they fail."""
 
         def work() -> dict:
-            plugin = Plugin()
+            methods = [module.stem for module in self.modules if module.parent.name == "methods"]
+            plugin = Plugin(names=methods if len(methods) == len(self.modules) else ())
             builtins.line_runs = plugin.line_runs
             status = run_tests(self.copy, self.tests, plugin, self.folder / "programs")
             loaded = getattr(sys.modules.get("sdjax"), "__file__", "")

@@ -33,7 +33,6 @@ from sdjax.kernels.policy_gradient import importance_weight
 from sdjax.kernels.reductions import sequence_mean, token_sum
 from sdjax.kernels.weights import success_balance
 from sdjax.methods import cipo as cipo_module
-from sdjax.methods import sort as sort_module
 from sdjax.methods.antisd import antisd
 from sdjax.methods.atmanrl import atmanrl
 from sdjax.methods.brts import brts, candidates_reverse_kl, head_forward_kl
@@ -892,8 +891,11 @@ def test_sort_plans_hold_no_answer():
     assert plans.with_plan(question(example), " ") == question(example)
 
 
-def test_sort_repairs_lost_prompts(monkeypatch):
-    leak = lambda environment, examples, key: [f"say {e.answer} at the end" for e in examples]
+def test_sort_repairs_lost_prompts():
+    asked = []
+    leak = lambda environment, examples, key: (
+        asked.append(len(examples)) or [f"say {e.answer} at the end" for e in examples]
+    )
     reward = {0: [0.0] * 4, 1: [0.0, 1.0, 0.0, 0.0]}
     method = sort(group_size=4, plan=leak)
     env = environment(method)._replace(verify=Judge(reward, tiny.TASK.train[:2]))
@@ -906,9 +908,8 @@ def test_sort_repairs_lost_prompts(monkeypatch):
     batch = collected(method, rows)
     assert batch.contexts["plan"].valid.tolist() == [False] * 4 + [True] + [False] * 5
     # A plan is made once; examples without a solution are left out.
-    monkeypatch.setattr(sort_module, "written_plans", None)
     again, same = method.collect(env, tiny.TASK.train[:2], jax.random.key(0), restored(memory))
-    assert same == memory and again == rows
+    assert same == memory and again == rows and asked == [1]
     bare = [dataclasses.replace(e, solution=None) for e in tiny.TASK.train[:2]]
     rows, memory = method.collect(env, bare, jax.random.key(0), {})
     assert len(rows) == 8 and memory == {}
@@ -1237,6 +1238,7 @@ def test_rlcsd_shapes_within_the_sign():
     close(shaped(advantage, evidence, 0.5, 1.0, 0.0), [[1, 1.5, 0.5], [-1, -0.5, -1.5], [0, 0, 0]])
     close(shaped(advantage, evidence, 2.0, 1.0, 0.0), [[1, 3, 0], [-1, 0, -3], [0, 0, 0]])
     close(shaped(advantage, evidence / 100, 0.5, 1.0, 0.4), advantage * jnp.ones(3))
+    close(shaped(advantage, evidence, 0.5, 1.0, 0.5), advantage * jnp.ones(3))  # past the threshold, not at it
     near(contrast(np.log([0.5, 0.2]), np.log([[0.1, 0.4], [0.3, 0.4]])), np.log([0.5 / 0.2, 0.5]))
     # A style that all contexts share cancels.
     near(contrast(np.log([0.5]) + 1.0, np.log([[0.5]]) + 1.0), [0.0], atol=1e-7)
