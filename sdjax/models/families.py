@@ -233,7 +233,7 @@ FAMILIES = {
     "ministral": Family("MinistralForCausalLM", kinds=windowed, window=4096),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        kinds=windowed_by_choice,
+        kinds=windowed,
         layer_types=False,
         window=4096,
         window_by_choice=True,

@@ -227,6 +227,14 @@ def test_qwen_windows(family, fields, windows):
     assert from_hf({**MINIMAL, "model_type": family, **fields}).windows == windows
 
 
+@pytest.mark.parametrize("chosen, windows", [(True, (7, 7)), (False, (None, None))])
+def test_qwen3_with_experts_has_windows_in_all_layers_or_in_none(chosen, windows):
+    """Its class does not read `max_window_layers`."""
+    fields = {"model_type": "qwen3_moe", "use_sliding_window": chosen, "sliding_window": 7, "max_window_layers": 1}
+    config = from_hf({**MINIMAL, **fields})
+    assert config.windows == windows and from_hf(to_hf(config)) == config
+
+
 def test_presets_have_their_published_sizes():
     millions = {
         "smollm2-135m": 134.5,
