@@ -6,6 +6,7 @@ The tiny model is made wider here: heads and vocabulary divide by 8, and no othe
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,7 @@ marked = [
     for name in method_names()
     for layout in LAYOUTS
 ]
+marked.append(pytest.param("sdpo", "2x2x2", marks=pytest.mark.slow))  # to a model without experts a second data axis
 
 
 @pytest.mark.parametrize("name, layout", marked)
@@ -188,10 +190,10 @@ def test_gathers_are_seen():
         assert vocabulary_gathers(text(jax.lax.top_k, z)) and not vocabulary_gathers(text(top_k, z))
 
 
-@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (2, 1), (1, 2)])
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2, 2), (2, 4), (2, 1), (1, 2)])
 def test_the_largest_entries_and_their_places_are_those_of_one_device(shape):
     """Of one axis and of several, of rows and a vocabulary that do not divide, more than a part has; ties, and -inf."""
-    draw, mesh = np.random.default_rng(0), sharding.make_mesh(shape, jax.devices()[: shape[0] * shape[1]])
+    draw, mesh = np.random.default_rng(0), sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
     for size, k in (((30,), 3), ((8, 32), 5), ((3, 30), 1), ((8, 2, 30), 20), ((3, 8, 9), 9)):
         z = draw.integers(-3, 3, size).astype(np.float32)  # many ties
         z[..., 1:4] = -np.inf
@@ -204,7 +206,8 @@ def test_the_largest_entries_and_their_places_are_those_of_one_device(shape):
             np.testing.assert_array_equal(one, third)
             np.testing.assert_array_equal(other, third)
             # Rows that the data axis divides stay on their devices.
-            leading = (size[0] // (shape[0] if size[0] == 8 else 1), *size[1:-1]) if size[1:] else ()
+            spread = math.prod(shape) // shape[1]
+            leading = (size[0] // (spread if size[0] == 8 else 1), *size[1:-1]) if size[1:] else ()
             assert one.addressable_shards[0].data.shape == (*leading, k)
 
 
@@ -230,9 +233,9 @@ def test_layers_in_a_loop_are_those_of_one_device(layout):
         np.testing.assert_allclose(one, other, atol=1e-5 * largest, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", slow_but({"4x2"}, ["4x2", "2x4"]))
+@pytest.mark.parametrize("layout", slow_but({"4x2", "2x2x2"}, ["4x2", "2x4", "2x2x2", "2x1x4"]))
 def test_experts_that_are_split_are_those_of_one_device(layout):
-    """Values, and gradients of everything: experts over the model axis, each with its part of the tokens."""
+    """Values, and gradients of everything: experts over the model and the expert axis, each with its part of the tokens."""
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     moe = tiny.from_hf({**to_hf(config()), "model_type": "qwen3_moe", "architectures": None, **sizes})
     model = transformer.Transformer(moe)
@@ -249,7 +252,8 @@ def test_experts_that_are_split_are_those_of_one_device(layout):
     wanted = jax.device_get(of(params))
     with on(layout):
         placed = sharding.place_parameters(params)
-        assert placed["layers_0"]["mlp"]["down"].sharding.spec[0] == "model"
+        over = "model" if layout.count("x") == 1 else ("model", "expert")
+        assert placed["layers_0"]["mlp"]["down"].sharding.spec[0] == over
         found = jax.device_get(jax.jit(jax.value_and_grad(loss))(placed))
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted[1]))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -96,7 +96,7 @@ def measure(
       out: the folder below which answers and results are kept, one folder for each model, data and protocol.
       rows: answers written at a time.
       slots: write so many answers at a time and let new ones take the place of those that end; for long answers.
-      mesh: devices as DATAxMODEL, for example 4x2; by default all on the data axis.
+      mesh: devices as DATAxMODEL, for example 4x2, or DATAxMODELxEXPERT; by default all on the data axis.
       bf16: compute in bfloat16.
       server: an OpenAI-compatible completions server that writes, as http://localhost:8000/v1; the model then says how
         prompts are written.  The environment's SDJAX_API_KEY is its key, if it wants one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -29,10 +30,19 @@ def laid_parameters(tree: Any) -> Any:
     return laid(tree, specs)
 
 
+def bytes_beside_data(tree: Any, dtype: Any) -> float:
+    """Bytes on one device of parameters in a type where nothing is split over the data axis."""
+    sizes = {} if (mesh := sharding.current()) is None else mesh.shape
+    specs = sharding.parameter_specs(tree, sizes, math.inf) if sizes else jax.tree.map(lambda _: P(), tree)
+    split = lambda spec: math.prod(sharding.devices_along(sizes, axes) for axes in spec if axes)
+    own = jax.tree.map(lambda x, spec: math.prod(x.shape) / split(spec), tree, specs)
+    return sum(jax.tree.leaves(own)) * jnp.dtype(dtype).itemsize
+
+
 def laid_rows(tree: Any) -> Any:
     """Shapes with a first axis of rows, split over the data axis where they divide."""
-    size = sharding.axis_size(sharding.DATA)
-    return laid(tree, jax.tree.map(lambda x: P(sharding.DATA) if x.ndim and x.shape[0] % size == 0 else P(), tree))
+    whole = sharding.current() is None
+    return laid(tree, jax.tree.map(lambda x: P() if whole or not x.ndim else P(sharding.rows_axis(x.shape[0])), tree))
 
 
 def laid_whole(*shape: int, dtype: Any = jnp.int32) -> Any:

@@ -1,7 +1,8 @@
-"""Where arrays lie: a mesh of devices with the axes data and model, rules for parameters, rows for batches.
+"""Where arrays lie: a mesh of devices with the axes data, model and, by choice, expert, rules for parameters, rows for batches.
 
 Rows of a batch are split over the data axis; heads, hidden units of the MLP and the vocabulary over the model axis;
-large parameters, and with them snapshots and the optimizer's state, over the data axis too.  A mesh is entered with
+large parameters, and with them snapshots and the optimizer's state, over the data axis too.  An expert axis is a second
+data axis for all but the matrices of experts, which are split over it as over the model axis.  A mesh is entered with
 `on(mesh)`; outside, on one device, every function here leaves its argument as it is and programs are what they were.
 """
 
@@ -11,7 +12,7 @@ import contextlib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.devices.platforms import on_nvidia
+from sdjax.devices.rules import EXPERTS, RULES, VOCABULARY, Rule
 from sdjax.errors import InputError
 
 AXES = DATA, MODEL = "data", "model"
+EXPERT = "expert"
 
 
 class MeshError(InputError, ValueError):
@@ -34,18 +37,22 @@ class MeshError(InputError, ValueError):
 # ---- the mesh -------------------------------------------------------------------------------------------------------
 
 
-def mesh_shape(text: str) -> tuple[int, int] | None:
-    """`"4x2"` as `(4, 2)`: devices on the data axis and on the model axis; `""` is `None`.  Raises `MeshError`."""
+def mesh_shape(text: str) -> tuple[int, ...] | None:
+    """`"4x2"` as `(4, 2)`: devices on the data and the model axis; `"4x2x4"` has an expert axis, too; `""` is `None`.
+
+    Raises `MeshError`.
+    """
     if not text:
         return None
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
-        raise MeshError(f"mesh={text}: expected DATAxMODEL, two numbers of devices such as 4x2")
-    return int(found[1]), int(found[2])
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", text):
+        raise MeshError(
+            f"mesh={text}: expected DATAxMODEL or DATAxMODELxEXPERT, two or three numbers of devices such as 4x2"
+        )
+    return tuple(map(int, text.split("x")))
 
 
-def make_mesh(shape: tuple[int, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `shape` (data, model) over `devices`, by default all of them and all on the data axis.
+def make_mesh(shape: tuple[int, ...] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `shape` (data, model) or (data, model, expert) over `devices`, by default all of them and all on the data axis.
 
     Raises `MeshError` if their number is not that of the devices.
     """
@@ -58,7 +65,9 @@ def make_mesh(shape: tuple[int, int] | None = None, devices: Sequence[Any] | Non
         )
     try:
         # Not the default: under explicit axes every gather and reshape of the model would have to name its sharding.
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+        return jax.make_mesh(
+            shape, (*AXES, EXPERT)[: len(shape)], axis_types=(AxisType.Auto,) * len(shape), devices=devices
+        )
     except NotImplementedError as error:  # of TPUs, which lie on a torus
         torus = named([1 + max(at) for at in zip(*(d.coords for d in devices), strict=True)])
         raise MeshError(
@@ -75,13 +84,28 @@ def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 def current() -> Any:
     """The mesh that is entered, with its axes' sizes in `.shape`, or `None`; also `None` if it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+    return mesh if mesh.axis_names in (AXES, (*AXES, EXPERT)) and mesh.size > 1 else None
 
 
 def axis_size(axis: str) -> int:
-    """Devices on an axis of the entered mesh; 1 outside."""
+    """In how many parts of the entered mesh something lies along an axis; 1 outside."""
     mesh = current()
-    return 1 if mesh is None else mesh.shape[axis]
+    return 1 if mesh is None else devices_along(mesh.shape, along(axis, mesh.shape))
+
+
+def along(axis: str, sizes: Any) -> str | tuple[str, ...]:
+    """The axes of a mesh of `sizes` that something lies along an axis on: an expert axis is a second data axis."""
+    return (DATA, EXPERT) if axis == DATA and EXPERT in sizes else axis
+
+
+def of_experts(sizes: Any) -> str | tuple[str, ...]:
+    """The axes of a mesh of `sizes` that experts are split over."""
+    return (MODEL, EXPERT) if EXPERT in sizes else MODEL
+
+
+def devices_along(sizes: Any, axes: str | tuple[str, ...]) -> int:
+    """Devices along one axis of a mesh of `sizes`, or along several together."""
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def named(shape: Sequence[int]) -> str:
@@ -97,73 +121,48 @@ def divisors(number: int) -> list[int]:
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
 
-class Rule(NamedTuple):
-    """Parameters of `dims` axes whose path matches `pattern` are split over the model axis along `axis` of `what`."""
-
-    pattern: str
-    dims: int
-    axis: int
-    what: str
-
-
-VOCABULARY = "vocabulary entries"
-RULES = (
-    Rule(r"(^|/)(embed|head)$", 2, 0, VOCABULARY),
-    Rule(r"(^|/)attention/qkv$", 4, 1, "kv_heads"),
-    Rule(r"(^|/)attention/qkv_bias$", 3, 0, "kv_heads"),
-    Rule(r"(^|/)attention/sinks$", 2, 0, "kv_heads"),
-    Rule(r"(^|/)attention/out$", 4, 0, "kv_heads"),
-    Rule(r"(^|/)delta/mixed$", 3, 1, "key heads"),
-    Rule(r"(^|/)delta/convolution$", 4, 0, "key heads"),
-    Rule(r"(^|/)delta/(decay_rate|step_bias)$", 2, 0, "key heads"),
-    Rule(r"(^|/)delta/out$", 3, 0, "key heads"),
-    Rule(r"(^|/)mlp/(shared/)?gate_up$", 3, 2, "hidden units"),
-    Rule(r"(^|/)mlp/gate_up_bias$", 2, 1, "hidden units"),
-    Rule(r"(^|/)mlp/(shared/)?down$", 2, 0, "hidden units"),
-    Rule(r"(^|/)mlp/gate_up$", 4, 0, "experts"),
-    Rule(r"(^|/)mlp/gate_up_bias$", 3, 0, "experts"),
-    Rule(r"(^|/)mlp/down$", 3, 0, "experts"),
-    Rule(r"(^|/)mlp/down_bias$", 2, 0, "experts"),
-    Rule(r"(^|/)[ab]$", 3, 0, "experts"),
-)
-"""First match wins.  Queries lie with the key and value that they read, so heads are split by groups.  Of adapters only those of experts have three axes."""
-
 LEAST = 2**16
 """Parameters of fewer elements are not split over the data axis: gathering them costs more than it saves."""
 
 
 def parameter_spec(path: str, shape: Sequence[int], sizes: Any, least: float | None = None) -> P:
-    """How an array with a parameter's path is split over a mesh of `sizes` {"data": n, "model": m}.
+    """How an array with a parameter's path is split over a mesh of `sizes` {"data": n, "model": m} and, perhaps, "expert".
 
-    By its rule over the model axis, then along its largest divisible axis that is left over the data axis.  A
+    By its rule over the model axis, then along its largest divisible axis that is left over the data axis (with the
+    expert axis, but for experts).  A
     vocabulary that does not divide is split by width instead, and in uneven parts where logits are computed.
 
     Raises `MeshError` naming rule and number if something else does not divide.
     """
-    axes: list[str | None] = [None] * len(shape)
+    axes: list[Any] = [None] * len(shape)
     # An optimizer may keep sums of a parameter, which go by its path and have fewer axes: those of Adafactor have no rule.
     ruled = () if re.search(r"(^|/)v_(row|col)/", path) else RULES
     rule = next((r for r in ruled if r.dims == len(shape) and re.search(r.pattern, path)), None)
-    if rule is not None and shape[rule.axis] % sizes[MODEL] == 0:
-        axes[rule.axis] = MODEL if sizes[MODEL] > 1 else None
+    expert = rule is not None and rule.what == EXPERTS
+    split = of_experts(sizes) if expert else MODEL
+    if rule is not None and shape[rule.axis] % devices_along(sizes, split) == 0:
+        axes[rule.axis] = split if devices_along(sizes, split) > 1 else None
     elif rule is not None and rule.what != VOCABULARY:
         raise indivisible(rule, path, shape, sizes)
     elif rule is not None and shape[1] % sizes[MODEL] == 0:
         axes[1] = MODEL
-    if sizes[DATA] > 1 and math.prod(shape) >= (LEAST if least is None else least):
-        fits = [i for i, n in enumerate(shape) if axes[i] is None and n % sizes[DATA] == 0]
+    spread = DATA if expert else along(DATA, sizes)
+    if devices_along(sizes, spread) > 1 and math.prod(shape) >= (LEAST if least is None else least):
+        fits = [i for i, n in enumerate(shape) if axes[i] is None and n % devices_along(sizes, spread) == 0]
         if fits:
-            axes[max(fits, key=lambda i: shape[i])] = DATA
+            axes[max(fits, key=lambda i: shape[i])] = spread
     return P(*axes)
 
 
 def indivisible(rule: Rule, path: str, shape: Sequence[int], sizes: Any) -> MeshError:
     """The error of a parameter that its rule cannot split."""
-    number, parts = shape[rule.axis], sizes[MODEL]
+    split = of_experts(sizes) if rule.what == EXPERTS else MODEL
+    number, devices = shape[rule.axis], devices_along(sizes, split)
     fits = ", ".join(map(str, divisors(number)[:12]))
+    where = "model axis" if split == MODEL else "model axis times expert axis"
     return MeshError(
-        f"mesh={named((sizes[DATA], parts))}: rule {rule.pattern!r} splits {path} by {rule.what} over the model axis, "
-        f"and {number} {rule.what} do not divide by {parts}: choose a model axis of {fits}"
+        f"mesh={named(tuple(sizes.values()))}: rule {rule.pattern!r} splits {path} by {rule.what} over the {where}, "
+        f"and {number} {rule.what} do not divide by {devices}: choose a {where} of {fits}"
     )
 
 
@@ -216,7 +215,7 @@ def copies(head: Array) -> Array:
     """
     spec = parameter_spec("head", head.shape, current().shape, least=math.inf)
     repeated = jnp.broadcast_to(head, (axis_size(DATA), *head.shape))
-    return jax.lax.with_sharding_constraint(repeated, P(DATA, *spec))
+    return jax.lax.with_sharding_constraint(repeated, P(along(DATA, current().shape), *spec))
 
 
 def place_parameters(tree: Any, least: float | None = None) -> Any:
@@ -248,7 +247,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
     mesh = current()
     if mesh is None:
         return x
-    fits = [None if a is None or (a == DATA and n % mesh.shape[a]) else a for a, n in zip(axes, x.shape, strict=False)]
+    whole = lambda axis, size: axis is None or (axis == DATA and size % axis_size(DATA))
+    fits = [None if whole(a, n) else along(a, mesh.shape) for a, n in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, P(*fits))
 
 
@@ -279,9 +279,9 @@ def divides(x: Array) -> bool:
     return axis_size(MODEL) > 1 and x.shape[-1] % axis_size(MODEL) == 0
 
 
-def rows_axis(rows: int) -> str | None:
-    """The axis that so many rows are split over in a `shard_map`; `None` where they do not divide and stay whole."""
-    return DATA if rows % axis_size(DATA) == 0 else None
+def rows_axis(rows: int) -> str | tuple[str, ...] | None:
+    """What so many rows are split over in a `shard_map`; `None` where they do not divide and stay whole."""
+    return along(DATA, current().shape) if rows % axis_size(DATA) == 0 else None
 
 
 def constrain_rows(tree: Any) -> Any:
@@ -294,7 +294,7 @@ def place_rows(tree: Any) -> Any:
     mesh = current()
     if mesh is None:
         return jax.device_put(tree)
-    of = lambda x: P(DATA) if np.ndim(x) and len(x) % mesh.shape[DATA] == 0 else P()
+    of = lambda x: P(rows_axis(len(x))) if np.ndim(x) else P()
     return jax.tree.map(lambda x: place(x, of(x)), tree)
 
 

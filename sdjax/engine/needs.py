@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from sdjax.devices import programs
-from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
+from sdjax.devices.layout import bytes_beside_data, laid_parameters, laid_rows, laid_whole
 from sdjax.devices.sharding import DATA, MODEL, axis_size
 from sdjax.engine import master_weights, train
 from sdjax.engine.generate import Sampling, generate
@@ -172,8 +172,7 @@ def whole_weights(experiment: Experiment) -> float:
     """Bytes of the student's weights in the type that it computes in, where they are kept in another."""
     if jnp.dtype(experiment.dtype) == jnp.dtype(experiment.params_dtype) and experiment.lora is None:
         return 0.0
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters_of(experiment.student.config)))
-    return count * jnp.dtype(experiment.dtype).itemsize / axis_size(MODEL)
+    return bytes_beside_data(parameters_of(experiment.student.config), experiment.dtype)
 
 
 def kept_per_layer(config: ModelConfig, reading: Reading, item: int, *, remat: bool) -> float:

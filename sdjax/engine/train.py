@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from sdjax.devices.sharding import (
     DATA,
     MeshError,
+    along,
     constrain_parameters,
     current,
+    devices_along,
     make_mesh,
     named,
     own_parameters,
@@ -104,7 +106,7 @@ class Experiment:
     log_project: str = "sdjax"
     export: bool = True
     export_dtype: str | None = None
-    mesh: tuple[int, int] | None = None
+    mesh: tuple[int, ...] | None = None
     lora: adapters.Lora | None = None
     router: Router | None = None
 
@@ -182,10 +184,11 @@ def mesh_of(experiment: Experiment) -> Mesh | None:
     if mesh.size == 1:
         return None
     groups, shape = experiment.prompts // experiment.minibatches, named(tuple(mesh.shape.values()))
-    if groups % mesh.shape[DATA]:
+    spread = devices_along(mesh.shape, along(DATA, mesh.shape))
+    if groups % spread:
         raise MeshError(
             f"mesh={shape}: prompts={experiment.prompts} in minibatches={experiment.minibatches} do not divide by the "
-            f"{mesh.shape[DATA]} devices of the data axis: take a multiple, or put devices on the model axis"
+            f"{spread} devices that rows are split over: take a multiple, or put devices on the model axis"
         )
     for model in (experiment.student, *experiment.teachers.values()):
         parameter_specs(model.params, mesh.shape)

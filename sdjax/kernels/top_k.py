@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,13 +13,15 @@ from jax.sharding import PartitionSpec as P
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The `k` largest entries of the last axis and where they are, `[..., V] -> [..., k]` twice; ties go to the first.
 
-    On a mesh with the axes data and model every device finds the `k` largest of its own part of the last axis, and the
+    On a mesh with the axes data and model (and, perhaps, expert, along which rows lie as well) every device finds the `k` largest of its own part of the last axis, and the
     candidates' largest are the result: XLA by itself would gather all of `x` on every device.
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     if not {"data", "model"} <= {*sizes} or max(sizes.values()) == 1:
         return jax.lax.top_k(x, k)
-    size, rows = x.shape[-1], "data" if x.ndim > 1 and x.shape[0] % sizes["data"] == 0 else None
+    along = tuple(axis for axis in ("data", "expert") if axis in sizes)
+    divides = x.ndim > 1 and x.shape[0] % math.prod(sizes[axis] for axis in along) == 0
+    size, rows = x.shape[-1], along if divides else None
     leading = (rows, *(None,) * (x.ndim - 2)) if x.ndim > 1 else ()
     # Padding stands last and so loses every tie.
     x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, -size % sizes["model"])), constant_values=-jnp.inf)

@@ -2,7 +2,8 @@
 
 Tokens are sorted by their experts, and each expert reads its own as one group of a grouped matrix product
 (`jax.lax.ragged_dot`).  On a mesh the experts are split over the model axis: every device reads all tokens of its rows for
-the experts that it holds, and what they give is summed.  Where a token goes to half of the experts or more, all experts
+the experts that it holds, and what they give is summed.  Where there is an expert axis they are split over that, too, and
+its devices, which have rows of their own, read one another's.  Where a token goes to half of the experts or more, all experts
 read all tokens: there is nothing to gain by sorting.
 """
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sdjax.devices.sharding import MODEL, axis_size, current, rows_axis
+from sdjax.devices.sharding import EXPERT, MODEL, current, devices_along, of_experts, rows_axis
 from sdjax.models.adapters import folded
 from sdjax.models.configs import ModelConfig
 from sdjax.models.expert_adapters import through
@@ -84,16 +85,26 @@ def by_all(x: Array, routes: Routes, weights: dict[str, Array], config: ModelCon
 
 
 def over_mesh(x: Array, routes: Routes, weights: dict[str, Array], config: ModelConfig) -> Array:
-    """`by_groups` on one device; on a mesh every device for the experts that it holds, summed over the model axis."""
-    if current() is None:
+    """`by_groups` on one device; on a mesh every device for the experts that it holds, summed over those that hold others.
+
+    Along an expert axis the rows of all its devices are gathered before, and a device keeps its own rows' sum.  Sending
+    a token to its `k` experts alone moves `k / n` of these bytes on an axis of `n` devices, more where `k > n`.
+    """
+    mesh = current()
+    if mesh is None:
         return by_groups(x, routes, weights, config, 0)
-    own = config.moe.experts // axis_size(MODEL)
+    across, rows = of_experts(mesh.shape), rows_axis(len(x))
+    own, apart = config.moe.experts // devices_along(mesh.shape, across), EXPERT in mesh.shape and rows is not None
 
     def one_device(x: Array, routes: Routes, weights: dict[str, Array]) -> Array:
-        return jax.lax.psum(by_groups(x, routes, weights, config, own * jax.lax.axis_index(MODEL)), MODEL)
+        first = own * jax.lax.axis_index(across)
+        if not apart:
+            return jax.lax.psum(by_groups(x, routes, weights, config, first), across)
+        together = jax.tree.map(lambda x: jax.lax.all_gather(x, EXPERT, tiled=True), (x, routes))
+        found = by_groups(*together, weights, config, first)
+        return jax.lax.psum(jax.lax.psum_scatter(found, EXPERT, tiled=True), MODEL)
 
-    rows = rows_axis(len(x))
-    specs = P(rows), Routes(P(rows), P(rows)), dict.fromkeys(weights, P(MODEL))
+    specs = P(rows), Routes(P(rows), P(rows)), dict.fromkeys(weights, P(across))
     return jax.shard_map(one_device, in_specs=specs, out_specs=P(rows), check_vma=False)(x, routes, weights)
 
 

@@ -23,7 +23,7 @@ import optax
 from sdjax.cli.options import Choice
 from sdjax.collect.contexts import question, with_solution
 from sdjax.devices import programs, sharding
-from sdjax.devices.layout import laid_parameters, laid_rows, laid_whole
+from sdjax.devices.layout import bytes_beside_data, laid_parameters, laid_rows, laid_whole
 from sdjax.devices.platforms import on_nvidia
 from sdjax.engine import optimizers, sketch, train
 from sdjax.engine.generate import Sampling, generate
@@ -150,7 +150,8 @@ def plan(
       topology: "v5e:4x8", "v5p:4x4x4" and so on; "h100:8" for the GPUs of a host, "h100:2x8" for two hosts (a100, h100,
         h200, b200); or "here": this machine's devices.
       model: a public model's name, or a folder with a config.json; weights are not read.
-      mesh: devices along the data and the model axis, "8x4"; by default all along data.
+      mesh: devices along the data and the model axis, "8x4", or along those and an expert axis, "4x2x4"; by default all
+        along data.
       prompts: problems per step; the method says how many attempts at each.
       context: tokens of the student's context.
       teacher_context: tokens of the other views' contexts; 0: the student's and a completion.
@@ -339,5 +340,4 @@ def sampler_cost(
         trips=shapes.completion,
         quick=quick,
     )
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return found, count * jnp.dtype(network.dtype).itemsize / sharding.axis_size(sharding.MODEL)
+    return found, bytes_beside_data(params, network.dtype)

@@ -5,6 +5,7 @@ Not speed: devices that share one processor's cores say nothing of that.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_
 class Row(NamedTuple):
     """One mesh: what one device does and receives in one update."""
 
-    mesh: tuple[int, int]
+    mesh: tuple[int, ...]
     prompts: int
     flops: float
     state: float  # bytes of parameters, optimizer and snapshots
@@ -50,7 +51,7 @@ def scaling(
     Args:
       model: a public model's name.
       layers: how many of its layers are compiled, since all are alike.
-      meshes: devices along the data and the model axis.
+      meshes: devices along the data and the model axis and, of mixtures of experts, along an expert axis.
       prompts: problems per step in all, or with `weak` for every device of the data axis.
       weak: the batch grows with the data axis.
       context: tokens of the student's context; the other views' have those of a completion more.
@@ -62,15 +63,15 @@ def scaling(
     rows, lengths = sketch.rows_per_prompt(sketched), {v: context + completion for v in sketched.contexts}
     found = []
     for shape in map(sharding.mesh_shape, meshes):
-        count = prompts * (shape[0] if weak else 1)
+        count = prompts * (math.prod((shape[0], *shape[2:])) if weak else 1)
         batch = sketch.sized(sketched, count, rows, completion, {**lengths, "student": context}, own)
         shapes = Shapes(context, completion, count * rows, None, tokens_per_chunk)
-        with sharding.on(sharding.make_mesh(shape, jax.devices()[: shape[0] * shape[1]])):
+        with sharding.on(sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])):
             found.append(row_of(built, Transformer(config), batch, shapes, shape, count))
     return found
 
 
-def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: tuple[int, int], prompts: int) -> Row:
+def row_of(method: Any, network: Transformer, batch: Any, shapes: Shapes, mesh: tuple[int, ...], prompts: int) -> Row:
     """The cost of all updates of the costliest batch on the entered mesh."""
     optimizer = optax.adamw(1e-6)
     params = laid_parameters(parameters_of(network.config))

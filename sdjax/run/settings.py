@@ -70,7 +70,12 @@ class Settings:
         "options of the chat template for all that student and teachers read, one by one as "
         "--template.enable-thinking false, or together as JSON",
     )
-    mesh: str = option("", "model", "devices as DATAxMODEL, for example 4x2; by default all on the data axis")
+    mesh: str = option(
+        "",
+        "model",
+        "devices as DATAxMODEL, for example 4x2; by default all on the data axis.  DATAxMODELxEXPERT, for example 2x1x4, "
+        "splits the experts of a mixture over a third axis, and rows over it as over data",
+    )
 
     teacher: str = option(
         "",

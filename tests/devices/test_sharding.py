@@ -116,8 +116,8 @@ def test_a_mesh_of_another_number_of_devices():
         make_mesh((4, 2), devices=[None] * 6)
 
 
-@pytest.mark.parametrize("text", ["4", "4x", "x2", "0x8", "4x2x1", "4 x 2", "-1x2"])
+@pytest.mark.parametrize("text", ["4", "4x", "x2", "0x8", "4x2x0", "4x2x1x1", "4 x 2", "-1x2"])
 def test_a_mesh_that_cannot_be_read(text):
     with pytest.raises(MeshError, match=f"mesh={text}: expected DATAxMODEL"):
         mesh_shape(text)
-    assert mesh_shape("4x2") == (4, 2) and mesh_shape("") is None
+    assert mesh_shape("4x2") == (4, 2) and mesh_shape("4x2x3") == (4, 2, 3) and mesh_shape("") is None

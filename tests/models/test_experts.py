@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -173,8 +174,21 @@ def test_every_other_layer_may_have_experts():
 def test_experts_are_split_over_the_model_axis():
     shape = shapes(from_hf(GOLDEN / "qwen3_moe"))["layers_0/mlp/gate_up"]
     assert parameter_spec("layers_0/mlp/gate_up", shape, {"data": 2, "model": 4}, 1) == P("model", "data", None, None)
-    with pytest.raises(MeshError, match="8 experts do not divide by 3"):
+    with pytest.raises(MeshError, match="8 experts do not divide by 3: choose a model axis of 1, 2, 4, 8$"):
         parameter_spec("layers_0/mlp/down", (8, 20, 32), {"data": 1, "model": 3})
+
+
+def test_an_expert_axis_splits_experts_and_is_a_data_axis_for_all_else():
+    sizes, shape = {"data": 2, "model": 2, "expert": 4}, shapes(from_hf(GOLDEN / "qwen3_moe"))
+    of = lambda path: parameter_spec(path, shape[path], sizes, 1)
+    assert of("layers_0/mlp/gate_up") == P(("model", "expert"), "data", None, None)
+    assert of("layers_1/mlp/gate_up") == P(("data", "expert"), None, "model")
+    assert of("layers_0/mlp/router") == P(("data", "expert"), None)
+    assert of("layers_0/attention_norm/scale") == P(("data", "expert"))
+    assert parameter_spec("embed", (64, 32), sizes, math.inf) == P("model", None)
+    says = "mesh=1x4x3: .* over the model axis times expert axis, and 8 experts do not divide by 12: choose"
+    with pytest.raises(MeshError, match=says):
+        parameter_spec("layers_0/mlp/down", (8, 20, 32), {"data": 1, "model": 4, "expert": 3})
 
 
 def test_a_shared_expert_reads_every_token():
