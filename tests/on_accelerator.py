@@ -84,6 +84,8 @@ def parts(out: Path, accelerated: bool) -> dict[str, tuple[list[str], int]]:
         "suite": ([*python, "sdjax", "bench", "--suite", "--out", str(out / "bench.json")], 100),
         "tests": ([*python, "pytest", "-q", "-m", "accelerator", "-rs", f"--junitxml={out / 'tests.xml'}"], 200),
     }
+    if accelerated and importlib.util.find_spec("xdist"):
+        found["tests"][0].extend(["-n", "4"])  # most of the time is compiling
     if not accelerated:
         found["suite"][0].extend([*model, *step, "--scan"])
     if importlib.util.find_spec("torch"):
@@ -101,6 +103,8 @@ def run(command: list[str], out: Path, seconds: float) -> dict[str, float | str]
     """Runs a part; how it ended and how long it took."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC if '-m' in command and 'pytest' in command else ''}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags.strip()}
+    if "-n" in command:  # several processes share the device
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.parent / "programs"))
     started = time.monotonic()
     with out.open("w") as file:

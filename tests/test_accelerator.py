@@ -71,6 +71,20 @@ def test_the_sampler_says_what_the_scorer_says(dtype, most, record_property):
     assert gap.mean() < most
 
 
+def test_a_run_goes_on_bit_for_bit(tmp_path, programs):
+    """A run of 10 steps, and a copy of it without what came after step 8, resumed."""
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    with whole_runs.compiled_into(programs):
+        assert whole_runs.run_here(*whole_runs.arguments(whole)) == 0
+        shutil.copytree(whole, other)
+        last = max(checkpoint.steps(other / "checkpoints"))
+        shutil.rmtree(other / "checkpoints" / str(last))
+        (other / "checkpoints" / f"{last}.json").unlink()
+        (other / "result.json").unlink()
+        assert whole_runs.run_here(*whole_runs.arguments(other), "--resume") == 0
+    whole_runs.assert_same_end(other, whole)
+
+
 def on(device, name):
     """Losses and gradients of a method's updates, computed on a device."""
     method, batch, others, models = first_batches.material(name)
@@ -93,20 +107,6 @@ def test_the_first_update_of_a_method_is_that_of_a_cpu(name):
         largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted_grads))
         for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4 * max(largest, 1.0))
-
-
-def test_a_run_goes_on_bit_for_bit(tmp_path, programs):
-    """A run of 10 steps, and a copy of it without what came after step 8, resumed."""
-    whole, other = tmp_path / "whole", tmp_path / "other"
-    with whole_runs.compiled_into(programs):
-        assert whole_runs.run_here(*whole_runs.arguments(whole)) == 0
-        shutil.copytree(whole, other)
-        last = max(checkpoint.steps(other / "checkpoints"))
-        shutil.rmtree(other / "checkpoints" / str(last))
-        (other / "checkpoints" / f"{last}.json").unlink()
-        (other / "result.json").unlink()
-        assert whole_runs.run_here(*whole_runs.arguments(other), "--resume") == 0
-    whole_runs.assert_same_end(other, whole)
 
 
 queries_and_keys = test_attention.data
