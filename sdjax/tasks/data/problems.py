@@ -59,7 +59,7 @@ def problems(
 
     A row is an object with `prompt` (a text, or turns) or `messages` (turns that end with the user's), `answer` (a text, a
     number, or a list of them where several are right), and optionally `solution`, `feedback` and `id`; other fields go to
-    `Example.meta`.  Rows of a known layout (`layouts.py`) are read as such.  Rows are read one at a time, and of those that
+    `Example.meta`.  Rows of a known layout (`layouts.py`) are read as such; of a text to imitate there is no answer.  Rows are read one at a time, and of those that
     say the same the first is kept, beyond a size in a temporary file (`stored.Stored`).
 
     Args:
@@ -130,7 +130,7 @@ class Gathered:
         return True
 
     def contradicting(self) -> int:
-        """How many answers there are, beyond one for each question.  Spelling and order of several right ones do not count."""
+        """How many answers there are, beyond one for each question; the order of several right ones does not count."""
         return len(np.unique(self.answered)) - len(np.unique(self.asked))
 
 
