@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sdjax.tasks.data.stored import Chosen
+from sdjax.tasks.data.stored import rows_at
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Messages
 
@@ -28,7 +28,7 @@ def split_by_question(
 
     What one question does depends on no other, so that it stays on its side when examples are added; the share is
     `fraction` up to chance.  Where no question is that low the lowest goes to test, and where all are the highest stays.
-    Both are views of `examples`.  Raises `TaskError` for a fraction that is none, or a single question.
+    Both are views of `examples` where these lie in a file.  Raises `TaskError` for a fraction that is none, or a single question.
     """
     if not 0 < fraction < 1:
         raise TaskError(f"test_fraction is {fraction}, but must lie between 0 and 1, both excluded.")
@@ -41,7 +41,7 @@ def split_by_question(
         )
     count = int((distinct < fraction).sum())
     held_out = places <= distinct[min(max(count, 1), len(distinct) - 1) - 1]
-    return tuple(Chosen(examples, np.flatnonzero(side)) for side in (~held_out, held_out))
+    return tuple(rows_at(examples, np.flatnonzero(side)) for side in (~held_out, held_out))
 
 
 def hashed(key: str, seed: int) -> float:

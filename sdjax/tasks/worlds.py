@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from sdjax.tasks.data.stored import Stored
+from sdjax.tasks.data.stored import kept
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example, Messages, Task, World
 
@@ -16,7 +16,7 @@ def in_world(task: Task, world: World) -> Task:
 
     Raises: `TaskError` naming the example whose beginning cannot be used.
     """
-    begun = lambda examples: Stored(dataclasses.replace(e, prompt=beginning(e, world)) for e in examples)
+    begun = lambda examples: kept(dataclasses.replace(e, prompt=beginning(e, world)) for e in examples)
     if world.turns < 1:
         raise TaskError(f"a world of {world.turns} turns: expected at least 1.")
     return task._replace(train=begun(task.train), test=begun(task.test), world=world)

@@ -23,6 +23,7 @@ from networks import unoptimised
 from sdjax.collect.annotators import Span, ablated
 from sdjax.collect.lessons import private_note
 from sdjax.collect.memory import NO_REWARDS, OPEN_GATE, entropy_gated, whitened
+from sdjax.errors import MethodError
 from sdjax.kernels import credit
 from sdjax.kernels.advantages import group_advantage
 from sdjax.kernels.distributions import normalise
@@ -636,7 +637,7 @@ def test_msd_confidence_and_disagreement():
     close(msd_weights(3, (1 / 3,) * 3, none), 0.0, atol=1e-6)
     close(msd_weights(3, (1.0, 1e-30, 1e-30), none), 1.0)
     close(msd_weights(3, (0.9, 0.05, 0.05), (1.0, 1e-30, 1e-30)), 0.0, atol=1e-6)
-    with pytest.raises(ValueError, match="k >= 2"):
+    with pytest.raises(MethodError, match="expected at least 2"):
         msd_weights(1, (0.9, 0.05, 0.05), none)
     # The preferred token is the teacher's likeliest, or read as the sampled one: another weight.
     student = (0.3, 0.4, 0.3)

@@ -401,11 +401,10 @@ def {row["entry_point"]}(*arguments, **names):
 
 
 def verdicts(pool, rows, program) -> list[Judgement]:
-    def one(row):
-        return judging.judge(pool, program(row), tasks.humaneval_example(row).meta["tests"], Limits())
-
+    # Read before, in one thread: some releases of Python 3.11 cannot parse in several at once.
+    asked = [(program(row), tasks.humaneval_example(row).meta["tests"]) for row in rows]
     with ThreadPoolExecutor(pool.size) as threads:
-        return list(threads.map(one, rows))
+        return list(threads.map(lambda one: judging.judge(pool, *one, Limits()), asked))
 
 
 @confined_here

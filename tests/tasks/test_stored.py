@@ -13,7 +13,7 @@ import pytest
 
 from sdjax.tasks.code.judging import ScriptTests
 from sdjax.tasks.data import stored
-from sdjax.tasks.data.stored import Chosen, Stored
+from sdjax.tasks.data.stored import Chosen, Stored, rows_at
 from sdjax.tasks.errors import TaskError
 from sdjax.types import Example
 
@@ -35,6 +35,10 @@ def test_items_come_back_in_their_order(kept):
     assert list(kept) == ITEMS and len(kept) == 200
     assert kept[0] == ITEMS[0] and kept[-1] == ITEMS[-1] and list(kept[5:50:3]) == ITEMS[5:50:3]
     assert list(kept[:100][-10:]) == ITEMS[90:100] and list(Chosen(kept, [3, 1])[1:]) == [ITEMS[1]]
+    in_file = kept.file._rolled
+    assert isinstance(kept.settled(), Stored if in_file else tuple) and list(kept.settled()) == ITEMS
+    assert isinstance(rows_at(kept.settled(), [3, 1]), Chosen if in_file else tuple)
+    assert list(rows_at(kept.settled(), [3, 1])) == [ITEMS[3], ITEMS[1]]
     kept.add(ITEMS[7])
     assert kept[200] == ITEMS[7] and kept[3] == ITEMS[3]
     for beyond in (201, -202):

@@ -18,7 +18,7 @@ from sdjax.tasks.code.pool import Pool
 from sdjax.tasks.code.programs import program_in
 from sdjax.tasks.code.sandbox import Mode
 from sdjax.tasks.data.problems import Name, task
-from sdjax.tasks.data.stored import Stored
+from sdjax.tasks.data.stored import kept
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import split_by_question
 from sdjax.types import Example, Task, Verdict
@@ -108,7 +108,7 @@ verdict.from_threads = True  # it waits for processes, so several may wait at th
 
 def by_reward(examples: Sequence[Example], reward: Reward) -> Sequence[Example]:
     """Examples that say how they are paid."""
-    return Stored(dataclasses.replace(e, meta={**e.meta, "reward": reward}) for e in examples)
+    return kept(dataclasses.replace(e, meta={**e.meta, "reward": reward}) for e in examples)
 
 
 def humaneval_examples() -> list[Example]:

@@ -20,7 +20,7 @@ from sdjax.tasks.data.layouts import laid_out
 from sdjax.tasks.data.readers import COMPRESSED, READERS, Row, rows_of
 from sdjax.tasks.data.rows import example_of
 from sdjax.tasks.data.sources import Source, source
-from sdjax.tasks.data.stored import Chosen, Stored
+from sdjax.tasks.data.stored import Stored, rows_at
 from sdjax.tasks.errors import TaskError
 from sdjax.tasks.splits import hashed, question_key, split_by_question
 from sdjax.types import Example, Task, Verdict
@@ -97,7 +97,7 @@ def problems(
         raise TaskError(f"{name} has no examples: {reason}")
     counted["contradicting"] = found.contradicting()
     about = description(files, counted, len(found.examples), len(left_out), fields)
-    return Problems(found.examples, left_out, sentence(about), about)
+    return Problems(found.examples.settled(), left_out, sentence(about), about)
 
 
 class Gathered:
@@ -286,7 +286,7 @@ def without_test_questions(
     shared = np.fromiter((question_hash(example) in held_out for example in train), bool, len(train))
     if not shared.any():
         return train, []
-    kept, left_out = Chosen(train, np.flatnonzero(~shared)), Chosen(train, np.flatnonzero(shared))
+    kept, left_out = rows_at(train, np.flatnonzero(~shared)), rows_at(train, np.flatnonzero(shared))
     said = f"{name}: the question of row {left_out[0].id!r} is in {test_name} too ({len(left_out)} such rows)"
     if not skip or not kept:
         raise TaskError(f"{said}; remove them from one of the files, or leave them out with --skip-bad-rows.")

@@ -63,6 +63,10 @@ class Stored(Sequence[Item]):
             content = self.file.read(self.ends[place] - start)
         return pickle.loads(content)
 
+    def settled(self) -> Sequence[Item]:
+        """The same items: a tuple of them where they need no file."""
+        return self if self.ends and self.ends[-1] > IN_MEMORY else tuple(self)
+
 
 class Chosen(Sequence[Item]):
     """The items of a sequence that have certain numbers, in the order of these; a slice is a view, too."""
@@ -77,3 +81,13 @@ class Chosen(Sequence[Item]):
         if isinstance(number, slice):
             return Chosen(self.items, self.numbers[number])
         return self.items[self.numbers[number]]
+
+
+def kept(items: Iterable[Item]) -> Sequence[Item]:
+    """The items as a tuple, or `Stored` where they exceed `IN_MEMORY` bytes."""
+    return Stored(items).settled()
+
+
+def rows_at(items: Sequence[Item], numbers: Sequence[int]) -> Sequence[Item]:
+    """The items that have certain numbers: of a tuple or list a tuple, of others a view."""
+    return tuple(items[i] for i in numbers) if isinstance(items, tuple | list) else Chosen(items, numbers)
