@@ -432,7 +432,8 @@ def run_of_adapters(layout, base, folder):
     return losses, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("base", [pytest.param("float", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["float", "nf4"])
 def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
     (losses, params), *others = (run_of_adapters(layout, base, tmp_path / layout) for layout in ("8x1", "2x4"))
     assert losses[-1] > 0

@@ -223,6 +223,7 @@ def test_exchanges_of_a_compiled_loop():
     assert json.loads(on_eight_devices("-c", EIGHT)) == {"all-reduce": 5 * 2 * 7 / 8 * 128}
 
 
+@pytest.mark.slow
 def test_the_scaling_command():
     """Exchanges only where there are several devices; operations halve along data and model; weak: they stay."""
     common = (
