@@ -52,7 +52,7 @@ from sdjax.engine.generate import GREEDY, Sampling, first, generate, mixture
 from sdjax.engine.policies import reading, row_keys
 from sdjax.engine.protocol import Protocol
 from sdjax.engine.tokens import Shapes
-from sdjax.engine.train import Experiment
+from sdjax.engine.train import Experiment, mesh_of
 from sdjax.kernels.top_k import top_k
 from sdjax.methods.sdpo import sdpo
 from sdjax.models import adapters, attention, pretrained, transformer
@@ -440,6 +440,22 @@ def test_a_run_of_adapters_is_the_same_on_every_layout(base, tmp_path):
     for found, own in others:
         np.testing.assert_allclose(found, losses, rtol=1e-4)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), own, params)
+
+
+def test_rows_are_not_sorted_on_a_mesh():
+    experiment = Experiment(
+        method=sdpo(),
+        task=Task("recall", tiny.TASK.train, tiny.TASK.test, tiny.parity),
+        student=tiny.pretrained(),
+        optimizer=optax.adam(1e-3),
+        shapes=Shapes(lengths=4),
+        steps=1,
+        prompts=8,
+    )
+    with pytest.raises(
+        sharding.MeshError, match="lengths=4 sorts the rows of one device, and mesh=8x1 has 8: leave --le"
+    ):
+        mesh_of(experiment)
 
 
 # ---- what is kept of parameters -------------------------------------------------------------------------------------

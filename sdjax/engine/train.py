@@ -178,7 +178,7 @@ def over_shared_ids(teachers: Mapping[str, Pretrained], student: Pretrained) -> 
 def mesh_of(experiment: Experiment) -> Mesh | None:
     """The mesh that an experiment runs on; `None` is one device.
 
-    Raises `MeshError` if it does not fit the devices, a model or the number of prompts.
+    Raises `MeshError` if it does not fit the devices, a model or the number of prompts, or rows are to be sorted.
     """
     mesh = make_mesh(experiment.mesh)
     if mesh.size == 1:
@@ -189,6 +189,11 @@ def mesh_of(experiment: Experiment) -> Mesh | None:
         raise MeshError(
             f"mesh={shape}: prompts={experiment.prompts} in minibatches={experiment.minibatches} do not divide by the "
             f"{spread} devices that rows are split over: take a multiple, or put devices on the model axis"
+        )
+    if experiment.shapes.lengths > 1:
+        raise MeshError(
+            f"lengths={experiment.shapes.lengths} sorts the rows of one device, and mesh={shape} has {mesh.size}: leave "
+            "--lengths out"
         )
     for model in (experiment.student, *experiment.teachers.values()):
         parameter_specs(model.params, mesh.shape)
