@@ -357,6 +357,7 @@ def test_collected_rows_are_those_of_one_device(layout):
 
 
 @pytest.mark.parametrize("layout", slow_but({"4x2"}, ["4x2", "8x1", "2x4"]))
+@pytest.mark.slow
 def test_an_evaluation_is_that_of_one_device(layout, tmp_path):
     """A model and an adapter of it: the same answers, word for word, so the same numbers."""
     pretrained.save(tmp_path / "model", config(), tiny.pretrained().params, tiny.tokenizer())
@@ -485,6 +486,7 @@ def run_of_little_state(layout, folder):
     return losses, jax.device_get(masters)
 
 
+@pytest.mark.slow
 def test_master_weights_are_the_same_on_every_layout(tmp_path):
     (losses, params), (found, others) = (run_of_little_state(layout, tmp_path / layout) for layout in ("8x1", "2x4"))
     assert losses[-1] > 0

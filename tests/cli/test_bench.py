@@ -59,6 +59,7 @@ def test_a_size_of_nothing_is_refused(option):
         bench.bench(**{option: 0})
 
 
+@pytest.mark.slow
 def test_the_suite_writes_both_types_with_machine_and_versions(tmp_path, capsys):
     pretrained.save(tmp_path, *tiny.pretrained())
     sizes = ["--prompts", "2", "--group", "2", "--completion", "4", "--rollout-rows", "4", "--repeats", "1"]

@@ -48,6 +48,7 @@ def test_an_adapter_is_folded_into_its_model(place):
     assert max(changed) > 0.1 and whole.config == plain.config
 
 
+@pytest.mark.slow
 def test_model_and_adapter_are_compared_and_slots_write_the_same(place, capfd):
     how = ("--data", place / "p.jsonl", "--completion", 4, "--context", 32, "--out", place / "answers", "--as-json")
     how += ("--samples", 2, "--temperature", 1.0)
@@ -120,6 +121,7 @@ def answers_in(folder):
     return file.read_text()
 
 
+@pytest.mark.slow
 def test_programs_are_judged_by_their_tests(spelled, tmp_path, capfd):
     """Of four programs for one problem two are right, of those for the other none: avg@4, pass@k as by hand."""
     folder, how = spelled
@@ -147,6 +149,7 @@ def test_programs_are_judged_by_their_tests(spelled, tmp_path, capfd):
         assert json.loads(capfd.readouterr().out)["models"][str(folder / "model")]["shares"] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_where_it_was(spelled, tmp_path):
     """By SIGKILL in the middle: what was written stays and is not asked for again, and the end is that of an undisturbed one."""
     folder, _ = spelled

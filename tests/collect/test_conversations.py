@@ -154,6 +154,7 @@ def test_conversations_that_were_lost_are_held_again():
     assert sample(policy, talks.EXAMPLES, talks.key(), n=4) == conversations()
 
 
+@pytest.mark.slow
 def test_other_samplers_write_the_same_conversations():
     policy = talks.forgetful(talks.policy(world=talks.echo()), writer=refilled(slots=8))
     rows = sample(policy, talks.EXAMPLES, talks.key(), n=4)

@@ -88,6 +88,7 @@ def same(first, second, **near):
 
 
 @pytest.mark.parametrize("selection, control", PAIRS)
+@pytest.mark.slow
 def test_the_pair_keeps_what_each_says(selection, control):
     """Texts, outcomes and what is noted of them; what teachers read; when a teacher is renewed."""
     if control == "none" and selection in ("beginning", "masked"):

@@ -132,6 +132,7 @@ def test_a_signal_may_have_further_axes():
     assert engine(rows=1, tokens=1)(params, three_views())[1]["top"].shape == (ROWS, LENGTH, 3)
 
 
+@pytest.mark.slow
 def test_bigger_buckets_change_nothing():
     """More padding before every context and after every completion."""
     _, params = models()
@@ -174,6 +175,7 @@ def test_same_context_and_same_policy_give_exactly_zero(rows, tokens):
 
 
 @pytest.mark.parametrize("tokens", [None, 1, 4])
+@pytest.mark.slow
 def test_equal_models_in_bfloat16_give_exactly_zero_for_every_chunk_size(tokens):
     networks, params = models("mixed", "plain")
     narrow = {name: model.clone(dtype=jnp.bfloat16) for name, model in networks.items()}

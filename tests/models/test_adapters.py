@@ -204,6 +204,7 @@ def test_gradients_are_those_of_the_change_of_weights():
 
 
 @pytest.mark.parametrize("kind", ["float", pytest.param("nf4", marks=needs_qwix)])
+@pytest.mark.slow
 def test_the_sampler_reads_adapters(kind):
     model, params = network("mixed")
     lora = Lora(rank=2, base=kind)
@@ -362,6 +363,7 @@ def test_a_resumed_run_is_the_same_run_and_needs_the_same_base(run, tmp_path):
 
 
 @needs_qwix
+@pytest.mark.slow
 def test_a_teacher_without_the_adapter_is_the_first_adapters_kept(tmp_path):
     """On a quantised base, too: the frozen snapshot is the network as it was, at an adapter's size, and is not saved."""
     lora = dataclasses.replace(LORA, base="int8")

@@ -332,6 +332,7 @@ unoptimised = pytest.fixture(networks.unoptimised)
 
 
 @pytest.mark.parametrize("name", method_names())
+@pytest.mark.slow
 def test_every_method_can_be_sketched(name, unoptimised):
     built, batch, _ = plan.self_taught(Choice(method_factory(name)))
     assert {view for o in built.objectives for view in o.views} <= {*batch.contexts}

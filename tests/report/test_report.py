@@ -418,6 +418,7 @@ def dense(model, params, context, completion):
     )
 
 
+@pytest.mark.slow
 def test_the_microscope_shows_what_a_plain_forward_pass_gives(trained):
     run = read_run(trained / "sdpo")
     reader = open_run(run)

@@ -234,6 +234,7 @@ def test_what_was_chosen_is_kept_and_taken_again(tmp_path, monkeypatch):
     assert memory.settled(small(memory="off"), 20, tmp_path).record == again
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_what_was_chosen(tmp_path, capsys):
     """One step of distillation with a teacher of its own context: the loss and the gradient's norm."""
     fit(small(steps=1), tmp_path / "a")

@@ -69,6 +69,7 @@ def test_every_row_is_what_the_compiled_sampler_writes(name, slots, swap):
     same(found.completions, expected)
 
 
+@pytest.mark.slow
 def test_limits_filters_and_greedy_rows_are_the_same_too():
     rows, keys = prompts(LENGTHS), row_keys(jax.random.key(4), jnp.arange(len(LENGTHS)), TWICE)
     for how in (drawing(Sampling(temperature=0.7, top_p=0.8, top_k=20), limit=5), drawing(GREEDY), drawing(stop=(-1,))):

@@ -104,6 +104,7 @@ def test_age_drops_and_importance_are_logged(run):
     assert int(result.state.step) == 6
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(run, tmp_path):
     _, _, whole = run
     method = lambda: bounded(lagged(grpo(group_size=4), 2), 1, cap=2.0)

@@ -83,6 +83,7 @@ def test_every_word_that_is_read_or_written_is_known():
 # ---- runs that share programs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_short_run_is_the_run_that_fit_makes(tmp_path):
     """Two of them, the second with the programs of the first, end at the same bits as runs of their own."""
     made = Experiment(
@@ -150,6 +151,7 @@ def test_where_a_search_stops_though_options_are_left():
     assert {text: referee.stopped(example, text) for text in cut} == cut
 
 
+@pytest.mark.slow
 def test_no_search_stops_after_a_miss_where_words_are_forced():
     examples = search.search(train_size=1, test_size=4).test
     writer = policy()
