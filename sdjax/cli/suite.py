@@ -16,6 +16,7 @@ import psutil
 from sdjax import __version__
 from sdjax.cli.bench import bench
 from sdjax.cli.options import OptionError
+from sdjax.tasks.bounded import cores
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "flax", "optax", "numpy")
 
@@ -28,7 +29,7 @@ def machine() -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory GB": psutil.virtual_memory().total / 1e9,
         "load average before": os.getloadavg()[0],
     }

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from sdjax.tasks.bounded import cores
 from sdjax.tasks.code.confined import ServerEnded
 from sdjax.tasks.code.sandbox import ForkServer, Mode, SandboxError
 
@@ -17,11 +18,6 @@ Result = TypeVar("Result")
 
 MOST_ENDED = 3
 """Fork servers that may die under the same job before the run ends."""
-
-
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Pool:
