@@ -19,7 +19,7 @@ from sdjax.devices.ceilings import timed
 from sdjax.devices.memory import MemoryShortage
 from sdjax.engine import needs, train
 from sdjax.engine.by_length import positions_read
-from sdjax.engine.generate import Completions, Sampling, generate
+from sdjax.engine.generate import Sampling, generate
 from sdjax.engine.policies import row_keys
 from sdjax.engine.snapshots import frozen_snapshots
 from sdjax.engine.tokens import Shapes, collate, encode_context, left_pad
@@ -139,7 +139,7 @@ def writer(step: Step, examples: list[Example], n: int) -> Callable[[int], Any]:
 def written_batch(step: Step, examples: list[Example], n: int, spread: float = 1.0) -> Batch:
     """The batch of sampled completions, cut to lengths of a spread; the teacher is told the answer."""
     written = jax.device_get(writer(step, examples, n)(0))
-    lengths = cut(written, spread)
+    lengths = log_normal_lengths(*written.tokens.shape, spread)
     said = lambda values, row: tuple(values[row, : lengths[row]].tolist())
     rollouts = [
         Rollout(example, said(written.tokens, row), said(written.logprobs, row), "", g).read_by(
@@ -154,12 +154,11 @@ def written_batch(step: Step, examples: list[Example], n: int, spread: float = 1
     return collate(rollouts, views, step.student.tokenizer, step.shapes)
 
 
-def cut(written: Completions, spread: float) -> list[int]:
-    """To how many tokens completions are cut so that their lengths are log-normal; 95 % are within a factor of `spread`."""
-    rows, longest = written.tokens.shape
+def log_normal_lengths(rows: int, longest: int, spread: float, seed: int = 0) -> np.ndarray:
+    """Log-normal lengths in tokens, `[rows]`: 95 % are within a factor of `spread`, up to `longest`, which all are where it is 1."""
     deviation = math.log(spread) / (2 * 1.96)
-    drawn = np.exp(deviation * (np.random.default_rng(0).standard_normal(rows) - 1.96)) * longest
-    return [int(length) for length in np.clip(np.round(drawn), 1, longest)] if spread > 1 else [longest] * rows
+    drawn = np.exp(deviation * (np.random.default_rng(seed).standard_normal(rows) - 1.96)) * longest
+    return np.clip(np.round(drawn), 1, longest).astype(int)
 
 
 def learner(step: Step, batch: Batch) -> Callable[[int], Any]:

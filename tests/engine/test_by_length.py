@@ -9,6 +9,7 @@ import pytest
 from engine import test_score
 from networks import jaxprs
 
+from sdjax.cli.bench import log_normal_lengths
 from sdjax.engine.by_length import SHORTEST, lengths_of, over_sorted_rows, positions_read, sorted_chunks
 from sdjax.engine.score import token_signals
 
@@ -98,15 +99,9 @@ def test_the_backward_pass_keeps_nothing_of_a_branch():
     assert given and not [shape for shape in given if BETWEEN in shape and shape != (WIDTH, BETWEEN)]
 
 
-def log_normal(rows, longest, spread, seed):
-    """Lengths of which 95 % are within a factor of `spread`, the upper end at the longest."""
-    drawn = np.random.default_rng(seed).standard_normal(rows) - 1.96
-    return np.clip(np.round(np.exp(np.log(spread) / (2 * 1.96) * drawn) * longest), 1, longest).astype(int)
-
-
 def test_padding_where_lengths_differ_twenty_times():
     """At 64 rows of at most 2,048 tokens: 71 % of positions with one length, 11 % with sixteen, 9 % a row at a time."""
-    rows = [log_normal(64, 2048, 20, seed) for seed in range(20)]
+    rows = [log_normal_lengths(64, 2048, 20, seed) for seed in range(20)]
     share = lambda lengths, most: 1 - np.sum(rows) / sum(positions_read(used, 2048, most, lengths) for used in rows)
     assert 0.69 < share(1, None) < 0.73
     assert share(4, None) < 0.40 and share(16, None) < 0.12 and share(16, 1) < 0.095
