@@ -315,9 +315,7 @@ def sampled_alone(name, choice):
     return sampled(SAMPLINGS[name], CHOICES[choice])[0]
 
 
-some_layouts = pytest.mark.parametrize(
-    "layout", [pytest.param(x, marks=() if x in ("4x2", "1x8") else pytest.mark.slow) for x in LAYOUTS]
-)
+some_layouts = pytest.mark.parametrize("layout", slow_but(("4x2", "1x8"), LAYOUTS))
 
 
 @some_layouts

@@ -4,6 +4,7 @@ import pytest
 
 
 def slow_but(quick, values) -> list:
-    """The parameters `values`: all but those in `quick` are marked slow."""
+    """The parameters `values`, a tuple for several arguments at once: all but those in `quick` are marked slow."""
     assert {*quick} <= {*values}
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    slow = lambda value: pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+    return [value if value in quick else slow(value) for value in values]

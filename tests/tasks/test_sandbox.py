@@ -18,6 +18,7 @@ import time
 
 import hostile_programs
 import pytest
+from quick import slow_but
 
 from sdjax.tasks.code import confined, feedback, judging, pool, sandbox, system_calls
 from sdjax.tasks.code.confined import Limits
@@ -185,9 +186,7 @@ def harm_of(server, world, name) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in hostile_programs.ENDLESS else n for n in NAMES]
-)
+@pytest.mark.parametrize("name", slow_but({*NAMES} - {*hostile_programs.ENDLESS}, NAMES))
 def test_a_hostile_program_reaches_nothing_and_earns_nothing(world, servers, name):
     assert harm_of(servers("full"), world, name) == []
 
