@@ -284,11 +284,6 @@ def rows_axis(rows: int) -> str | tuple[str, ...] | None:
     return along(DATA, current().shape) if rows % axis_size(DATA) == 0 else None
 
 
-def constrain_rows(tree: Any) -> Any:
-    """Inside a compiled program: every leaf with its first axis split over the data axis."""
-    return tree if current() is None else jax.tree.map(lambda x: constrain(x, DATA) if x.ndim else x, tree)
-
-
 def place_rows(tree: Any) -> Any:
     """Arrays from the host with their first axis split over the data axis; on one device, on that."""
     mesh = current()

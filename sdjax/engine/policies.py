@@ -15,8 +15,9 @@ from jax import Array
 
 from sdjax.devices.sharding import DATA, axis_size, place_rows, rows_multiple, to_host
 from sdjax.engine import lengths
+from sdjax.engine.by_length import divisor_at_least
 from sdjax.engine.generate import Completions, Sampling, first, generate
-from sdjax.engine.score import divisor_at_least, policies_of, token_signals
+from sdjax.engine.score import policies_of, token_signals
 from sdjax.engine.tokens import ROWS, Shapes, collate, decode_text, left_pad, thinking_opened
 from sdjax.engine.vocabulary import limited
 from sdjax.models.pretrained import UNKNOWN, Origin
