@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The `k` largest entries of the last axis and where they are, `[..., V] -> [..., k]` twice; ties go to the first.
 
-    On a mesh with the axes data and model (and, perhaps, expert, along which rows lie as well) every device finds the `k` largest of its own part of the last axis, and the
-    candidates' largest are the result: XLA by itself would gather all of `x` on every device.
+    On a mesh with the axes data and model (and, perhaps, expert, along which rows lie as well) every device finds the `k`
+    largest of its own part of the last axis, and the candidates' largest are the result: XLA by itself would gather all
+    of `x` on every device.
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     if not {"data", "model"} <= {*sizes} or max(sizes.values()) == 1:

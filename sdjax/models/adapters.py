@@ -45,8 +45,9 @@ BLOCK = 64
 class Lora:
     """Adapters to train: `scale = alpha / rank` (`alpha` is twice the rank if `None`), on `targets` of every block.
 
-    Experts have none unless they are named, too: `TARGETS + expert_adapters.TARGETS`.  `base` is how the matrices of the blocks are kept: as they are, or quantised by qwix to int8 or NF4 (embeddings,
-    norms, biases, head and experts are never quantised).
+    Experts have none unless they are named, too: `TARGETS + expert_adapters.TARGETS`.  `base` is how the matrices of the
+    blocks are kept: as they are, or quantised by qwix to int8 or NF4 (embeddings, norms, biases, head and experts are never
+    quantised).
 
     Raises: ModelError for a rank below 1 or a target that does not exist.
     """

@@ -49,7 +49,10 @@ def described(task: Task) -> dict[str, Any]:
 
 
 def check(folder: Path, task: Task) -> None:
-    """Raises `RunError` if the run in the folder began with other problems or another order; warns of held-out questions that are learned."""
+    """Raises `RunError` if the run in the folder began with other problems or another order.
+
+    Warns of held-out questions that are learned.
+    """
     known = {asked(example, task) for example in task.test}
     learned = [example.id for example in task.train if asked(example, task) in known]
     if learned:

@@ -59,8 +59,9 @@ def problems(
 
     A row is an object with `prompt` (a text, or turns) or `messages` (turns that end with the user's), `answer` (a text, a
     number, or a list of them where several are right), and optionally `solution`, `feedback` and `id`; other fields go to
-    `Example.meta`.  Rows of a known layout (`layouts.py`) are read as such; of a text to imitate there is no answer.  Rows are read one at a time, and of those that
-    say the same the first is kept, beyond a size in a temporary file (`stored.Stored`).
+    `Example.meta`.  Rows of a known layout (`layouts.py`) are read as such; of a text to imitate there is no answer.  Rows
+    are read one at a time, and of those that say the same the first is kept, beyond a size in a temporary file
+    (`stored.Stored`).
 
     Args:
       name: JSON lines, JSON, CSV, Parquet or Arrow, plain or compressed; a folder of them; or a hub name, "openai/gsm8k".
