@@ -33,19 +33,17 @@ def size_of(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def begun(tmp_path, **changes):
-    return Run(own(**changes), Mirror(tmp_path), Interrupts())
-
-
 def same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), *jax.device_get((a, b)))
 
 
 def test_the_start_is_in_memory_once(tmp_path):
-    """Parameters, two moments, an average, and one start for both frozen policies: five copies."""
+    """Parameters, two moments, an average, and one start for both frozen policies: five copies of weights from a file."""
+    made = own()
+    loaded = made.student._replace(params=jax.device_get(made.student.params))
     gc.collect()
     there = jax.live_arrays()  # kept, so that none of other tests goes meanwhile
-    run = begun(tmp_path)
+    run = Run(dataclasses.replace(made, student=loaded), Mirror(tmp_path), Interrupts())
     gc.collect()
     held = sum(x.nbytes for x in jax.live_arrays()) - sum(x.nbytes for x in there)
     size = size_of(tiny.pretrained().params)
